@@ -1,0 +1,132 @@
+"""Files that are whole or absent: written beside their place and renamed at success."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.units import show_bytes
+
+
+def _cannot_write(path: Path, error: OSError) -> ArtifactError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = show_bytes(shutil.disk_usage(_existing_parent(path)).free)
+        return ArtifactError(
+            f"no space left to write {path} ({free} free); nothing was kept",
+            fix="free some space or choose another place",
+        )
+    return ArtifactError(f"cannot write {path}: {error.strerror}", fix="choose another place")
+
+
+def _existing_parent(path: Path) -> Path:
+    for parent in (path, *path.absolute().parents):
+        if parent.exists():
+            return parent
+    return Path("/")
+
+
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Raise ArtifactError unless the disk that will hold `path` has `needed_bytes` free."""
+    free_bytes = shutil.disk_usage(_existing_parent(path)).free
+    if free_bytes < needed_bytes:
+        raise ArtifactError(
+            f"{path} needs {show_bytes(needed_bytes)} but only {show_bytes(free_bytes)} are free",
+            fix="free some space or choose another place",
+        )
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` at success and vanishes on failure.
+
+    An existing non-empty `path` is refused unless `force`, and then replaced only at the end.
+    """
+    target = Path(path)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not force:
+        raise ConfigError(
+            f"{target} exists and is not empty", fix="choose another folder, or pass --force"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    try:
+        yield work
+        work.chmod(0o777 & ~_umask())
+        _replace_folder(work, target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace_folder(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        target.rmdir()
+        work.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old / "previous")
+    try:
+        work.rename(target)
+    except OSError:
+        (old / "previous").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    target = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    work = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        work = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        work.chmod(0o666 & ~_umask())
+        work.replace(target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    finally:
+        if work is not None:
+            work.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; ArtifactError names it when it is missing or damaged."""
+    file = Path(path)
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file} does not exist", fix="check the path") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{file} is not valid JSON: {error}", fix="the file is damaged: write or fetch it again"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {file}: {error.strerror}", fix="check the path") from error
