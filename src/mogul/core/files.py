@@ -129,4 +129,6 @@ def read_json(path: str | Path) -> Any:
             f"{file} is not valid JSON: {error}", fix="the file is damaged: write or fetch it again"
         ) from error
     except OSError as error:
-        raise ArtifactError(f"cannot read {file}: {error.strerror}", fix="check the path") from error
+        raise ArtifactError(
+            f"cannot read {file}: {error.strerror}", fix="check the path"
+        ) from error

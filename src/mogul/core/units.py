@@ -26,7 +26,8 @@ def parse_bytes(text: str) -> int:
     match = _NUMBER.fullmatch(text)
     if not match or match[2].lower() not in _BYTE_UNITS:
         raise ConfigError(
-            f"{text!r} is not a number of bytes", fix="write for example '80 GiB', '512MB' or '4096'"
+            f"{text!r} is not a number of bytes",
+            fix="write for example '80 GiB', '512MB' or '4096'",
         )
     return round(float(match[1]) * _BYTE_UNITS[match[2].lower()])
 

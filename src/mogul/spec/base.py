@@ -1,0 +1,55 @@
+"""The common base of mogul's records: frozen, complete, an unknown key is an error.
+
+Pydantic reports problems in its own words; here they become one ConfigError that names the key,
+the value and the nearest known name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mogul.core.errors import ConfigError, nearest
+
+
+class Spec(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _as_config_error(error, type(self), type(self).__name__) from None
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build the record from a mapping; `where` names its origin in errors."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _as_config_error(error, cls, where or cls.__name__) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+def _as_config_error(error: ValidationError, cls: type[Spec], where: str) -> ConfigError:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):
+        return cause
+    if problem["type"] == "extra_forbidden":
+        last = str(problem["loc"][-1])
+        return ConfigError(f"{where}: unknown key {key!r}", fix=nearest(last, cls.model_fields))
+    if problem["type"] == "missing":
+        return ConfigError(f"{where}: key {key!r} is missing", fix=f"add {key!r}")
+    given = f" (given: {problem['input']!r})" if key else ""
+    text = problem["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{where}: {key}: {text}{given}" if key else f"{where}: {text}")
