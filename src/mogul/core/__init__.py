@@ -1,1 +1,1 @@
-"""What every room leans on: errors, units, registries, tables, files, progress. No numpy, no torch."""
+"""What every room leans on: errors, units, registries, tables, files, progress."""

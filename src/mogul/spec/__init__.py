@@ -1,1 +1,1 @@
-"""The nouns every room shares: frozen, validated records and the definitions of balance. No torch."""
+"""The nouns every room shares: frozen, validated records and the definitions of balance."""

@@ -21,19 +21,16 @@ class Spec(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, _where: str = "", **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _as_config_error(error, type(self), type(self).__name__) from None
+            raise _as_config_error(error, type(self), _where or type(self).__name__) from None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
         """Build the record from a mapping; `where` names its origin in errors."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise _as_config_error(error, cls, where or cls.__name__) from None
+        return cls(_where=where, **values)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, validated again."""
@@ -41,7 +38,8 @@ class Spec(BaseModel):
 
 
 def _as_config_error(error: ValidationError, cls: type[Spec], where: str) -> ConfigError:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"])
     if isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):
         return cause

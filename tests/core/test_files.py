@@ -1,0 +1,82 @@
+import errno
+
+import pytest
+
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.files import atomic_folder, atomic_write, check_space, read_json
+
+
+def test_a_folder_appears_only_when_whole(tmp_path):
+    target = tmp_path / "out"
+    with atomic_folder(target) as work:
+        (work / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    def fail():
+        with atomic_folder(tmp_path / "out") as work:
+            (work / "a").write_text("1")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_occupied_folder_is_refused_and_replaced_only_by_force(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(ConfigError, match="exists and is not empty"), atomic_folder(target):
+        pass
+    with pytest.raises(RuntimeError), atomic_folder(target, force=True):
+        raise RuntimeError
+    assert (target / "old").exists()
+    with atomic_folder(target, force=True) as work:
+        (work / "new").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path):
+    def write():
+        with atomic_folder(tmp_path / "out") as work:
+            (work / "a").write_text("1")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArtifactError, match="no space left to write") as caught:
+        write()
+    assert "free some space" in caught.value.__notes__[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_space_says_what_is_needed(tmp_path):
+    check_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(ArtifactError, match=r"needs 1048576\.00 TiB but only .* are free"):
+        check_space(tmp_path / "not" / "yet", 2**60)
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    atomic_write(path, '{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    atomic_write(path, b"[]")
+    assert read_json(path) == []
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_atomic_write_names_a_place_it_cannot_use(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        atomic_write(tmp_path / "file" / "a", "x")
+
+
+def test_read_json_names_the_file(tmp_path):
+    with pytest.raises(ArtifactError, match=r"none\.json does not exist"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"a": ')
+    with pytest.raises(ArtifactError, match=r"bad\.json is not valid JSON"):
+        read_json(tmp_path / "bad.json")
