@@ -1,0 +1,1 @@
+"""Measures: the demo, real models for measuring, the ledger."""
