@@ -1,0 +1,134 @@
+"""`mogul VERB [OPTIONS]`: find the verb first, then import only what it needs.
+
+Every verb is a module with a frozen dataclass `Options` (fields become flags), `run(options)`
+that returns an exit code, and `EXAMPLES`, shown in its help. Results go to standard
+output, talk to standard error. Exit codes: 0 good, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+VERBS = {
+    "info": ("mogul.cli.info", "parameters, memory and balanced device counts of a model"),
+    "generate": ("mogul.cli.generate", "continue a prompt, streaming"),
+    "chat": ("mogul.cli.chat", "talk to a model in the terminal"),
+    "upcycle": ("mogul.cli.upcycle", "turn a dense checkpoint into grouped experts, exactly"),
+    "demo": ("mogul.cli.demo", "see on this machine what grouping does, in five minutes"),
+}
+
+_HELP = """\
+usage: mogul VERB [OPTIONS]
+
+Train, size, shrink and serve mixture-of-experts language models.
+
+verbs:
+{verbs}
+
+options:
+  -h, --help   show this help; `mogul VERB --help` shows a verb's options and examples
+  --version    show mogul's version
+  --debug      show the traceback of an error (after the verb or before it)
+
+examples:
+  mogul info preset:pangu-pro-moe-72b
+  mogul upcycle ./SmolLM2-135M-Instruct --experts 32 --groups 8 --out ./moge
+  mogul chat ./moge
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given
+    words = [word for word in given if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        return _show(_HELP.format(verbs=_verb_lines()), failed=not words)
+    if words[0] in ("--version", "-V"):
+        from mogul import __version__
+
+        return _show(f"mogul {__version__}\n")
+    if words[0] not in VERBS:
+        return _unknown(words[0])
+    return _guarded(words[0], words[1:], debug=debug)
+
+
+def _verb_lines() -> str:
+    return "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+
+
+def _show(text: str, *, failed: bool = False) -> int:
+    (sys.stderr if failed else sys.stdout).write(text)
+    return 2 if failed else 0
+
+
+def _unknown(word: str) -> int:
+    from mogul.core.errors import nearest
+
+    kind = "option" if word.startswith("-") else "verb"
+    known = VERBS if kind == "verb" else ("--help", "--version", "--debug")
+    sys.stderr.write(f"mogul: unknown {kind} {word!r}\nfix: {nearest(word, known)}\n")
+    return 2
+
+
+def _guarded(verb: str, args: list[str], *, debug: bool) -> int:
+    """Run a verb; every way it can end becomes an exit code and a clean message."""
+    from mogul.core.errors import ConfigError, MogulError
+
+    try:
+        code = _run_verb(verb, args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        sys.stderr.write("\nmogul: interrupted\n")
+        return 130
+    except BrokenPipeError:  # the reader of our output has left: nobody to tell
+        _drop_output()
+        return 0
+    except SystemExit as stop:  # tyro: 0 after help, 2 after wrong usage
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except MogulError as error:
+        if debug:
+            raise
+        _report(verb, error)
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        if debug:
+            raise
+        sys.stderr.write(
+            f"mogul {verb}: {type(error).__name__}: {error}\n"
+            f"fix: this is unexpected; run again with --debug and report the traceback\n"
+        )
+        return 1
+
+
+def _drop_output() -> None:
+    """Point standard output at nothing, so that the interpreter's last flush stays quiet."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(verb: str, error: Exception) -> None:
+    notes = "".join(f"{note}\n" for note in getattr(error, "__notes__", ()))
+    sys.stderr.write(f"mogul {verb}: {error}\n{notes}")
+
+
+def _run_verb(verb: str, args: list[str]) -> int:
+    module = import_module(VERBS[verb][0])
+    return module.run(_parse(module, verb, args))
+
+
+def _parse(module: Any, verb: str, args: list[str]) -> Any:
+    import tyro
+
+    about = (module.Options.__doc__ or "").strip()
+    description = f"{about}\n\n{getattr(module, 'EXAMPLES', '').strip()}"
+    return tyro.cli(module.Options, prog=f"mogul {verb}", description=description, args=args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
