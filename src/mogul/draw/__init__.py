@@ -1,0 +1,1 @@
+"""Parts of reports: charts as data, drawn by Plotly (HTML) or Matplotlib (PNG), and the page."""

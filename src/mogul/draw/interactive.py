@@ -1,0 +1,148 @@
+"""Draw a chart with Plotly, as one HTML fragment that needs plotly.js on the page.
+
+Backgrounds are transparent and text is mid-grey: a figure reads on light and on dark pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from mogul.draw.chart import HEAT, Chart, Figure, HeatMap, Series
+
+_INK, _GRID = "#858d98", "rgba(133,141,152,0.25)"
+_FONT = {"family": "system-ui, sans-serif", "size": 13, "color": _INK}
+_AXIS = {
+    "gridcolor": _GRID,
+    "zeroline": False,
+    "linecolor": _GRID,
+    "automargin": True,
+    "fixedrange": True,
+    "title": {"standoff": 8},
+}
+
+
+def plotly_script() -> str:
+    """plotly.js as text, to be inlined once in a page."""
+    return get_plotlyjs()
+
+
+def plotly_fragment(figure: Figure, element_id: str) -> str:
+    """One <div> with its script; its size follows the page."""
+    drawn = _heat_map(figure) if isinstance(figure, HeatMap) else _chart(figure)
+    config = {"displayModeBar": False, "displaylogo": False, "responsive": True}
+    return drawn.to_html(full_html=False, include_plotlyjs=False, div_id=element_id, config=config)
+
+
+def _layout(height: int) -> dict[str, Any]:
+    return {
+        "template": "none",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": _FONT,
+        "height": height,
+        "margin": {"l": 48, "r": 12, "t": 28, "b": 44},
+        "hoverlabel": {"font": {"family": _FONT["family"]}},
+    }
+
+
+def _chart(chart: Chart) -> go.Figure:
+    figure = go.Figure()
+    for index, series in enumerate(chart.series):
+        figure.add_trace(_trace(series, chart.color_of(index)))
+    figure.update_layout(
+        **_layout(380),
+        barmode="group",
+        scattermode="group",
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
+        showlegend=len(chart.series) > 1,
+    )
+    figure.update_xaxes(**_AXIS, title_text=chart.x_label)
+    figure.update_yaxes(**_AXIS, title_text=chart.y_label)
+    if chart.categories:
+        figure.update_xaxes(type="category", categoryorder="array", categoryarray=chart.categories)
+    if chart.y_range:
+        figure.update_yaxes(range=chart.y_range)
+    else:
+        figure.update_yaxes(rangemode="tozero" if chart.y_from_zero else "normal")
+    if chart.reference:
+        value, name = chart.reference
+        figure.add_hline(
+            y=value, line={"dash": "dot", "color": _INK, "width": 1.5}, annotation_text=name,
+            annotation_position="bottom right", annotation_font={"color": _INK, "size": 12},
+        )  # fmt: skip
+    return figure
+
+
+def _trace(series: Series, color: str) -> go.Bar | go.Scatter:
+    error = None
+    if series.low is not None and series.high is not None:
+        error = {
+            "type": "data",
+            "symmetric": False,
+            "array": [h - y for h, y in zip(series.high, series.y, strict=True)],
+            "arrayminus": [y - w for w, y in zip(series.low, series.y, strict=True)],
+            "thickness": 1.5,
+            "width": 3,
+            "color": color,
+        }
+    common: dict[str, Any] = {"x": list(series.x), "y": list(series.y), "name": series.name}
+    if series.kind == "bars":
+        return go.Bar(**common, marker={"color": color}, error_y=error)
+    if series.kind == "dots":
+        # offsetgroup puts the dots of one category side by side.
+        marker = {"color": color, "size": 9, "symbol": "diamond" if series.dashed else "circle"}
+        return go.Scatter(
+            **common, mode="markers", marker=marker, error_y=error, offsetgroup=series.name
+        )
+    line = {"color": color, "width": 2.2, "dash": "dash" if series.dashed else "solid"}
+    return go.Scatter(**common, mode="lines", line=line, error_y=error)
+
+
+def _heat_map(heat: HeatMap) -> go.Figure:
+    low, high = heat.limits
+    names = [name for name, _ in heat.panels]
+    figure = make_subplots(
+        rows=len(names), cols=1, subplot_titles=names, vertical_spacing=0.36 / len(names)
+    )
+    for row, (name, values) in enumerate(heat.panels, start=1):
+        trace = go.Heatmap(
+            z=values,
+            coloraxis="coloraxis",
+            name=name,
+            xgap=1,
+            ygap=1,
+            hovertemplate=(
+                f"{heat.x_label}: %{{x}}<br>{heat.y_label}: %{{y}}<br>"
+                f"{heat.value_label}: %{{z:.3g}}<extra>{name}</extra>"
+            ),
+        )
+        figure.add_trace(trace, row=row, col=1)
+        figure.update_yaxes(row=row, col=1, title_text=heat.y_label, autorange="reversed")
+    figure.update_layout(
+        **_layout(130 + sum(60 + min(28 * len(v), 260) for _, v in heat.panels)),
+        coloraxis={
+            "colorscale": [list(stop) for stop in HEAT],
+            "cmin": low,
+            "cmax": high,
+            "colorbar": {
+                "title": {"text": heat.value_label, "side": "top"},
+                "orientation": "h",
+                "thickness": 10,
+                "y": -0.14,
+                "yanchor": "top",
+            },
+        },
+    )
+    figure.update_xaxes(**{**_AXIS, "showgrid": False})
+    figure.update_yaxes(**{**_AXIS, "showgrid": False}, dtick=_tick(heat))
+    figure.update_xaxes(title_text=heat.x_label, row=len(names), col=1)
+    figure.update_annotations(font={"size": 13, "color": _INK})
+    return figure
+
+
+def _tick(heat: HeatMap) -> int:
+    return max(1, max(len(values) for _, values in heat.panels) // 6)

@@ -1,0 +1,1 @@
+"""Looking at a model at work: which experts are picked."""
