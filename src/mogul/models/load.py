@@ -1,0 +1,254 @@
+"""Load a checkpoint folder strictly: what is missing, surplus or misshaped is an error by name.
+
+Any folder with a causal language model that Transformers knows, or one of ours. Only safetensors
+is read and no code from the folder is run. Names and shapes are compared before any weight is
+read, against the model built on the meta device with its conversions reversed.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mogul.core.errors import ArtifactError, ConfigError, MogulError, nearest
+from mogul.core.files import read_json
+from mogul.core.log import say
+from mogul.models.checkpoint_files import StoredTensor, names, read_tensors
+from mogul.models.conversion import PANGU_SKIPPED
+from mogul.models.moge.chat_template import PANGU_CHAT_TEMPLATE
+from mogul.models.moge.configuration_moge import MogeConfig
+
+DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+FOREIGN_QUANTISATION = "quant_model_description.json"
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint: itself, or the local copy of a hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ArtifactError(f"{folder} is a file", fix="name the folder that holds it")
+    if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
+        raise ArtifactError(f"{folder} does not exist", fix="check the path of the checkpoint")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ArtifactError(
+            f"{path} is no folder here and could not be fetched from the hub: {error}",
+            fix="check the path or the hub id",
+        ) from error
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Read `config.json`; ArtifactError for an unknown family, ConfigError for a bad value."""
+    file = find_folder(path) / "config.json"
+    content = read_json(file)
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type not in CONFIG_MAPPING:
+        remote = isinstance(content, dict) and "auto_map" in content
+        raise ArtifactError(
+            f"{file}: model type {model_type!r} is unknown here"
+            + (", and code from the folder is never run" if remote else ""),
+            fix=nearest(str(model_type), ["moge", "PanguProMoE", *CONFIG_MAPPING])
+            if model_type
+            else "give the folder of a Transformers checkpoint",
+        )
+    try:
+        return AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
+    except MogulError as error:
+        error.add_note(f"in {file}")
+        raise
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ArtifactError(f"{file} cannot be used: {error}", fix="mend the value") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    experts: str = "mogul",
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model for inference; call `.train()` on it to train.
+
+    Args:
+        path: a folder with `config.json` and safetensors, or a hub id.
+        dtype: "auto" (as stored), or a dtype or its name.
+        experts: the experts implementation; models without experts have none.
+        device: where to put the model; None is the CPU.
+
+    Raises:
+        ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name.
+    """
+    folder = find_folder(path)
+    if (folder / FOREIGN_QUANTISATION).exists():
+        raise ArtifactError(
+            f"{folder} is quantised ({FOREIGN_QUANTISATION}), which mogul cannot read",
+            fix="use the unquantised checkpoint",
+        )
+    config = load_config(folder)
+    stored = read_tensors(folder)
+    skeleton = _skeleton(config)
+    skipped = _check_names(folder, skeleton, stored)
+    model = _load(folder, config, skipped, dtype=_dtype(dtype), experts=_experts(skeleton, experts))
+    if dtype == "auto":
+        _tell_casts(model, stored)
+    return (model if device is None else model.to(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint; Pangu's gets its chat template when it has none."""
+    folder = find_folder(path)
+    is_pangu = read_json(folder / "config.json").get("model_type") == "PanguProMoE"
+    only_pieces = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    # Pangu's own tokenizer class is remote code around a plain SentencePiece model.
+    loader = LlamaTokenizer if is_pangu and only_pieces else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ArtifactError(
+            f"{folder} has no tokenizer that can be used: {error}",
+            fix="add tokenizer.json and tokenizer_config.json",
+        ) from error
+    if is_pangu and not tokenizer.chat_template:
+        tokenizer.chat_template = PANGU_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+    except ValueError as error:
+        raise ArtifactError(
+            f"model type {config.model_type!r} is no causal language model",
+            fix="give the folder of a text model",
+        ) from error
+
+
+def _check_names(
+    folder: Path, skeleton: PreTrainedModel, stored: dict[str, StoredTensor]
+) -> set[str]:
+    """Compare names and shapes; return the names to leave out, or raise naming the rest.
+
+    For other families the files may follow an older layout that Transformers renames on load;
+    there its own report, read after loading, is the judge.
+    """
+    if not isinstance(skeleton.config, MogeConfig):
+        return set()
+    expected = expected_shapes(skeleton)
+    skipped = set()
+    if skeleton.config.model_type == "PanguProMoE":
+        skipped = {n for n in set(stored) - set(expected) if PANGU_SKIPPED.search(n)}
+    for name in sorted(skipped):
+        say(f"{folder.name}: skipped {name}, which is no part of the model")
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
+    missing = sorted(set(expected) - set(stored) - tied)
+    surplus = sorted(set(stored) - set(expected) - skipped)
+    misshaped = [
+        f"{name} {list(stored[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and not _fits(name, stored[name].shape, shape)
+    ]
+    _raise_if_any(folder, missing, surplus, misshaped)
+    return skipped
+
+
+def expected_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes on disk of a model on the meta device."""
+    on_disk = revert_weight_conversion(skeleton, skeleton.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in on_disk.items()}
+
+
+def _fits(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return given == expected or (name.endswith("mlp.router_scale") and given == expected[1:])
+
+
+def _raise_if_any(
+    folder: Path, missing: list[str], surplus: list[str], misshaped: list[str]
+) -> None:
+    faults = {"missing": missing, "surplus": surplus, "misshaped": misshaped}
+    told = [f"{len(each)} {word} ({names(each)})" for word, each in faults.items() if each]
+    if told:
+        raise ArtifactError(
+            f"{folder}: the tensors do not fit config.json: {'; '.join(told)}",
+            fix="check that config.json belongs to these weights, or fetch the files again",
+        )
+
+
+def _load(
+    folder: Path,
+    config: PreTrainedConfig,
+    skipped: set[str],
+    *,
+    dtype: torch.dtype | str,
+    experts: dict[str, str],
+) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **experts,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
+    misshaped = [f"{n} {list(a)} instead of {list(b)}" for n, a, b in report["mismatched_keys"]]
+    missing = sorted(report["missing_keys"])
+    _raise_if_any(folder, missing, sorted(set(report["unexpected_keys"]) - skipped), misshaped)
+    return model
+
+
+def _experts(skeleton: PreTrainedModel, experts: str) -> dict[str, str]:
+    """The keyword that selects the experts implementation, for models that have one."""
+    if type(skeleton)._can_set_experts_implementation():
+        return {"experts_implementation": experts}
+    if getattr(skeleton.config, "num_experts", None) or hasattr(
+        skeleton.config, "num_local_experts"
+    ):
+        say(f"{type(skeleton).__name__} has no choice of experts implementation; {experts} unused")
+    return {}
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise ConfigError(f"dtype {dtype!r} is unknown", fix=nearest(dtype, known))
+    return known[dtype]
+
+
+def _tell_casts(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> None:
+    """Say which stored dtypes the model does not hold: a saved copy would differ there."""
+    held = {_short(tensor.dtype) for tensor in model.state_dict().values()}
+    for dtype in sorted({tensor.dtype for tensor in stored.values()} - held):
+        cast = sorted(name for name, tensor in stored.items() if tensor.dtype == dtype)
+        say(f"stored as {dtype}, held as {model.dtype}: {names(cast)}")
+
+
+def _short(dtype: Any) -> str:
+    words = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+    name = str(dtype).removeprefix("torch.")
+    return words.get(name, name)

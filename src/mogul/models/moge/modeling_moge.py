@@ -1,0 +1,591 @@
+"""The grouped-expert decoder as a Transformers model: general (Moge*) and Pangu Pro MoE.
+
+One file, because Transformers finds support for experts implementations by reading the source of
+the file that defines the model class. Attention, masks, caches, recorders and parallel plans go
+through Transformers' interfaces; routing and the fast experts come from `mogul.kernels`. The
+forward pass is that of Pangu Pro MoE (arXiv 2505.21411, section 2) with the options of
+`MogeConfig`. Letters: T tokens, D hidden, E experts, M groups, K picks, B batch, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from mogul.kernels import RouterSpec, Routing, route
+from mogul.models.balance_loss import balance_loss, z_loss
+from mogul.models.moge.configuration_moge import MogeConfig, PanguProMoEConfig
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # Transformers < 5.20 or so: positions from the end, or their indices
+
+    def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """Keep the last positions (0: all), or those whose indices are given."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept, :]
+
+
+@dataclass
+class MogeModelOutput(MoeModelOutputWithPast):
+    """What the decoder returns; router records are tuples over the MoE layers, [T, ...] each."""
+
+    router_weights: tuple[Tensor, ...] | None = None
+    router_ids: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MogeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """What the language model returns; router records as in `MogeModelOutput`."""
+
+    router_weights: tuple[Tensor, ...] | None = None
+    router_ids: tuple[Tensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------- experts
+
+
+def router_spec(config: MogeConfig) -> RouterSpec:
+    """The routing of one layer in the words of the kernels."""
+    return RouterSpec(
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        num_groups=config.router_n_groups,
+        score=config.router_score,
+        weighting=config.router_weighting,
+        scaling_factor=config.routed_scaling_factor,
+        num_null_experts=config.num_null_experts,
+    )
+
+
+class MogeRouter(nn.Module):
+    """Choose the experts of every token, in float32: returns (logits, weights, ids).
+
+    `group_of_expert` is a buffer on purpose: servers that replace a router whose only state is
+    `weight` and a bias by their own global top-k then leave this one alone.
+    """
+
+    group_of_expert: Tensor
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__()
+        self.spec = router_spec(config)
+        self.straight_through = config.router_gradient == "straight_through"
+        num_rows = config.num_experts + config.num_null_experts
+        self.weight = nn.Parameter(torch.zeros(num_rows, config.hidden_size))
+        bias = torch.zeros(num_rows) if config.router_selection_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        scale = nn.Parameter(torch.ones(config.num_experts)) if config.router_scale else None
+        self.register_parameter("router_scale", scale)
+        self.register_buffer("group_of_expert", self._groups(), persistent=False)
+
+    def _groups(self) -> Tensor:
+        group_size = self.spec.num_experts // self.spec.num_groups
+        return torch.arange(self.spec.num_experts) // group_size
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers; Transformers calls this after building on the meta device."""
+        init.copy_(self.group_of_expert, self._groups())
+        if self.e_score_correction_bias is not None:
+            init.zeros_(self.e_score_correction_bias)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route [..., D]: logits [T, E], weights [T, K] (both float32), ids [T, K] (int64)."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        with maybe_autocast(device_type=x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            bias, scale = self.e_score_correction_bias, self.router_scale
+            if not (self.straight_through and self.training):
+                routing = route(logits_TE, self.spec, bias=bias, scale=scale)
+                return logits_TE, routing.weights, routing.ids
+            routing = route(logits_TE, self.spec, bias=bias)
+            weights_TK = self._with_straight_gradient(logits_TE, routing)
+            if scale is not None:
+                weights_TK = weights_TK * F.pad(scale.float(), (0, 1))[routing.ids]
+        return logits_TE, weights_TK, routing.ids
+
+    def _with_straight_gradient(self, logits_TE: Tensor, routing: Routing) -> Tensor:
+        """Weights whose gradient is that of the share among all candidates, not among the picks.
+
+        Candidates are the experts of the pick's group for `renormalised_in_group`, all experts for
+        `renormalised`. With one pick a group the weight is the constant 1 and this is
+        w = 1 + p - stop(p), where p is the softmax within the group.
+        """
+        in_groups = self.spec.weighting == "renormalised_in_group"
+        num_pools = self.spec.num_groups if in_groups else 1
+        pools_TME = logits_TE[:, : self.spec.num_experts].unflatten(-1, (num_pools, -1))
+        if self.spec.score == "softmax":
+            share_TE = pools_TME.softmax(-1).flatten(1)
+        else:
+            scores_TME = pools_TME.sigmoid()
+            share_TE = (scores_TME / (scores_TME.sum(-1, keepdim=True) + 1e-20)).flatten(1)
+        share_TK = F.pad(share_TE, (0, 1)).gather(1, routing.ids) * self.spec.scaling_factor
+        return routing.weights.detach() + share_TK - share_TK.detach()
+
+
+@use_experts_implementation
+class MogeExperts(nn.Module):
+    """The routed experts of one layer, stacked: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
+        )
+        self.down_proj = nn.Parameter(
+            torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
+        )
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Implementation "eager": expert after expert; an id outside 0..E-1 has no row."""
+        out_TD = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, pick = torch.where(top_k_index == expert)
+            if not len(token):
+                continue
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            y_RD = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            y_RD = y_RD * top_k_weights[token, pick, None]
+            out_TD = out_TD.index_add(0, token, y_RD.to(out_TD.dtype))
+        return out_TD
+
+
+class MogeMLP(nn.Module):
+    """A dense SwiGLU feed-forward: dense layers and the shared expert."""
+
+    def __init__(self, config: MogeConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MogeSparseMoeBlock(nn.Module):
+    """Router, routed experts and, when configured, the shared expert that is added with weight 1."""
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__()
+        self.gate = MogeRouter(config)
+        self.experts = MogeExperts(config)
+        # Stock implementations skip rows without an expert only when this flag is set.
+        self.experts._is_expert_parallel = config.num_null_experts > 0
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = MogeMLP(config, shared) if shared else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TK, ids_TK = self.gate(x_TD)
+        out = self.experts(x_TD, ids_TK, weights_TK).reshape(hidden_states.shape)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(hidden_states)
+        return out
+
+
+# -------------------------------------------------------------------------------- attention
+
+
+class MogeRMSNorm(nn.Module):
+    """Root-mean-square norm with float32 statistics."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to [..., size]."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class MogeRotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions, for any RoPE type that Transformers knows."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        assert config.rope_parameters is not None  # filled by PreTrainedConfig
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init: Callable[..., tuple[Tensor, float]] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MogeConfig, **_: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies theta^(-2i/C) of the C/2 pairs of a head, and the scaling 1."""
+        assert config.rope_parameters is not None
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, L] to cos and sin [B, L, C] in the dtype of `x`."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [B, H, L, C] by angles [B, L, C]; pairs are (i, i + C/2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, [B, H, L, C] to [B, L, H, C], with its weights [B, H, L, L]."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    chances = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    chances = F.dropout(chances, p=dropout, training=module.training)
+    return (chances @ value).transpose(1, 2).contiguous(), chances
+
+
+class MogeAttention(nn.Module):
+    """Grouped-query attention through Transformers' attention interface."""
+
+    def __init__(self, config: MogeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim: int = config.head_dim  # pyright: ignore[reportAttributeAccessIssue]
+        kv_heads: int = config.num_key_value_heads  # pyright: ignore[reportAssignmentType]
+        self.num_key_value_groups = config.num_attention_heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window
+        hidden, bias = config.hidden_size, config.attention_bias
+        q_width, kv_width = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, q_width, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=bias)
+        self.o_proj = nn.Linear(q_width, hidden, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = MogeRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = MogeRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] to [B, L, D], and the attention weights where the implementation has them."""
+        batch_length = hidden_states.shape[:-1]
+        by_head = (*batch_length, -1, self.head_dim)
+        query, key = (
+            self.q_proj(hidden_states).view(by_head),
+            self.k_proj(hidden_states).view(by_head),
+        )
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (rotate(x.transpose(1, 2), *position_embeddings) for x in (query, key))
+        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, chances = attend(
+            self, query, key, value, attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
+        )  # fmt: skip
+        return self.o_proj(out.reshape(*batch_length, -1).contiguous()), chances
+
+
+# ------------------------------------------------------------------------------------ model
+
+
+class MogeDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+
+    def __init__(self, config: MogeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MogeAttention(config, layer_idx)
+        if layer_idx in (config.mlp_only_layers or ()):
+            assert config.intermediate_size is not None  # checked by the configuration
+            self.mlp = MogeMLP(config, config.intermediate_size)
+        else:
+            self.mlp = MogeSparseMoeBlock(config)
+        self.input_layernorm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MogePreTrainedModel(PreTrainedModel):
+    """What every model of the family tells Transformers about itself."""
+
+    config: MogeConfig
+    config_class = MogeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MogeDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(MogeRouter, index=0),
+        "router_weights": OutputRecorder(MogeRouter, index=1),
+        "router_ids": OutputRecorder(MogeRouter, index=2),
+        "hidden_states": MogeDecoderLayer,
+        "attentions": MogeAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MogeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MogeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.router_scale is not None:
+                init.ones_(module.router_scale)
+            module.reset_buffers()
+
+
+class MogeModel(MogePreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [MogeDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MogeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MogeModelOutput:
+        """Token ids [B, L] (or embeddings [B, L, D]) to the last hidden states [B, L, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            position_ids = (positions + seen).unsqueeze(0)
+        sliding = self.config.sliding_window is not None
+        causal_mask = (create_sliding_window_causal_mask if sliding else create_causal_mask)(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return MogeModelOutput(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    base_model_class: type[MogeModel] = MogeModel
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__(config)
+        self.model = self.base_model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MogeCausalLMOutput:
+        """Token ids [B, L] to logits [B, L, V]; with `labels` [B, L] also the loss.
+
+        The loss gains `router_aux_loss_coef` times the balance loss when `output_router_logits`
+        is on, and `router_z_loss_coef` times the z-loss when that coefficient is positive.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        wants_z_loss = labels is not None and self.config.router_z_loss_coef > 0
+        if output_router_logits or wants_z_loss:
+            kwargs["output_router_ids"] = True
+        outputs: MogeModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits or wants_z_loss,
+            **kwargs,
+        )
+        assert outputs.last_hidden_state is not None
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if output_router_logits:
+            aux_loss = self._balance_loss(outputs, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        if loss is not None and wants_z_loss:
+            z = z_loss(outputs.router_logits or (), attention_mask)
+            loss = loss + self.config.router_z_loss_coef * z.to(loss.device)
+        return MogeCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            router_weights=outputs.router_weights,
+            router_ids=outputs.router_ids,
+        )
+
+    def _balance_loss(self, outputs: MogeModelOutput, attention_mask: Tensor | None) -> Tensor:
+        return balance_loss(
+            outputs.router_logits or (),
+            outputs.router_ids or (),
+            num_experts=self.config.num_experts,
+            score=self.config.router_score,
+            attention_mask=attention_mask,
+        )
+
+
+class MogeForSequenceClassification(GenericForSequenceClassification, MogePreTrainedModel):
+    """The decoder with a head over the last position, as reward models need it."""
+
+
+class MogeForTokenClassification(GenericForTokenClassification, MogePreTrainedModel):
+    """The decoder with a head over every position."""
+
+
+class PanguProMoEModel(MogeModel):
+    """Pangu Pro MoE without a head."""
+
+    config: PanguProMoEConfig
+    config_class = PanguProMoEConfig
+
+
+class PanguProMoEForCausalLM(MogeForCausalLM):
+    """Pangu Pro MoE; reads and writes the released tensor names, see `models.conversion`."""
+
+    config: PanguProMoEConfig
+    config_class = PanguProMoEConfig
+    base_model_class = PanguProMoEModel
+
+
+__all__ = [
+    "MogeForCausalLM",
+    "MogeForSequenceClassification",
+    "MogeForTokenClassification",
+    "MogeModel",
+    "MogePreTrainedModel",
+    "PanguProMoEForCausalLM",
+    "PanguProMoEModel",
+]
