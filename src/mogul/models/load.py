@@ -7,6 +7,7 @@ read, against the model built on the meta device with its conversions reversed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mogul.core.errors import ArtifactError, ConfigError, MogulError, nearest
 from mogul.core.files import read_json
 from mogul.core.log import say
-from mogul.models.checkpoint_files import StoredTensor, names, read_tensors
 from mogul.models.conversion import PANGU_SKIPPED
 from mogul.models.moge.chat_template import PANGU_CHAT_TEMPLATE
 from mogul.models.moge.configuration_moge import MogeConfig
+from mogul.spec.checkpoint import TensorEntry, read_checkpoint
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 FOREIGN_QUANTISATION = "quant_model_description.json"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 def find_folder(path: str | Path) -> Path:
@@ -104,7 +106,7 @@ def load_model(
             fix="use the unquantised checkpoint",
         )
     config = load_config(folder)
-    stored = read_tensors(folder)
+    stored = _stored(folder)
     skeleton = _skeleton(config)
     skipped = _check_names(folder, skeleton, stored)
     model = _load(folder, config, skipped, dtype=_dtype(dtype), experts=_experts(skeleton, experts))
@@ -132,6 +134,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _stored(folder: Path) -> Mapping[str, TensorEntry]:
+    if (checkpoint := read_checkpoint(folder)) is not None:
+        return checkpoint.tensors
+    if any(file for pattern in PICKLED for file in folder.glob(pattern)):
+        raise ArtifactError(
+            f"{folder} holds pickled weights only; reading them would run code from the file",
+            fix="convert them to safetensors first",
+        )
+    raise ArtifactError(f"{folder} holds no safetensors weights", fix="check the path")
+
+
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
@@ -144,7 +157,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _check_names(
-    folder: Path, skeleton: PreTrainedModel, stored: dict[str, StoredTensor]
+    folder: Path, skeleton: PreTrainedModel, stored: Mapping[str, TensorEntry]
 ) -> set[str]:
     """Compare names and shapes; return the names to leave out, or raise naming the rest.
 
@@ -240,12 +253,18 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return known[dtype]
 
 
-def _tell_casts(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> None:
+def _tell_casts(model: PreTrainedModel, stored: Mapping[str, TensorEntry]) -> None:
     """Say which stored dtypes the model does not hold: a saved copy would differ there."""
     held = {_short(tensor.dtype) for tensor in model.state_dict().values()}
     for dtype in sorted({tensor.dtype for tensor in stored.values()} - held):
         cast = sorted(name for name, tensor in stored.items() if tensor.dtype == dtype)
         say(f"stored as {dtype}, held as {model.dtype}: {names(cast)}")
+
+
+def names(tensors: list[str], limit: int = 6) -> str:
+    """The first few names, and how many more."""
+    more = f" and {len(tensors) - limit} more" if len(tensors) > limit else ""
+    return ", ".join(tensors[:limit]) + more
 
 
 def _short(dtype: Any) -> str:

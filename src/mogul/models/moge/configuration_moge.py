@@ -26,8 +26,8 @@ CHOICES = {
 
 # Keys that are no fields but that Transformers writes, reads or pops itself.
 TRANSFORMERS_KEYS = {
-    "_name_or_path", "_commit_hash", "_attn_implementation_internal", "_experts_implementation_internal",
-    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path",
+    "_name_or_path", "_commit_hash", "_attn_implementation_internal",
+    "_experts_implementation_internal", "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path",
     "num_labels", "num_local_experts", "output_attentions", "output_router_ids",
     "output_router_weights", "partial_rotary_factor", "per_layer_config", "quantization_config",
     "rope_scaling", "rope_theta", "torch_dtype", "transformers_version", "use_return_dict",
@@ -145,8 +145,8 @@ class MogeConfig(PreTrainedConfig):
             )
         if self.router_gradient == "straight_through" and self.router_weighting == "probability":
             raise ConfigError(
-                "router_gradient='straight_through' has no effect on router_weighting='probability', "
-                "which divides by nothing",
+                "router_gradient='straight_through' has no effect on "
+                "router_weighting='probability', which divides by nothing",
                 fix="use router_gradient='exact'",
             )
 
@@ -209,6 +209,14 @@ class PanguProMoEConfig(MogeConfig):
     """Absent in released files: as many groups as picks a token."""
     shared_expert_intermediate_size: int = 5376
     router_scale: bool = True
+
+    def _check_unknown_keys(self, unknown: dict[str, Any]) -> None:
+        if "param_sink_number" in unknown or "V2" in "".join(self.architectures or ()):
+            raise ConfigError(
+                'this config of type "PanguProMoE" is that of openPangu-R-72B, another model',
+                fix="read it with mogul.models.convert_config.moge_config",
+            )
+        super()._check_unknown_keys(unknown)
 
     def _fill(self) -> None:
         super()._fill()
