@@ -23,8 +23,8 @@ class Options:
     one shard, and a token picks one of them with weight 1. Llama, Mistral, Qwen2 and Qwen3.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Folder of the dense checkpoint: config.json and safetensors."""
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of the dense checkpoint (config.json and safetensors), or a hub id."""
     experts: int
     """Experts in every layer."""
     groups: int

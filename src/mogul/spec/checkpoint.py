@@ -34,6 +34,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     num_bytes: int
     file: str
+    first_byte: int
+    """Where the data starts, counted from the start of the file."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} has a damaged header: {error}", fix=_INTERRUPTED) from error
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", fix="check the path") from error
-    entries = _entries(header, path)
+        raise ArtifactError(
+            f"cannot read {path}: {error.strerror}", fix="check the path"
+        ) from error
+    entries = _entries(header, path, data_start=8 + length)
     ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
     needed_bytes = 8 + length + max(ends, default=0)
     if file_bytes != needed_bytes:
@@ -88,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _entries(header: Any, path: Path) -> dict[str, TensorEntry]:
+def _entries(header: Any, path: Path, *, data_start: int) -> dict[str, TensorEntry]:
     try:
         return {
             name: TensorEntry(
@@ -97,6 +101,7 @@ def _entries(header: Any, path: Path) -> dict[str, TensorEntry]:
                 shape=tuple(info["shape"]),
                 num_bytes=info["data_offsets"][1] - info["data_offsets"][0],
                 file=path.name,
+                first_byte=data_start + info["data_offsets"][0],
             )
             for name, info in header.items()
             if name != "__metadata__"

@@ -13,27 +13,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.core.files import atomic_folder, check_space, read_json
+from mogul.core.files import atomic_folder, check_space
 from mogul.core.log import ProgressBar, progress, say
 from mogul.core.units import GB, show_bytes
+from mogul.models.load import find_folder, load_config
 from mogul.models.upcycle.algebra import Part, expert_matrix, ffn_part, router_name, router_weight
 from mogul.models.upcycle.card import COPIED_FILES, WEIGHT_FILES, UpcycleReport, model_card
 from mogul.models.upcycle.plan import DENSE_MODELS, UpcyclePlan, check_dense, moge_config
 from mogul.models.upcycle.tensor_file import (
-    INDEX_NAME,
-    TensorEntry,
-    TensorPlace,
-    find_tensors,
+    INDEX,
+    NewTensor,
+    StoredTensor,
     header_of,
     split_in_files,
+    stored_tensors,
     write_tensor,
 )
 
@@ -44,7 +44,7 @@ MAX_FILE_BYTES = 2 * GB
 class _Job:
     """One output tensor and what it is made from."""
 
-    entry: TensorEntry
+    entry: NewTensor
     source: str
     """Dense tensor it is cut from or copied from."""
     layer: int = 0
@@ -71,7 +71,7 @@ def upcycle_checkpoint(
     chat template, generation config and licence are copied along.
 
     Args:
-        source: folder with config.json and safetensors.
+        source: folder with config.json and safetensors, or a hub id.
         out: new folder; an existing one is refused unless `force`.
         num_experts: experts in every layer (E).
         num_groups: groups (M).
@@ -85,7 +85,7 @@ def upcycle_checkpoint(
         ConfigError: the model or the numbers do not fit.
         ArtifactError: the source is damaged or incomplete, or the disk is full; nothing is kept.
     """
-    source, out = Path(source), Path(out)
+    source, out = find_folder(source), Path(out)
     plan = UpcyclePlan(
         num_experts=num_experts, num_groups=num_groups, top_k=top_k, seed=seed, noise=noise
     )
@@ -129,22 +129,15 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 
 
 def _dense_config(source: Path) -> PreTrainedConfig:
-    if not source.is_dir():
-        raise ArtifactError(f"{source} is no folder", fix="give a checkpoint folder")
-    raw = read_json(source / "config.json")
-    if not isinstance(raw, dict):
-        raise ArtifactError(f"{source / 'config.json'} holds no mapping", fix="fetch it again")
-    kind = str(raw.get("model_type"))
-    class_name = (raw.get("architectures") or [DENSE_MODELS.get(kind, kind)])[0]
-    check_dense(SimpleNamespace(**{**raw, "model_type": kind}), class_name)
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    check_dense(config, class_name)
+    config = load_config(source)
+    kind = config.model_type
+    check_dense(config, (config.architectures or [DENSE_MODELS.get(kind, kind)])[0])
     return config
 
 
-def _checked_tensors(source: Path, config: PreTrainedConfig) -> dict[str, TensorPlace]:
+def _checked_tensors(source: Path, config: PreTrainedConfig) -> dict[str, StoredTensor]:
     """Find exactly the tensors the dense model has, in its order; ArtifactError otherwise."""
-    places = find_tensors(source)
+    places = stored_tensors(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     want = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -173,7 +166,7 @@ def _checked_tensors(source: Path, config: PreTrainedConfig) -> dict[str, Tensor
     return {name: places[name] for name in want}
 
 
-def _check_tied(places: dict[str, TensorPlace]) -> None:
+def _check_tied(places: dict[str, StoredTensor]) -> None:
     pair = places["lm_head.weight"], places["model.embed_tokens.weight"]
     if pair[0].num_bytes != pair[1].num_bytes or any(
         mine != other for mine, other in zip(*(place.chunks() for place in pair), strict=True)
@@ -184,22 +177,22 @@ def _check_tied(places: dict[str, TensorPlace]) -> None:
         )
 
 
-def _jobs(places: dict[str, TensorPlace], plan: UpcyclePlan) -> Iterator[_Job]:
+def _jobs(places: dict[str, StoredTensor], plan: UpcyclePlan) -> Iterator[_Job]:
     """List the output tensors; those of one dense matrix follow each other."""
     for name, place in places.items():
         found = ffn_part(name)
         if found is None:
-            yield _Job(TensorEntry(name, place.shape, place.dtype), name)
+            yield _Job(NewTensor(name, place.shape, place.dtype), name)
             continue
         layer, part = found
         if part is Part.GATE:
             shape = (plan.num_experts, place.shape[1])
-            entry = TensorEntry(router_name(layer), shape, place.dtype)
+            entry = NewTensor(router_name(layer), shape, place.dtype)
             yield _Job(entry, name, layer, Part.ROUTER)
         shape = _expert_shape(place.shape, part, plan)
         for expert in range(plan.num_experts):
             expert_name = name.replace(".mlp.", f".mlp.experts.{expert}.")
-            yield _Job(TensorEntry(expert_name, shape, place.dtype), name, layer, part, expert)
+            yield _Job(NewTensor(expert_name, shape, place.dtype), name, layer, part, expert)
 
 
 def _expert_shape(shape: tuple[int, ...], part: Part, plan: UpcyclePlan) -> tuple[int, int]:
@@ -240,7 +233,7 @@ def _copy_files(source: Path, work: Path) -> None:
 
 def _write_weights(
     work: Path,
-    places: dict[str, TensorPlace],
+    places: dict[str, StoredTensor],
     jobs: list[_Job],
     config: Any,
     plan: UpcyclePlan,
@@ -265,17 +258,17 @@ def _write_weights(
             },
             "weight_map": {entry.name: name for name, part in files.items() for entry in part},
         }
-        (work / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _advance(bar: ProgressBar, entry: TensorEntry) -> None:
+def _advance(bar: ProgressBar, entry: NewTensor) -> None:
     bar.advance(entry.num_bytes, note=entry.name.removeprefix("model."))
 
 
 class _Maker:
     """Writes output tensors and holds the one dense matrix they are cut from."""
 
-    def __init__(self, places: dict[str, TensorPlace], plan: UpcyclePlan, router_std: float):
+    def __init__(self, places: dict[str, StoredTensor], plan: UpcyclePlan, router_std: float):
         self.places = places
         self.plan = plan
         self.router_std = router_std

@@ -6,18 +6,15 @@ Refusals live here and come before any tensor is read. Only the sizes of the den
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
+from transformers import PreTrainedConfig
 
 from mogul.core.errors import ConfigError
+from mogul.models.moge.configuration_moge import MogeConfig
 from mogul.spec.base import Spec
 from mogul.spec.grouping import Grouping, divisors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from mogul.models.moge.configuration_moge import MogeConfig
 
 DENSE_MODELS = {
     "llama": "LlamaForCausalLM",
@@ -162,8 +159,6 @@ def _sliding_window(config: Any) -> int | None:
 
 def moge_config(config: PreTrainedConfig, plan: UpcyclePlan) -> MogeConfig:
     """Write down the config of the upcycled model."""
-    from mogul.models.moge.configuration_moge import MogeConfig
-
     width = plan.expert_width(config.intermediate_size)
     if plan.noise and not plan.redrawn_width(width):
         raise ConfigError(
