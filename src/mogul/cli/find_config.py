@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,21 +59,38 @@ def _read(path: Path) -> dict[str, Any]:
 def _from_hub(hub_id: str) -> FoundConfig:
     """Take `config.json` from the hub's local cache, else download that one small file."""
     try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import try_to_load_from_cache
     except ImportError as error:
         raise ArtifactError(
             f"{hub_id!r} is not on this disk, and huggingface_hub is not installed",
             fix="pip install huggingface_hub, or give a folder or a preset",
         ) from error
+    source = f"hub: {hub_id}"
     try:
         cached = try_to_load_from_cache(hub_id, "config.json")
-        if not isinstance(cached, str):
-            say(f"fetching config.json of {hub_id} from the hub")
-            cached = hf_hub_download(hub_id, "config.json", etag_timeout=_HUB_TIMEOUT_S)
-    except Exception as error:  # the hub's client raises many kinds, all of them mean no config
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(cached, str):
+            return FoundConfig(hub_id, _read(Path(cached)), source)
+        return FoundConfig(hub_id, _download(hub_id), source)
+    except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{hub_id!r} is not on this disk, and the hub did not give its config: {reason}",
+            f"{hub_id!r} is not on this disk, and the hub did not give its config: {error}",
             fix="check the name and the network, or give a folder or a preset",
         ) from error
-    return FoundConfig(hub_id, _read(Path(cached)), f"hub: {hub_id}")
+
+
+def _download(hub_id: str) -> dict[str, Any]:
+    """Fetch one config by one plain request: quick to fail where there is no network."""
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    say(f"fetching config.json of {hub_id} from the hub")
+    request = Request(hf_hub_url(hub_id, "config.json"), headers=build_hf_headers())
+    with urlopen(request, timeout=_HUB_TIMEOUT_S) as answer:
+        config = json.loads(answer.read())
+    if not isinstance(config, dict):
+        raise ValueError("its config.json is no JSON object")
+    return config

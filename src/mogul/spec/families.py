@@ -122,11 +122,11 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("dtype", "torch_dtype"),
 }
 
-_ATTENTION_BIAS = {
+_ATTENTION_BIAS: dict[str, Any] = {
     "qkv_bias": Key("attention_bias", False),
     "output_bias": Key("attention_bias", False),
 }
-_QWEN3 = {**_ATTENTION_BIAS, "qk_norm": "head", "kv_heads_default_to_heads": False}
+_QWEN3: dict[str, Any] = {**_ATTENTION_BIAS, "qk_norm": "head", "kv_heads_default_to_heads": False}
 _MIXTRAL_TENSORS = TensorNames(
     expert=r"layers\.(?P<layer>\d+)\.block_sparse_moe\.experts\.(?P<expert>\d+)\.",
     router=r"layers\.(?P<layer>\d+)\.block_sparse_moe\.(gate|e_score_correction_bias)(\.|$)",
@@ -278,9 +278,7 @@ _MOE = (
         weighting="renormalised",
         router_has_bias=True,
         expert_bias=True,
-        tensors=TensorNames(
-            expert=_FUSED_EXPERT, router=r"layers\.(?P<layer>\d+)\.mlp\.router\."
-        ),
+        tensors=TensorNames(expert=_FUSED_EXPERT, router=r"layers\.(?P<layer>\d+)\.mlp\.router\."),
         layout=ExpertsLayout(is_transposed=True, is_concatenated=False, has_bias=True),
     ),
 )
@@ -311,7 +309,6 @@ _GROUPED = (
         name="moge",
         model_types=("moge",),
         is_moe=True,
-        kv_heads_default_to_heads=False,
         qkv_bias=Key("attention_bias", False),
         output_bias=Key("attention_output_bias", False),
         qk_norm=Key("use_qk_norm", False),
@@ -323,9 +320,7 @@ _GROUPED = (
     ),
 )
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (*_GROUPED, *_MOE, *_DENSE)
-}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (*_GROUPED, *_MOE, *_DENSE)}
 
 _BY_MODEL_TYPE = {kind: family for family in FAMILIES.values() for kind in family.model_types}
 

@@ -24,7 +24,7 @@ _LONG_NAMES = {
 
 
 def short_dtype(name: str) -> str:
-    """"bfloat16" or "torch.bfloat16" -> "bf16"; other names stay."""
+    """Shorten a dtype's name: torch.bfloat16 and bfloat16 become bf16; others stay."""
     bare = name.removeprefix("torch.")
     return _LONG_NAMES.get(bare, bare)
 
@@ -46,13 +46,13 @@ def breakdown(spec: ModelSpec) -> dict[str, int]:
         "input embedding": table,
         "attention": spec.num_layers * attention_params(spec.attention, hidden),
         "dense feed-forward": dense_layers * ffn_params(hidden, spec.dense_width, spec.dense_bias),
-        "norms": (spec.num_layers * spec.norms_per_layer + 1) * hidden,
-        "output head": 0 if spec.tie_embeddings else table,
     }
     if spec.moe:
         parts["routed experts"] = moe_layers * routed_params(spec)
         parts["shared experts"] = moe_layers * shared_params(spec.moe, hidden)
         parts["routers"] = moe_layers * router_params(spec.moe, hidden)
+    parts["norms"] = (spec.num_layers * spec.norms_per_layer + 1) * hidden
+    parts["output head"] = 0 if spec.tie_embeddings else table
     return {name: count for name, count in parts.items() if count}
 
 

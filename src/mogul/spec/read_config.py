@@ -101,7 +101,9 @@ def _moe_layers(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
     step = reader.get("decoder_sparse_step", 1)
     dense = set(reader.get("mlp_only_layers", ()))
     return tuple(
-        layer for layer in range(first, num_layers) if layer not in dense and (layer + 1) % step == 0
+        layer
+        for layer in range(first, num_layers)
+        if layer not in dense and (layer + 1) % step == 0
     )
 
 

@@ -1,0 +1,78 @@
+"""`mogul generate`: continue one prompt, streaming to standard output."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from mogul.cli.generation import Dtype, Interrupted, Sampling, open_speaker
+from mogul.core.log import say
+
+EXAMPLES = """
+examples:
+  mogul generate ./moge --prompt "The capital of France is"
+  mogul generate ./moge --prompt "Why is the sky blue?" --chat
+  mogul generate ./moge --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
+  echo "A long text" | mogul generate ./moge --prompt -  > out.txt
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continue a prompt. The text goes to standard output, everything else to standard error."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Checkpoint folder, or hub id."""
+
+    prompt: str
+    """Text to continue, as it stands; - reads it from standard input."""
+
+    chat: bool = False
+    """Wrap the prompt in the tokenizer's chat template, as one user message."""
+
+    max_new_tokens: int = 128
+    """Tokens to say at most."""
+
+    temperature: float | None = None
+    """0 is greedy, 1 as trained. Default: the checkpoint's generation config."""
+
+    top_p: float | None = None
+    """Sample from the fewest tokens whose probabilities sum to this."""
+
+    top_k: int | None = None
+    """Sample from this many likeliest tokens; 0 is all."""
+
+    seed: int = 0
+    """Seed of the sampling."""
+
+    dtype: Dtype = "auto"
+    """Compute in this dtype; auto takes the checkpoint's."""
+
+    device: str = "auto"
+    """Device to run on, for example cpu; auto takes an accelerator where there is one."""
+
+    experts: str = "mogul"
+    """Implementation of the experts: mogul, or one of Transformers' (eager, grouped_mm...)."""
+
+
+def run(options: Options) -> int:
+    """Stream the continuation; 130 when interrupted."""
+    o = options
+    sampling = Sampling(o.max_new_tokens, o.temperature, o.top_p, o.top_k, o.seed)
+    text = sys.stdin.read().rstrip("\n") if o.prompt == "-" else o.prompt
+    speaker = open_speaker(o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts)
+    if o.chat:
+        from mogul.cli.chat import template_inputs
+
+        inputs = template_inputs(speaker.tokenizer, [{"role": "user", "content": text}])
+    else:
+        inputs = speaker.tokenizer(text, return_tensors="pt")
+    try:
+        speaker.speak(inputs)
+    except Interrupted:
+        say("interrupted")
+        return 130
+    return 0
