@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from shutil import get_terminal_size
 from typing import Any, Literal, TextIO
 
 TableFormat = Literal["table", "json", "csv"]
+PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,25 @@ class Table:
     def _print(self, out: TextIO) -> None:
         from rich import box
         from rich.console import Console
+        from rich.padding import Padding
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        width = None if out.isatty() else 120
-        console = Console(file=out, width=width, highlight=False)
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        buffer = io.StringIO()
+        width = get_terminal_size().columns if out.isatty() else PLAIN_WIDTH
+        console = Console(file=buffer, width=width, highlight=False, force_terminal=out.isatty())
+        table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for index, column in enumerate(self.columns):
-            numeric = all(_is_numeric(row[index]) for row in self.rows)
-            table.add_column(Text(column), justify="right" if numeric and self.rows else "left")
+            numeric = bool(self.rows) and all(_is_numeric(row[index]) for row in self.rows)
+            table.add_column(Text(column), justify="right" if numeric else "left")
         for row in self.rows:
             table.add_row(*(Text(_cell(value)) for value in row))
+        console.print(Text(self.title, style="bold"))
         console.print(table)
         for note in self.notes:
-            console.print(Text(f"  {note}"))
+            console.print(Padding(Text(f"* {note}", style="dim"), (0, 0, 0, 2)))
+        lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+        out.write("\n".join(lines) + "\n\n")
 
 
 def _cell(value: Any) -> str:
