@@ -27,8 +27,8 @@ class Options:
     format: Literal["table", "json", "csv"] = "table"
     """How to print: a table for people; json and csv in base units (bytes, counts)."""
 
-    devices: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Device counts to judge; counts that do not divide the experts are left out."""
+    devices: tuple[int, ...] = ()
+    """Device counts to judge. Default: the balanced ones and powers of two up to 64 that fit."""
 
 
 def run(options: Options) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mogul.cli.find_config import FoundConfig
+from mogul.core.errors import ConfigError
 from mogul.spec import presets
 from mogul.spec.balance import monte_carlo_imbalance
 from mogul.spec.checkpoint import Checkpoint, read_checkpoint
@@ -14,6 +15,7 @@ from mogul.spec.model import ModelSpec
 
 DTYPES = ("fp32", "bf16", "fp8", "int4")
 BATCH_TOKENS = 64
+POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64)
 
 
 def collect(found: FoundConfig, devices: tuple[int, ...]) -> tuple[ModelSpec, dict[str, Any]]:
@@ -63,26 +65,28 @@ def describe(spec: ModelSpec, found: FoundConfig) -> dict[str, Any]:
 def judge_devices(grouping: Grouping, devices: tuple[int, ...]) -> list[dict[str, Any]]:
     """Say for each count whether equal rows are certain, and how unequal chance leaves them."""
     legal = grouping.legal_devices()
-    counts = {count for count in (*devices, *legal) if not grouping.num_experts % count}
-    # about a million random scores: enough for two digits, 0.1 s
-    draws = max(20, min(300, 1_000_000 // (BATCH_TOKENS * grouping.num_experts)))
-    judged = []
-    for count in sorted(counts):
-        is_balanced, score = count in legal, 0.0
-        if not is_balanced:
-            scores = monte_carlo_imbalance(
-                grouping, num_tokens=BATCH_TOKENS, num_devices=count, draws=draws
-            )
-            score = float(scores.mean())
-        judged.append(
-            {
-                "devices": count,
-                "balanced_by_construction": is_balanced,
-                "experts_per_device": grouping.num_experts // count,
-                "imbalance_score_uniform_64_tokens": round(score, 3),
-            }
+    fitting = (count for count in POWERS_OF_TWO if not grouping.num_experts % count)
+    return [_judge(grouping, count) for count in sorted({*(devices or (*legal, *fitting))})]
+
+
+def _judge(grouping: Grouping, count: int) -> dict[str, Any]:
+    if count < 1:
+        raise ConfigError(f"--devices {count} is no number of devices", fix="use 1 or more")
+    is_balanced, fits = count in grouping.legal_devices(), grouping.num_experts % count == 0
+    score = 0.0 if is_balanced else None
+    if fits and not is_balanced:
+        # about a million random numbers: two digits, in 0.1 s
+        draws = max(20, min(300, 1_000_000 // (BATCH_TOKENS * grouping.num_experts)))
+        scores = monte_carlo_imbalance(
+            grouping, num_tokens=BATCH_TOKENS, num_devices=count, draws=draws
         )
-    return judged
+        score = round(float(scores.mean()), 3)
+    return {
+        "devices": count,
+        "balanced_by_construction": is_balanced,
+        "experts_per_device": grouping.num_experts // count if fits else None,
+        "imbalance_score_uniform_64_tokens": score,
+    }
 
 
 def _on_disk(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:

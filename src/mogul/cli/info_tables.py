@@ -92,7 +92,7 @@ def _devices(facts: dict[str, Any]) -> Table:
     rows = [
         (
             row["devices"],
-            "yes, by construction" if row["balanced_by_construction"] else "no, the router decides",
+            _equal_rows(row),
             row["experts_per_device"],
             row["imbalance_score_uniform_64_tokens"],
         )
@@ -104,6 +104,12 @@ def _devices(facts: dict[str, Any]) -> Table:
         "equal rows are equal time where arithmetic decides, not in small decode batches",
     ]
     return Table("Expert parallelism", ("devices", "equal rows", "experts each", "IS"), rows, notes)
+
+
+def _equal_rows(row: dict[str, Any]) -> str:
+    if row["balanced_by_construction"]:
+        return "yes, by construction"
+    return "no, the router decides" if row["experts_per_device"] else "no, experts do not divide"
 
 
 def _files(on_disk: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ Every file holds `config` (a `config.json`), `source` (where its values were rea
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -24,7 +25,7 @@ def names() -> list[str]:
 
 def config(name: str) -> dict[str, Any]:
     """Return a preset's `config.json`; ConfigError names the nearest preset."""
-    return dict(_read(name)["config"])
+    return copy.deepcopy(_read(name)["config"])
 
 
 def source(name: str) -> str:
