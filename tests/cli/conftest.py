@@ -67,3 +67,10 @@ def write_checkpoint(folder: Path, *, template: str | None = TEMPLATE, **changes
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def base_checkpoint(tmp_path_factory) -> Path:
+    """A model without a chat template and with a short context."""
+    folder = tmp_path_factory.mktemp("base")
+    return write_checkpoint(folder, template=None, max_position_embeddings=64)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mogul.cli.generation import Dtype, Interrupted, Sampling, Speaker, open_speaker
-from mogul.core.errors import ArtifactError, ConfigError, nearest
+from mogul.cli.generation import Dtype, Interrupted, Message, Sampling, Speaker, open_speaker
+from mogul.core.errors import ConfigError, nearest
 from mogul.core.log import say
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, str]
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -74,9 +68,11 @@ def run(options: Options) -> int:
     """Talk until the person leaves."""
     o = options
     sampling = Sampling(o.max_new_tokens, o.temperature, o.top_p, o.top_k, o.seed)
-    speaker = open_speaker(o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts)
+    speaker = open_speaker(
+        o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts, needs_template=True
+    )
     start: list[Message] = [{"role": "system", "content": o.system}] if o.system else []
-    template_inputs(speaker.tokenizer, [*start, {"role": "user", "content": "?"}])
+    speaker.template_inputs([*start, {"role": "user", "content": "?"}])  # refused now, or never
     say("say something; /help shows the commands")
     converse(speaker, start)
     return 0
@@ -120,7 +116,7 @@ def _answer(speaker: Speaker, messages: list[Message], line: str) -> None:
     """Answer one line and keep both in `messages`; too long a conversation is only told."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
-        text = speaker.speak(template_inputs(speaker.tokenizer, asked))
+        text = speaker.speak(speaker.template_inputs(asked))
     except Interrupted as stopped:
         say("(answer stopped)")
         text = stopped.text
@@ -128,25 +124,3 @@ def _answer(speaker: Speaker, messages: list[Message], line: str) -> None:
         say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return
     messages[:] = [*asked, {"role": "assistant", "content": text}]
-
-
-def template_inputs(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> Mapping[str, Any]:
-    """Tokenise a conversation up to where the answer begins; ArtifactError without a template."""
-    if not tokenizer.chat_template:
-        raise ArtifactError(
-            "the tokenizer has no chat template: this is a base model",
-            fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
-        )
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )  # pyright: ignore[reportReturnType]
-    except TemplateError as error:
-        raise ArtifactError(
-            f"the chat template refuses this conversation: {error}",
-            fix="leave out --system, which some templates do not know",
-        ) from error

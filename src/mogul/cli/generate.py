@@ -63,15 +63,12 @@ def run(options: Options) -> int:
     o = options
     sampling = Sampling(o.max_new_tokens, o.temperature, o.top_p, o.top_k, o.seed)
     text = sys.stdin.read().rstrip("\n") if o.prompt == "-" else o.prompt
-    speaker = open_speaker(o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts)
-    if o.chat:
-        from mogul.cli.chat import template_inputs
-
-        inputs = template_inputs(speaker.tokenizer, [{"role": "user", "content": text}])
-    else:
-        inputs = speaker.tokenizer(text, return_tensors="pt")
+    speaker = open_speaker(
+        o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts, needs_template=o.chat
+    )
+    message = {"role": "user", "content": text}
     try:
-        speaker.speak(inputs)
+        speaker.speak(speaker.template_inputs([message]) if o.chat else speaker.plain_inputs(text))
     except Interrupted:
         say("interrupted")
         return 130

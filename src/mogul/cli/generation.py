@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.log import say
 from mogul.core.units import show_count, show_s
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+Message = dict[str, str]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 _TORCH_NAMES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -80,6 +81,25 @@ class Speaker:
         say(f"[{new_tokens} tokens in {show_s(seconds, 1)}, {new_tokens / seconds:.1f} tokens/s]")
         return streamer.text
 
+    def plain_inputs(self, text: str) -> Mapping[str, Any]:
+        """Tokenise a text as it stands."""
+        return self.tokenizer(text, return_tensors="pt")
+
+    def template_inputs(self, messages: list[Message]) -> Mapping[str, Any]:
+        """Tokenise a conversation up to where the answer begins."""
+        from jinja2 import TemplateError
+
+        tokenizer: Any = self.tokenizer
+        try:
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise ArtifactError(
+                f"the chat template refuses this conversation: {error}",
+                fix="leave out --system, which some templates do not know",
+            ) from error
+
     def _check_length(self, prompt_tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         wanted = prompt_tokens + (self.config.max_new_tokens or 0)
@@ -102,9 +122,19 @@ class Interrupted(Exception):
 
 
 def open_speaker(
-    model: str, sampling: Sampling, *, dtype: Dtype, device: str, experts: str
+    model: str,
+    sampling: Sampling,
+    *,
+    dtype: Dtype,
+    device: str,
+    experts: str,
+    needs_template: bool,
 ) -> Speaker:
-    """Load a checkpoint folder for speaking, telling on standard error what was loaded."""
+    """Load a checkpoint for speaking, telling on standard error what was loaded.
+
+    Raises:
+        ArtifactError: the checkpoint is damaged, or has no chat template where one is needed.
+    """
     start_s = time.perf_counter()
     say(f"loading {model}")
     import torch
@@ -112,6 +142,11 @@ def open_speaker(
     from mogul.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    if needs_template and not tokenizer.chat_template:
+        raise ArtifactError(
+            f"the tokenizer of {model} has no chat template: this is a base model",
+            fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
+        )
     loaded = load_model(model, dtype=_TORCH_NAMES[dtype], experts=experts, device=_device(device))
     loaded.eval()
     torch.manual_seed(sampling.seed)

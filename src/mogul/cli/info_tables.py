@@ -30,6 +30,7 @@ def _summary(spec: ModelSpec, facts: dict[str, Any]) -> Table:
     ]
     without = facts["active_params_without_input_embedding"]
     rows.append(("  without input embedding", show_count(without), f"{without:,}"))
+    rows.append(("stored dtype", spec.dtype, ""))
     rows.append(("layers", spec.num_layers, f"{len(spec.moe_layers)} with experts"))
     rows.append(("attention", spec.attention.kind.upper(), _attention_words(spec)))
     if spec.moe:
