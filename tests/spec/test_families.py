@@ -222,6 +222,14 @@ def test_routers_differ_by_family():
     assert not model_spec(presets.config("deepseek-v3")).is_grouped
 
 
+def test_grouped_routing_replaces_group_limited_routing():
+    grouped = model_spec({**presets.config("deepseek-v3"), "router_n_groups": 8})
+    assert grouped.moe.router.limit_groups is None
+    assert grouped.grouping.num_groups == 8
+    greedy = model_spec({**presets.config("deepseek-v3"), "topk_method": "greedy"})
+    assert greedy.moe.router.limit_groups is None
+
+
 def test_an_unknown_family_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown model_type 'qwen3_mo'") as caught:
         model_spec({"model_type": "qwen3_mo"})

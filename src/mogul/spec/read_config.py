@@ -213,8 +213,9 @@ def _router(reader: ConfigReader) -> RouterShape:
         "has_expert_scale": bool(reader.fact(family.has_expert_scale)),
         "num_null_experts": reader.get("num_null_experts", 0),
     }
-    is_greedy = reader.get("topk_method") == "greedy"
-    if family.limits_groups and not is_greedy and reader.get("n_group", 1) > 1:
+    # a plain greedy top-k ignores n_group, and so does grouped routing, which replaces it
+    ignored = reader.get("topk_method") == "greedy" or reader.get("router_n_groups", 1) > 1
+    if family.limits_groups and not ignored and reader.get("n_group", 1) > 1:
         router["limit_num_groups"] = reader.get("n_group")
         router["limit_groups"] = reader.get("topk_group")
     return RouterShape.parse(router, where="config.json: router")
