@@ -131,6 +131,12 @@ def test_an_unexpected_error_is_short_too(verb, capsys):
     assert "mogul info: RuntimeError: odd\nfix: this is unexpected" in capsys.readouterr().err
 
 
+def test_a_missing_library_names_its_extra(verb, capsys):
+    verb(raising(ModuleNotFoundError("No module named 'torch'", name="torch")))
+    assert cli.main(["info", "x"]) == 1
+    assert "fix: pip install 'mogul[models]'\n" in capsys.readouterr().err
+
+
 def test_ctrl_c_exits_130(verb, capsys):
     verb(raising(KeyboardInterrupt()))
     assert cli.main(["info", "x"]) == 130

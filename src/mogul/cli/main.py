@@ -21,6 +21,16 @@ VERBS = {
     "demo": ("mogul.cli.demo", "see on this machine what grouping does, in five minutes"),
 }
 
+# Libraries outside the base installation, and the extra that brings them.
+EXTRA_OF = {
+    "torch": "models",
+    "transformers": "models",
+    "tokenizers": "models",
+    "plotly": "draw",
+    "matplotlib": "draw",
+    "gguf": "demo",
+}
+
 _HELP = """\
 usage: mogul VERB [OPTIONS]
 
@@ -99,11 +109,16 @@ def _guarded(verb: str, args: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        sys.stderr.write(
-            f"mogul {verb}: {type(error).__name__}: {error}\n"
-            f"fix: this is unexpected; run again with --debug and report the traceback\n"
-        )
+        sys.stderr.write(f"mogul {verb}: {type(error).__name__}: {error}\nfix: {_advice(error)}\n")
         return 1
+
+
+def _advice(error: Exception) -> str:
+    """Say how to mend an error nobody foresaw."""
+    library = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and library in EXTRA_OF:
+        return f"pip install 'mogul[{EXTRA_OF[library]}]'"
+    return "this is unexpected; run again with --debug and report the traceback"
 
 
 def _drop_output() -> None:
