@@ -1,0 +1,1 @@
+"""Fast experts on the processor, from torch operators alone."""

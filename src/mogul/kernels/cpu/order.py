@@ -1,0 +1,60 @@
+"""Sort slots by expert, so that every expert's rows are one contiguous block.
+
+Decides where each slot's row stands. Slots without an expert get none: their place is one past the
+last row, where the caller keeps a row of zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Rows [start, stop) belong to `expert`."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+class Order(NamedTuple):
+    """R rows, sorted by expert and inside one by token."""
+
+    slot_R: Tensor
+    """Flat slot t * K + k of each row."""
+    place_TK: Tensor
+    """Row of each slot; R for a slot without one."""
+    blocks: list[Block]
+    """The experts that have rows, ascending."""
+    is_full: bool
+    """Every slot has a row."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.slot_R.shape[0]
+
+    def token_R(self) -> Tensor:  # noqa: N802 - axes
+        """Token of each row."""
+        return self.slot_R.div(self.place_TK.shape[1], rounding_mode="floor")
+
+
+def order_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
+    """Stable order of all slots whose id is in 0..num_experts-1."""
+    id_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
+    # One past each expert's last slot; ids below 0 come first and ids from E on last.
+    edges = torch.searchsorted(id_S, torch.arange(num_experts + 1)).tolist()
+    first, last = edges[0], edges[-1]
+    blocks = [
+        Block(expert, start - first, stop - first)
+        for expert, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        if start < stop
+    ]
+    slot_R = slot_S[first:last]
+    num_rows = last - first
+    place_S = torch.full_like(slot_S, num_rows)
+    place_S[slot_R] = torch.arange(num_rows)
+    return Order(slot_R, place_S.view(ids_TK.shape), blocks, num_rows == slot_S.shape[0])

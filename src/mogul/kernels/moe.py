@@ -1,0 +1,201 @@
+"""The door of the experts layer: checks, precision and the choice of a backend.
+
+Decides what a legal call is and which backend serves it; the backends decide nothing. Checks that
+must read the ids are made only under MOGUL_DEBUG, as they would cost time in every layer.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mogul.core.errors import ConfigError
+from mogul.core.log import log
+from mogul.core.registry import Registry
+from mogul.kernels.cpu.moe import moe_forward_cpu, why_not_cpu
+from mogul.kernels.layout import ExpertLayout
+from mogul.kernels.reference.moe import moe_forward_reference
+
+DEBUG = os.environ.get("MOGUL_DEBUG", "0") not in ("", "0")
+DEFAULT_LAYOUT = ExpertLayout()
+
+
+class MoeForward(Protocol):
+    """What a backend must accept: x, weights and biases of one dtype on one device; int64 ids."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        layout: ExpertLayout,
+    ) -> Tensor: ...
+
+
+class CallFacts(NamedTuple):
+    """What a backend's `why_not(**facts)` is told of a call; None is not known yet."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_experts: int | None = None
+    hidden_size: int | None = None
+    expert_width: int | None = None
+    top_k: int | None = None
+    layout: ExpertLayout = DEFAULT_LAYOUT
+    has_bias: bool = False
+    needs_grad: bool = False
+
+
+MOE_FORWARD: Registry[MoeForward] = Registry("moe_forward")
+MOE_FORWARD.add("cpu", moe_forward_cpu, why_not=why_not_cpu)
+MOE_FORWARD.add("reference", moe_forward_reference)
+
+
+def choose_backend(
+    device: torch.device | str, dtype: torch.dtype, *, backend: str = "auto", **facts: object
+) -> str:
+    """Return the name of the backend that `moe_forward` uses for these facts.
+
+    Args:
+        device: where the tensors are.
+        dtype: of the expert weights.
+        backend: "auto", or a name to insist on.
+        facts: further fields of `CallFacts` (num_experts, layout, needs_grad...).
+
+    Raises:
+        BackendError: the forced backend cannot run, with the reason.
+    """
+    call = CallFacts(torch.device(device), dtype, **facts)  # type: ignore[arg-type]
+    return _resolve(tuple(MOE_FORWARD.names()), backend, call)[0]
+
+
+@lru_cache(maxsize=256)
+def _resolve(_registered: tuple[str, ...], backend: str, facts: CallFacts) -> tuple[str, MoeForward]:
+    told = facts._asdict()
+    if backend != "auto":
+        return backend, MOE_FORWARD.get(backend, **told)
+    name, function = MOE_FORWARD.choose(**told)
+    if name == "reference":
+        reasons = MOE_FORWARD.reasons(**told)
+        others = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
+        log.warning(f"moe_forward runs the slow reference backend on {facts.device} ({others})")
+    return name, function
+
+
+def moe_forward(
+    x: Float[Tensor, "T D"],
+    gate_up: Float[Tensor, "E 2F D"],
+    down: Float[Tensor, "E D F"],
+    ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    *,
+    gate_up_bias: Float[Tensor, "E 2F"] | None = None,
+    down_bias: Float[Tensor, "E D"] | None = None,
+    layout: ExpertLayout = DEFAULT_LAYOUT,
+    backend: str = "auto",
+) -> Float[Tensor, "T D"]:
+    """Run each token through its picked experts and sum their outputs times the weights.
+
+    A slot whose id is negative or >= E has no row: no arithmetic, no gradient, and its weight is
+    ignored. Computes in the dtype of the expert weights (under autocast, in autocast's) and
+    returns x.dtype. "cpu" and "reference" are deterministic. Differentiable in x, gate_up, down,
+    both biases and weights.
+
+    Args:
+        x: tokens.
+        gate_up: first matmul of all experts; other shapes by `layout`.
+        down: second matmul.
+        ids: picked experts, any integer dtype.
+        weights: factor of every pick.
+        gate_up_bias: added to the first matmul, in the column order of gate_up.
+        down_bias: added to the second one, before the weight.
+        layout: what lies where, and the activation.
+        backend: a name of `MOE_FORWARD`, or "auto" for the most preferred that can run.
+
+    Raises:
+        ConfigError: shapes, dtypes or devices that do not belong together.
+        BackendError: the forced backend cannot run this call, with the reason.
+    """
+    num_experts, hidden_size, expert_width = layout.sizes(gate_up, down)
+    _check_call(x, gate_up, ids, weights, hidden_size)
+    _check_bias("gate_up_bias", gate_up_bias, (num_experts, (1 + layout.has_gate) * expert_width))
+    _check_bias("down_bias", down_bias, (num_experts, hidden_size))
+    if DEBUG:
+        _check_ids(ids, num_experts)
+    dtype = gate_up.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    facts = CallFacts(
+        x.device,
+        dtype,
+        num_experts,
+        hidden_size,
+        expert_width,
+        ids.shape[1],
+        layout,
+        has_bias=gate_up_bias is not None or down_bias is not None,
+        needs_grad=_needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
+    )
+    run = _resolve(tuple(MOE_FORWARD.names()), backend, facts)[1]
+    y = run(
+        x.to(dtype),
+        gate_up.to(dtype),
+        down.to(dtype),
+        ids.to(torch.int64),
+        weights,
+        gate_up_bias=None if gate_up_bias is None else gate_up_bias.to(dtype),
+        down_bias=None if down_bias is None else down_bias.to(dtype),
+        layout=layout,
+    )
+    return y.to(x.dtype)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_call(x: Tensor, gate_up: Tensor, ids: Tensor, weights: Tensor, hidden_size: int) -> None:
+    if x.dim() != 2 or x.shape[1] != hidden_size:
+        raise ConfigError(f"x {tuple(x.shape)} is not [T, {hidden_size}], which the experts need")
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
+        raise ConfigError(
+            f"ids {tuple(ids.shape)} and weights {tuple(weights.shape)} are not both "
+            f"[{x.shape[0]}, K], one row for each token of x"
+        )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
+        raise ConfigError(f"ids are {ids.dtype}, not integers", fix="pass the ids that route returns")
+    if not (x.is_floating_point() and gate_up.is_floating_point() and weights.is_floating_point()):
+        raise ConfigError(
+            f"x is {x.dtype}, gate_up {gate_up.dtype}, weights {weights.dtype}: "
+            "all must be floating-point",
+            fix="dequantise the experts first",
+        )
+    if not x.device == gate_up.device == ids.device:
+        raise ConfigError(f"x is on {x.device}, gate_up on {gate_up.device}, ids on {ids.device}")
+
+
+def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> None:
+    if bias is not None and bias.shape != shape:
+        raise ConfigError(f"{name} {tuple(bias.shape)} is not {list(shape)}")
+
+
+def _check_ids(ids: Tensor, num_experts: int) -> None:
+    """Under MOGUL_DEBUG: a sentinel is -1 or E, anything further out is likely a mistake."""
+    if ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < -1 or high > num_experts:
+        raise ConfigError(
+            f"ids range from {low} to {high}, but there are {num_experts} experts",
+            fix=f"an id is 0..{num_experts - 1}, or {num_experts} for a slot without a row",
+        )

@@ -1,0 +1,1 @@
+"""Slow, obvious, differentiable: what every other backend must agree with."""
