@@ -73,7 +73,7 @@ def floors_s(model: PreTrainedModel, prompt: int, new: int) -> tuple[float, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--implementation", default="mogul", help="experts implementation")

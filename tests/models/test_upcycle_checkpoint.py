@@ -27,6 +27,7 @@ from transformers import (
 from mogul.cli.upcycle import Options, run
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.models.upcycle import checkpoint as checkpoint_module
+from mogul.models.upcycle import jobs as jobs_module
 from mogul.models.upcycle import tensor_file, upcycle, upcycle_checkpoint
 from mogul.spec.checkpoint import read_checkpoint
 
@@ -163,7 +164,7 @@ def test_memory_holds_one_dense_ffn_matrix_and_no_whole_file(tmp_path: Path, mon
         return tensor
 
     written: list[int] = []
-    write = checkpoint_module.write_tensor
+    write = jobs_module.write_tensor
 
     def counted_write(file, tensor: torch.Tensor) -> None:
         written.append(tensor.numel() * tensor.element_size())
@@ -171,7 +172,7 @@ def test_memory_holds_one_dense_ffn_matrix_and_no_whole_file(tmp_path: Path, mon
 
     monkeypatch.setattr(tensor_file, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(tensor_file.StoredTensor, "read", counted_read)
-    monkeypatch.setattr(checkpoint_module, "write_tensor", counted_write)
+    monkeypatch.setattr(jobs_module, "write_tensor", counted_write)
     upcycle_checkpoint(tmp_path / "dense", tmp_path / "out", num_experts=8, num_groups=2)
     ffn_matrix_bytes = 32 * 48 * 4
     assert len(peaks) == 2 * 3  # every FFN matrix is read once, nothing else is
@@ -200,7 +201,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_written(tmp_path: Path, mon
 def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     save_dense(tmp_path / "dense")
     before = snapshot(tmp_path)
-    write, calls = checkpoint_module.write_tensor, []
+    write, calls = jobs_module.write_tensor, []
 
     def failing_write(file, tensor: torch.Tensor) -> None:
         calls.append(tensor)
@@ -208,7 +209,7 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path: Path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, tensor)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensor", failing_write)
+    monkeypatch.setattr(jobs_module, "write_tensor", failing_write)
     with pytest.raises(
         ArtifactError, match=r"No space left on device\): it needs [\d.]+ KiB, .* are free; nothing"
     ) as caught:

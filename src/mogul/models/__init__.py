@@ -27,6 +27,7 @@ from mogul.models.moge.modeling_moge import (
     PanguProMoEForCausalLM,
     PanguProMoEModel,
 )
+from mogul.models.upcycle import upcycle, upcycle_checkpoint
 
 
 def register() -> None:
@@ -61,4 +62,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "register",
+    "upcycle",
+    "upcycle_checkpoint",
 ]

@@ -10,47 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.files import atomic_folder, check_space
-from mogul.core.log import ProgressBar, progress, say
+from mogul.core.log import progress, say
 from mogul.core.units import GB, show_bytes
-from mogul.models.load import find_folder, load_config
-from mogul.models.upcycle.algebra import Part, expert_matrix, ffn_part, router_name, router_weight
+from mogul.models.load import find_folder
 from mogul.models.upcycle.card import COPIED_FILES, WEIGHT_FILES, UpcycleReport, model_card
-from mogul.models.upcycle.plan import DENSE_MODELS, UpcyclePlan, check_dense, moge_config
-from mogul.models.upcycle.tensor_file import (
-    INDEX,
-    NewTensor,
-    StoredTensor,
-    header_of,
-    split_in_files,
-    stored_tensors,
-    write_tensor,
-)
+from mogul.models.upcycle.jobs import Job, Maker, list_jobs
+from mogul.models.upcycle.plan import UpcyclePlan, moge_config
+from mogul.models.upcycle.source import dense_config, dense_tensors
+from mogul.models.upcycle.tensor_file import header_of, split_in_files
+from mogul.spec.checkpoint import INDEX
 
 MAX_FILE_BYTES = 2 * GB
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One output tensor and what it is made from."""
-
-    entry: NewTensor
-    source: str
-    """Dense tensor it is cut from or copied from."""
-    layer: int = 0
-    part: Part | None = None
-    """None: the dense tensor as it is."""
-    expert: int = 0
 
 
 def upcycle_checkpoint(
@@ -90,27 +66,18 @@ def upcycle_checkpoint(
         num_experts=num_experts, num_groups=num_groups, top_k=top_k, seed=seed, noise=noise
     )
     _check_out(source, out, force)
-    dense = _dense_config(source)
+    dense = dense_config(source)
     config = moge_config(dense, plan)
-    places = _checked_tensors(source, dense)
-    jobs = list(_jobs(places, plan))
-    config.dtype = next(job.entry.dtype for job in jobs if job.part)
+    stored = dense_tensors(source, dense)
+    jobs = list(list_jobs(stored, plan))
+    config.dtype = next(job.entry.dtype for job in jobs if job.is_routed)
     report = _report(out, jobs, plan, config.moe_intermediate_size)
-    with atomic_folder(out, force=force) as work:
+    with atomic_folder(out, force=force) as work, _full_disk_named(report):
         check_space(out, report.num_bytes)
         config.save_pretrained(work)
         _copy_files(source, work)
         (work / "README.md").write_text(model_card(source.resolve().name, report), encoding="utf-8")
-        try:
-            _write_weights(work, places, jobs, config, plan, max_file_bytes)
-        except OSError as error:
-            free_bytes = shutil.disk_usage(out.parent).free
-            raise ArtifactError(
-                f"writing {out} failed ({error.strerror or error}): it needs "
-                f"{show_bytes(report.num_bytes)}, {show_bytes(free_bytes)} are free; nothing was "
-                "kept",
-                fix="free some space or choose another place",
-            ) from error
+        _write_weights(work, jobs, Maker(stored, plan, config.initializer_range), max_file_bytes)
     return report
 
 
@@ -128,85 +95,23 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
         raise ConfigError(f"{out} exists already", fix="choose another --out, or pass --force")
 
 
-def _dense_config(source: Path) -> PreTrainedConfig:
-    config = load_config(source)
-    kind = config.model_type
-    check_dense(config, (config.architectures or [DENSE_MODELS.get(kind, kind)])[0])
-    return config
-
-
-def _checked_tensors(source: Path, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """Find exactly the tensors the dense model has, in its order; ArtifactError otherwise."""
-    places = stored_tensors(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    want = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    for name in sorted(places.keys() - want.keys()):
-        if name.endswith("rotary_emb.inv_freq"):  # buffers of early Llama checkpoints
-            del places[name]
-    if config.tie_word_embeddings and "lm_head.weight" in places:
-        _check_tied(places)
-        del places["lm_head.weight"]
-    problems = {
-        "lacks": sorted(want.keys() - places.keys()),
-        "has surplus": sorted(places.keys() - want.keys()),
-        "has misshaped": [
-            f"{name} {list(places[name].shape)} instead of {list(shape)}"
-            for name, shape in want.items()
-            if name in places and places[name].shape != shape
-        ],
-    }
-    for what, names in problems.items():
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ArtifactError(
-                f"{source} {what} tensors: {', '.join(names[:5])}{more}",
-                fix="check that config.json and the weights belong together",
-            )
-    return {name: places[name] for name in want}
-
-
-def _check_tied(places: dict[str, StoredTensor]) -> None:
-    pair = places["lm_head.weight"], places["model.embed_tokens.weight"]
-    if pair[0].num_bytes != pair[1].num_bytes or any(
-        mine != other for mine, other in zip(*(place.chunks() for place in pair), strict=True)
-    ):
+@contextmanager
+def _full_disk_named(report: UpcycleReport) -> Iterator[None]:
+    """Turn a failed write into an error that names the bytes needed and free."""
+    try:
+        yield
+    except OSError as error:
+        free_bytes = shutil.disk_usage(report.folder.parent).free
         raise ArtifactError(
-            "tie_word_embeddings is true, but lm_head.weight differs from the embeddings",
-            fix="set tie_word_embeddings to false in config.json, or drop lm_head.weight",
-        )
+            f"writing {report.folder} failed ({error.strerror or error}): it needs "
+            f"{show_bytes(report.num_bytes)}, {show_bytes(free_bytes)} are free; nothing was kept",
+            fix="free some space or choose another place",
+        ) from error
 
 
-def _jobs(places: dict[str, StoredTensor], plan: UpcyclePlan) -> Iterator[_Job]:
-    """List the output tensors; those of one dense matrix follow each other."""
-    for name, place in places.items():
-        found = ffn_part(name)
-        if found is None:
-            yield _Job(NewTensor(name, place.shape, place.dtype), name)
-            continue
-        layer, part = found
-        if part is Part.GATE:
-            shape = (plan.num_experts, place.shape[1])
-            entry = NewTensor(router_name(layer), shape, place.dtype)
-            yield _Job(entry, name, layer, Part.ROUTER)
-        shape = _expert_shape(place.shape, part, plan)
-        for expert in range(plan.num_experts):
-            expert_name = name.replace(".mlp.", f".mlp.experts.{expert}.")
-            yield _Job(NewTensor(expert_name, shape, place.dtype), name, layer, part, expert)
-
-
-def _expert_shape(shape: tuple[int, ...], part: Part, plan: UpcyclePlan) -> tuple[int, int]:
-    rows, columns = shape
-    if part is Part.DOWN:
-        return rows, plan.expert_width(columns)
-    return plan.expert_width(rows), columns
-
-
-def _report(out: Path, jobs: list[_Job], plan: UpcyclePlan, width: int) -> UpcycleReport:
+def _report(out: Path, jobs: list[Job], plan: UpcyclePlan, width: int) -> UpcycleReport:
     params = sum(prod(job.entry.shape) for job in jobs)
-    routed = sum(
-        prod(job.entry.shape) for job in jobs if job.part in (Part.GATE, Part.UP, Part.DOWN)
-    )
+    routed = sum(prod(job.entry.shape) for job in jobs if job.is_routed)
     return UpcycleReport(
         folder=out,
         plan=plan,
@@ -231,25 +136,17 @@ def _copy_files(source: Path, work: Path) -> None:
         say(f"not copied from {source}: {', '.join(left)}")
 
 
-def _write_weights(
-    work: Path,
-    places: dict[str, StoredTensor],
-    jobs: list[_Job],
-    config: Any,
-    plan: UpcyclePlan,
-    max_file_bytes: int,
-) -> None:
+def _write_weights(work: Path, jobs: list[Job], maker: Maker, max_file_bytes: int) -> None:
     job_of = {job.entry.name: job for job in jobs}
     files = split_in_files([job.entry for job in jobs], max_file_bytes)
     total_bytes = sum(job.entry.num_bytes for job in jobs)
-    maker = _Maker(places, plan, config.initializer_range)
     with progress("upcycle", total=total_bytes) as bar:
         for file_name, entries in files.items():
             with (work / file_name).open("wb") as file:
                 file.write(header_of(entries))
                 for entry in entries:
                     maker.write(file, job_of[entry.name])
-                    _advance(bar, entry)
+                    bar.advance(entry.num_bytes, note=entry.name.removeprefix("model."))
     if len(files) > 1:
         index = {
             "metadata": {
@@ -259,35 +156,3 @@ def _write_weights(
             "weight_map": {entry.name: name for name, part in files.items() for entry in part},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _advance(bar: ProgressBar, entry: NewTensor) -> None:
-    bar.advance(entry.num_bytes, note=entry.name.removeprefix("model."))
-
-
-class _Maker:
-    """Writes output tensors and holds the one dense matrix they are cut from."""
-
-    def __init__(self, places: dict[str, StoredTensor], plan: UpcyclePlan, router_std: float):
-        self.places = places
-        self.plan = plan
-        self.router_std = router_std
-        self.held: tuple[str, Tensor] | None = None
-
-    def write(self, file: BinaryIO, job: _Job) -> None:
-        if job.part is None:
-            for chunk in self.places[job.source].chunks():
-                file.write(chunk)
-        elif job.part is Part.ROUTER:
-            hidden_size = job.entry.shape[1]
-            weight = router_weight(hidden_size, self.router_std, layer=job.layer, plan=self.plan)
-            write_tensor(file, weight.to(job.entry.dtype))
-        else:
-            dense, where = self._dense(job.source), {"layer": job.layer, "expert": job.expert}
-            write_tensor(file, expert_matrix(dense, job.part, plan=self.plan, **where))
-
-    def _dense(self, name: str) -> Tensor:
-        if self.held is None or self.held[0] != name:
-            self.held = None  # free the old one before the new one is read
-            self.held = (name, self.places[name].read())
-        return self.held[1]

@@ -48,9 +48,12 @@ def upcycle(
     config = moge_config(model.config, plan)
     with no_init_weights():
         moge = MogeForCausalLM._from_config(
-            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+            config,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            experts_implementation="mogul",
         )
-    moge.to(model.device)
+    moge.to(model.device)  # pyright: ignore[reportArgumentType]
     moge.tie_weights()
     _fill(moge, dict(model.named_parameters()), plan)
     moge.generation_config = copy.deepcopy(model.generation_config)
@@ -59,7 +62,7 @@ def upcycle(
 
 @torch.no_grad()
 def _fill(moge: MogeForCausalLM, dense: dict[str, Tensor], plan: UpcyclePlan) -> None:
-    own = dict(moge.named_parameters())
+    own: dict[str, Tensor] = dict(moge.named_parameters())
     filled = set()
     for name, weight in dense.items():
         if place := ffn_part(name):

@@ -120,7 +120,7 @@ def header_of(entries: Sequence[NewTensor]) -> bytes:
 
 def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     """Append a tensor's bytes."""
-    file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def split_in_files(entries: Sequence[NewTensor], max_file_bytes: int) -> dict[str, list[NewTensor]]:
