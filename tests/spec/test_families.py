@@ -132,7 +132,7 @@ MOGE = {
     "use_qk_norm": True,
     "router_scale": True,
     "router_weighting": "renormalised_in_group",
-    "num_null_experts": 2,
+    "num_null_experts": 3,
 }
 
 
@@ -163,7 +163,7 @@ def test_moge_keys_are_read():
     assert spec.grouping.num_groups == 3
     assert spec.moe.router.weighting == "renormalised_in_group"
     assert spec.moe.router.has_expert_scale
-    assert spec.moe.router.num_null_experts == 2
+    assert spec.moe.router.num_null_experts == 3
     assert spec.attention.qk_norm == "head"
 
 
