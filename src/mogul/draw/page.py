@@ -140,6 +140,10 @@ class Page:
             f"<figcaption>{marked_up(figure.caption)}</figcaption></figure>"
         )
 
+    def drawing(self, svg: str, caption: str) -> None:
+        """Add an SVG of our own making; unlike all else it is not escaped."""
+        self._parts.append(f"<figure>{svg}<figcaption>{marked_up(caption)}</figcaption></figure>")
+
     def footer(self, text: str) -> None:
         """Add the small print."""
         self._parts.append(f"<footer>{marked_up(text)}</footer>")
