@@ -1,0 +1,1 @@
+"""Expert -> device: pure numpy on the numbers of a trace; HiGHS only for certificates."""
