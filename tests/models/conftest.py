@@ -1,4 +1,4 @@
-"""A tiny Pangu Pro MoE checkpoint in the released layout, and the model's forward written plainly."""
+"""A tiny Pangu Pro MoE checkpoint in the released layout, and its forward written plainly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def released_tensors(scale_shape: str = "[1, E]", dtype=torch.float32) -> dict[s
     c = TINY_PANGU
     d, e = c["hidden_size"], c["num_experts"]
     kv = d // c["num_attention_heads"] * c["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (96, d), "lm_head.weight": (96, d), "model.norm.weight": (d,)}
+    shapes = {
+        "model.embed_tokens.weight": (96, d),
+        "lm_head.weight": (96, d),
+        "model.norm.weight": (d,),
+    }
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -54,7 +58,10 @@ def released_tensors(scale_shape: str = "[1, E]", dtype=torch.float32) -> dict[s
         shapes[layer + "mlp.gate.weight"] = (e, d)
         shapes[layer + "mlp.router_scale"] = (1, e) if scale_shape == "[1, E]" else (e,)
         experts = {f"experts.{j}": c["moe_intermediate_size"] for j in range(e)}
-        for name, width in {**experts, "shared_expert": c["shared_expert_intermediate_size"]}.items():
+        for name, width in {
+            **experts,
+            "shared_expert": c["shared_expert_intermediate_size"],
+        }.items():
             shapes[f"{layer}mlp.{name}.gate_proj.weight"] = (width, d)
             shapes[f"{layer}mlp.{name}.up_proj.weight"] = (width, d)
             shapes[f"{layer}mlp.{name}.down_proj.weight"] = (d, width)
@@ -135,7 +142,9 @@ def pangu_reference(w: dict[str, Tensor], tokens: Tensor, config: dict) -> Tenso
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
     def attention(x, name):
-        q, k, v = (linear(x, f"{name}.{p}_proj").view(length, -1, width).transpose(0, 1) for p in "qkv")
+        q, k, v = (
+            linear(x, f"{name}.{p}_proj").view(length, -1, width).transpose(0, 1) for p in "qkv"
+        )
         k, v = (t.repeat_interleave(heads // kv, 0) for t in (rope(k), v))
         scores = rope(q) @ k.transpose(1, 2) / width**0.5
         future = torch.ones(length, length, dtype=torch.bool).triu(1)

@@ -144,6 +144,8 @@ def test_chat_template_keeps_answers_without_thinking():
         {"role": "assistant", "content": "[unused16]hm[unused17]b"},
     ]
     told = render(turns, add_generation_prompt=False)
-    assert told == "<s>[unused9]系统：[unused10][unused9]用户：a[unused10][unused9]助手：b[unused10]"
+    assert (
+        told == "<s>[unused9]系统：[unused10][unused9]用户：a[unused10][unused9]助手：b[unused10]"
+    )
     with pytest.raises(Exception, match="unknown role tool"):
         render([{"role": "tool", "content": "x"}])

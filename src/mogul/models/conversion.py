@@ -18,6 +18,7 @@ from transformers.core_model_loading import (
     ConversionOps,
     MergeModulelist,
     WeightConverter,
+    WeightRenaming,
 )
 
 # Left-overs of the training code in released files; the first three are no part of the model.
@@ -29,7 +30,7 @@ class FlattenScale(ConversionOps):
     """Load `router_scale` [1, E] or [E] as [E], and leave a note of its shape at the router."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
@@ -51,7 +52,7 @@ class RestoreScale(ConversionOps):
     """Save `router_scale` in the shape it was loaded with; [1, E] for a new model."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
@@ -86,7 +87,7 @@ def _router(kwargs: dict[str, Any]) -> Any:
         return model.get_submodule(name.removeprefix("model.").rpartition(".")[0])
 
 
-def _per_expert() -> list[WeightConverter]:
+def _per_expert() -> list[WeightConverter | WeightRenaming]:
     return [
         WeightConverter(
             ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],

@@ -21,7 +21,16 @@ from mogul.core.errors import BackendError
 from mogul.kernels import ExpertLayout, moe_forward
 
 NAME = "mogul"
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""Transformers' names of activations, and the kernels' names of the same functions."""
 OTHERS = 'use experts_implementation="grouped_mm" or "eager" for this model'
 
 _backend = "auto"
@@ -47,13 +56,14 @@ def mogul_experts_forward(
     """Run the experts module `self` by mogul's kernels; ids from num_experts on have no row."""
     module: Any = self
     layout = _layout(module)
+    first = _first_matmul(layout.has_gate)
     return moe_forward(
         hidden_states,
-        module.gate_up_proj,
+        getattr(module, first),
         module.down_proj,
         top_k_index,
         top_k_weights,
-        gate_up_bias=module.gate_up_proj_bias if module.has_bias else None,
+        gate_up_bias=getattr(module, first + "_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         layout=layout,
         backend=_backend,
@@ -71,11 +81,14 @@ def layout_of(experts: nn.Module) -> ExpertLayout:
     """Read the layout of a Transformers experts module; BackendError says why there is none."""
     module: Any = experts
     name = type(module).__name__
-    if not getattr(module, "has_gate", True):
-        raise _refusal(name, "its experts have no gate half")
     if getattr(module, "has_post_expert_norm", False):
         raise _refusal(name, "it norms the output of every expert")
     _check_weights(module, name)
+    if not module.has_gate:
+        activation = _activation(module.act_fn, name)
+        return ExpertLayout(
+            is_transposed=module.is_transposed, has_gate=False, activation=activation
+        )
     if type(module)._apply_gate is transformers_moe._default_apply_gate:
         if not module.is_concatenated:
             raise _refusal(name, "it declares interleaved weights but splits them in halves")
@@ -93,8 +106,12 @@ def layout_of(experts: nn.Module) -> ExpertLayout:
     raise _refusal(name, "it has a gate function of its own that mogul does not know")
 
 
+def _first_matmul(has_gate: bool) -> str:
+    return "gate_up_proj" if has_gate else "up_proj"
+
+
 def _check_weights(module: Any, name: str) -> None:
-    for tensor in ("gate_up_proj", "down_proj"):
+    for tensor in (_first_matmul(module.has_gate), "down_proj"):
         weight = getattr(module, tensor, None)
         if not isinstance(weight, Tensor):
             raise _refusal(name, f"its {tensor} is no plain tensor (quantised?)")
@@ -104,13 +121,10 @@ def _check_weights(module: Any, name: str) -> None:
 
 def _activation(act_fn: Any, name: str) -> str:
     for spelling, activation in ACTIVATIONS.items():
-        if type(act_fn) is type(ACT2FN[spelling]) or act_fn is ACT2FN[spelling]:
+        if type(act_fn) is type(ACT2FN[spelling]):
             return activation
-    raise _refusal(name, f"its activation {type(act_fn).__name__} is not one of {_known()}")
-
-
-def _known() -> str:
-    return ", ".join(sorted(set(ACTIVATIONS.values())))
+    known = ", ".join(sorted(set(ACTIVATIONS.values())))
+    raise _refusal(name, f"its activation {type(act_fn).__name__} is not one of {known}")
 
 
 def _gpt_oss_gate() -> Any:

@@ -24,16 +24,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mogul.core.errors import ArtifactError, ConfigError, MogulError, nearest
 from mogul.core.files import read_json
 from mogul.core.log import say
-from mogul.models.conversion import PANGU_SKIPPED
+from mogul.models.check_tensors import check_names, raise_if_any, tell_casts
+from mogul.models.convert_config import SAME_TENSORS, is_grouped_elsewhere, moge_config
 from mogul.models.moge.chat_template import PANGU_CHAT_TEMPLATE
 from mogul.models.moge.configuration_moge import MogeConfig
 from mogul.spec.checkpoint import TensorEntry, read_checkpoint
+from mogul.spec.families import family_of
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 FOREIGN_QUANTISATION = "quant_model_description.json"
@@ -62,12 +63,15 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     """Read `config.json`; ArtifactError for an unknown family, ConfigError for a bad value."""
     file = find_folder(path) / "config.json"
     content = read_json(file)
-    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{file} holds no JSON object", fix="give a model's config.json")
+    if is_grouped_elsewhere(content):
+        return _as_moge(file, content)
+    model_type = content.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        remote = isinstance(content, dict) and "auto_map" in content
         raise ArtifactError(
             f"{file}: model type {model_type!r} is unknown here"
-            + (", and code from the folder is never run" if remote else ""),
+            + (", and code from the folder is never run" if "auto_map" in content else ""),
             fix=nearest(str(model_type), ["moge", "PanguProMoE", *CONFIG_MAPPING])
             if model_type
             else "give the folder of a Transformers checkpoint",
@@ -79,6 +83,21 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         raise
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ArtifactError(f"{file} cannot be used: {error}", fix="mend the value") from error
+
+
+def _as_moge(file: Path, content: dict[str, Any]) -> MogeConfig:
+    """A grouped model of another family; Transformers' class would ignore the groups."""
+    family = family_of(content).name
+    if family not in SAME_TENSORS:
+        raise ArtifactError(
+            f"{file}: grouped routing of the family {family!r} cannot be loaded; its tensors have "
+            "other names than those of a grouped-expert model",
+            fix="remove router_n_groups to load it with plain top-k routing"
+            if "router_n_groups" in content
+            else "",
+        )
+    say(f"{file.parent.name}: {family} with grouped routing, loaded as a grouped-expert model")
+    return moge_config(content)
 
 
 def load_model(
@@ -108,10 +127,10 @@ def load_model(
     config = load_config(folder)
     stored = _stored(folder)
     skeleton = _skeleton(config)
-    skipped = _check_names(folder, skeleton, stored)
+    skipped = check_names(folder, skeleton, stored)
     model = _load(folder, config, skipped, dtype=_dtype(dtype), experts=_experts(skeleton, experts))
     if dtype == "auto":
-        _tell_casts(model, stored)
+        tell_casts(model, stored)
     return (model if device is None else model.to(device)).eval()  # pyright: ignore[reportArgumentType]
 
 
@@ -156,56 +175,6 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def _check_names(
-    folder: Path, skeleton: PreTrainedModel, stored: Mapping[str, TensorEntry]
-) -> set[str]:
-    """Compare names and shapes; return the names to leave out, or raise naming the rest.
-
-    For other families the files may follow an older layout that Transformers renames on load;
-    there its own report, read after loading, is the judge.
-    """
-    if not isinstance(skeleton.config, MogeConfig):
-        return set()
-    expected = expected_shapes(skeleton)
-    skipped = set()
-    if skeleton.config.model_type == "PanguProMoE":
-        skipped = {n for n in set(stored) - set(expected) if PANGU_SKIPPED.search(n)}
-    for name in sorted(skipped):
-        say(f"{folder.name}: skipped {name}, which is no part of the model")
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
-    missing = sorted(set(expected) - set(stored) - tied)
-    surplus = sorted(set(stored) - set(expected) - skipped)
-    misshaped = [
-        f"{name} {list(stored[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and not _fits(name, stored[name].shape, shape)
-    ]
-    _raise_if_any(folder, missing, surplus, misshaped)
-    return skipped
-
-
-def expected_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Names and shapes on disk of a model on the meta device."""
-    on_disk = revert_weight_conversion(skeleton, skeleton.state_dict())
-    return {name: tuple(tensor.shape) for name, tensor in on_disk.items()}
-
-
-def _fits(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return given == expected or (name.endswith("mlp.router_scale") and given == expected[1:])
-
-
-def _raise_if_any(
-    folder: Path, missing: list[str], surplus: list[str], misshaped: list[str]
-) -> None:
-    faults = {"missing": missing, "surplus": surplus, "misshaped": misshaped}
-    told = [f"{len(each)} {word} ({names(each)})" for word, each in faults.items() if each]
-    if told:
-        raise ArtifactError(
-            f"{folder}: the tensors do not fit config.json: {'; '.join(told)}",
-            fix="check that config.json belongs to these weights, or fetch the files again",
-        )
-
-
 def _load(
     folder: Path,
     config: PreTrainedConfig,
@@ -215,7 +184,7 @@ def _load(
     experts: dict[str, str],
 ) -> PreTrainedModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             config=config,
             dtype=dtype,
@@ -229,7 +198,7 @@ def _load(
         raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
     misshaped = [f"{n} {list(a)} instead of {list(b)}" for n, a, b in report["mismatched_keys"]]
     missing = sorted(report["missing_keys"])
-    _raise_if_any(folder, missing, sorted(set(report["unexpected_keys"]) - skipped), misshaped)
+    raise_if_any(folder, missing, sorted(set(report["unexpected_keys"]) - skipped), misshaped)
     return model
 
 
@@ -251,23 +220,3 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in known:
         raise ConfigError(f"dtype {dtype!r} is unknown", fix=nearest(dtype, known))
     return known[dtype]
-
-
-def _tell_casts(model: PreTrainedModel, stored: Mapping[str, TensorEntry]) -> None:
-    """Say which stored dtypes the model does not hold: a saved copy would differ there."""
-    held = {_short(tensor.dtype) for tensor in model.state_dict().values()}
-    for dtype in sorted({tensor.dtype for tensor in stored.values()} - held):
-        cast = sorted(name for name, tensor in stored.items() if tensor.dtype == dtype)
-        say(f"stored as {dtype}, held as {model.dtype}: {names(cast)}")
-
-
-def names(tensors: list[str], limit: int = 6) -> str:
-    """The first few names, and how many more."""
-    more = f" and {len(tensors) - limit} more" if len(tensors) > limit else ""
-    return ", ".join(tensors[:limit]) + more
-
-
-def _short(dtype: Any) -> str:
-    words = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-    name = str(dtype).removeprefix("torch.")
-    return words.get(name, name)

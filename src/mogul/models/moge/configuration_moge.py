@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -27,11 +27,21 @@ CHOICES = {
 # Keys that are no fields but that Transformers writes, reads or pops itself.
 TRANSFORMERS_KEYS = {
     "_name_or_path", "_commit_hash", "_attn_implementation_internal",
-    "_experts_implementation_internal", "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path",
-    "num_labels", "num_local_experts", "output_attentions", "output_router_ids",
-    "output_router_weights", "partial_rotary_factor", "per_layer_config", "quantization_config",
-    "rope_scaling", "rope_theta", "torch_dtype", "transformers_version", "use_return_dict",
+    "_experts_implementation_internal", "attn_implementation", "auto_map",
+    "experts_implementation", "model_type", "name_or_path", "num_labels", "num_local_experts",
+    "output_attentions", "output_router_ids", "output_router_weights", "partial_rotary_factor",
+    "per_layer_config", "quantization_config", "rope_scaling", "rope_theta", "torch_dtype",
+    "transformers_version", "use_return_dict",
 }  # fmt: skip
+
+
+def expert_parallel_plan() -> dict[str, str]:
+    """Expert parallelism in the words of the installed Transformers."""
+    experts = "layers.*.mlp.experts"
+    plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
+    if find_spec("transformers.distributed.expert_parallel"):  # tokens are dispatched
+        return {**plan, experts: "ep_dispatch_experts"}
+    return {"layers.*.mlp.gate": "ep_router", **plan, experts: "moe_tp_experts"}
 
 
 class MogeConfig(PreTrainedConfig):
@@ -45,6 +55,7 @@ class MogeConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
+    base_model_ep_plan = expert_parallel_plan()  # pyright: ignore[reportAssignmentType]
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -68,8 +79,21 @@ class MogeConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     use_qk_norm: bool = False
     """RMSNorm over each head of q and k, before the rotation."""
+    use_k_norm_only: bool = False
+    """The same norm on k alone."""
     sliding_window: int | None = None
     """Positions a token attends to in every layer; None: all."""
+    value_head_dim: int | None = None
+    """Width of one head of values; None: head_dim."""
+    rope_interleaved: bool = False
+    """Rotate channel pairs (2i, 2i+1) instead of (i, i + C/2). The rotated share of a head is
+    `partial_rotary_factor` in `rope_parameters`; its first channels are rotated."""
+    num_sink_keys: int = 0
+    """Learned keys in every layer and key-value head that every token sees first."""
+    use_sink_values: bool = False
+    """Learned values beside the sink keys; otherwise their values are zero."""
+    sandwich_norm: bool = False
+    """Norm the output of attention and of the feed-forward too (four norms a layer)."""
 
     intermediate_size: int | None = None
     """Width of the dense feed-forward of the layers in `mlp_only_layers`."""
@@ -86,9 +110,11 @@ class MogeConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int = 0
     """Inner width of the expert every token passes; 0: none."""
 
-    router_score: str = "softmax"
-    router_weighting: str = "probability"
-    router_gradient: str = "exact"
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    router_weighting: Literal["probability", "renormalised", "renormalised_in_group"] = (
+        "probability"
+    )
+    router_gradient: Literal["exact", "straight_through"] = "exact"
     """`straight_through`: in training a renormalised weight passes its gradient as if the
     denominator ran over all candidates, so that a weight of constant 1 still teaches the router."""
     router_selection_bias: bool = False
@@ -112,11 +138,13 @@ class MogeConfig(PreTrainedConfig):
         self._fill()
         self._check_unknown_keys(kwargs)
         self._check_values()
+        self.base_model_tp_plan = self._tensor_parallel_plan()  # pyright: ignore[reportAttributeAccessIssue]
         super().__post_init__(**kwargs)
 
     def _fill(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.value_head_dim = self.value_head_dim or self.head_dim
         self.mlp_only_layers = list(self.mlp_only_layers or [])
 
     def _check_unknown_keys(self, unknown: dict[str, Any]) -> None:
@@ -132,7 +160,7 @@ class MogeConfig(PreTrainedConfig):
             if (value := getattr(self, key)) not in legal:
                 raise ConfigError(f"{key}={value!r} is unknown", fix=nearest(str(value), legal))
         _ = self.grouping
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ConfigError(
                 f"{self.num_attention_heads} query heads cannot share "
                 f"{self.num_key_value_heads} key-value heads equally",
@@ -142,6 +170,13 @@ class MogeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"layers {self.mlp_only_layers} are dense, but intermediate_size is missing",
                 fix="set intermediate_size, or empty mlp_only_layers",
+            )
+        if self.use_qk_norm and self.use_k_norm_only:
+            raise ConfigError("use_qk_norm and use_k_norm_only exclude each other", fix="keep one")
+        if self.num_sink_keys and self.sliding_window:
+            raise ConfigError(
+                "sink keys and a sliding window together are not supported",
+                fix="set num_sink_keys=0 or sliding_window=None",
             )
         if self.router_gradient == "straight_through" and self.router_weighting == "probability":
             raise ConfigError(
@@ -159,14 +194,15 @@ class MogeConfig(PreTrainedConfig):
             top_k=self.num_experts_per_tok,
         )
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Tensor parallelism: every entry matches a module that this configuration builds."""
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Every entry matches a module that this configuration builds."""
         attention, mlp = "layers.*.self_attn", "layers.*.mlp"
-        plan = {f"{attention}.{name}_proj": "colwise" for name in "qkv"}
-        plan[f"{attention}.o_proj"] = "rowwise"
-        if self.use_qk_norm:
-            plan |= {f"{attention}.{n}_norm": "replicated_with_grad_allreduce" for n in "qk"}
+        plan = {}
+        if not self.num_sink_keys:  # sinks are not sharded, so their attention is whole everywhere
+            plan = {f"{attention}.{name}_proj": "colwise" for name in "qkv"}
+            plan[f"{attention}.o_proj"] = "rowwise"
+            normed = "qk" * self.use_qk_norm + "k" * self.use_k_norm_only
+            plan |= {f"{attention}.{n}_norm": "replicated_with_grad_allreduce" for n in normed}
         plan |= {
             f"{mlp}.experts.gate_up_proj": "packed_colwise",
             f"{mlp}.experts.down_proj": "rowwise",
@@ -178,15 +214,6 @@ class MogeConfig(PreTrainedConfig):
             plan |= {f"{module}.gate_proj": "colwise", f"{module}.up_proj": "colwise"}
             plan[f"{module}.down_proj"] = "rowwise"
         return plan
-
-    @property
-    def base_model_ep_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Expert parallelism, in the words of the installed Transformers."""
-        experts = "layers.*.mlp.experts"
-        plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
-        if find_spec("transformers.distributed.expert_parallel"):  # tokens are dispatched
-            return {**plan, experts: "ep_dispatch_experts"}
-        return {"layers.*.mlp.gate": "ep_router", **plan, experts: "moe_tp_experts"}
 
 
 class PanguProMoEConfig(MogeConfig):
@@ -205,8 +232,8 @@ class PanguProMoEConfig(MogeConfig):
     attention_bias: bool = True
     attention_output_bias: bool = True
     moe_intermediate_size: int = 1344
-    router_n_groups: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Absent in released files: as many groups as picks a token."""
+    router_n_groups: int = 0
+    """Absent in released files; 0: as many groups as picks a token."""
     shared_expert_intermediate_size: int = 5376
     router_scale: bool = True
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
+from transformers.generation.utils import GenerationMixin
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -30,10 +31,14 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import (
+    can_return_tuple,
+    maybe_autocast,
+    merge_with_config_defaults,
+)
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from mogul.core.errors import BackendError
 from mogul.kernels import RouterSpec, Routing, route
 from mogul.models.balance_loss import balance_loss, z_loss
 from mogul.models.moge.configuration_moge import MogeConfig, PanguProMoEConfig
@@ -88,10 +93,13 @@ class MogeRouter(nn.Module):
     """
 
     group_of_expert: Tensor
+    e_score_correction_bias: Tensor | None
+    router_scale: nn.Parameter | None
 
     def __init__(self, config: MogeConfig) -> None:
         super().__init__()
         self.spec = router_spec(config)
+        self.num_experts = config.num_experts  # read by expert parallelism of Transformers 5.17
         self.straight_through = config.router_gradient == "straight_through"
         num_rows = config.num_experts + config.num_null_experts
         self.weight = nn.Parameter(torch.zeros(num_rows, config.hidden_size))
@@ -192,14 +200,15 @@ class MogeMLP(nn.Module):
 
 
 class MogeSparseMoeBlock(nn.Module):
-    """Router, routed experts and, when configured, the shared expert that is added with weight 1."""
+    """Router, routed experts and, when configured, a shared expert added with weight 1."""
 
     def __init__(self, config: MogeConfig) -> None:
         super().__init__()
         self.gate = MogeRouter(config)
         self.experts = MogeExperts(config)
         # Stock implementations skip rows without an expert only when this flag is set.
-        self.experts._is_expert_parallel = config.num_null_experts > 0
+        experts: Any = self.experts
+        experts._is_expert_parallel = config.num_null_experts > 0
         shared = config.shared_expert_intermediate_size
         self.shared_expert = MogeMLP(config, shared) if shared else None
 
@@ -252,9 +261,11 @@ class MogeRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: MogeConfig, **_: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies theta^(-2i/C) of the C/2 pairs of a head, and the scaling 1."""
+        """Inverse frequencies theta^(-2i/C) of the C/2 rotated pairs of a head; the scaling 1."""
         assert config.rope_parameters is not None
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        assert config.head_dim is not None
+        width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float) / width
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
@@ -267,11 +278,21 @@ class MogeRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [B, H, L, C] by angles [B, L, C]; pairs are (i, i + C/2)."""
-    first, second = x.chunk(2, dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate the first R channels of heads [B, H, L, C] by angles [B, L, R].
+
+    Pairs are (i, i + R/2), or (2i, 2i + 1) when `interleaved`.
+    """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if interleaved:
+        cos, sin = (a.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for a in (cos, sin))
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        partner = torch.cat((-second, first), dim=-1)
+    turned = turned * cos + partner * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def eager_attention_forward(
@@ -298,25 +319,38 @@ def eager_attention_forward(
 class MogeAttention(nn.Module):
     """Grouped-query attention through Transformers' attention interface."""
 
+    sink_key: nn.Parameter
+    sink_value: nn.Parameter
+
     def __init__(self, config: MogeConfig, layer_idx: int) -> None:
         super().__init__()
+        assert config.head_dim is not None  # these three are filled by the configuration
+        assert config.value_head_dim is not None
+        assert config.num_key_value_heads is not None
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim: int = config.head_dim  # pyright: ignore[reportAttributeAccessIssue]
-        kv_heads: int = config.num_key_value_heads  # pyright: ignore[reportAssignmentType]
-        self.num_key_value_groups = config.num_attention_heads // kv_heads
+        self.head_dim = config.head_dim
+        self.value_head_dim = config.value_head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.sliding_window = config.sliding_window
         hidden, bias = config.hidden_size, config.attention_bias
-        q_width, kv_width = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden, q_width, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_width, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_width, bias=bias)
-        self.o_proj = nn.Linear(q_width, hidden, bias=config.attention_output_bias)
-        if config.use_qk_norm:
-            self.q_norm = MogeRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = MogeRMSNorm(self.head_dim, config.rms_norm_eps)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.value_head_dim, bias=bias)
+        output_bias = config.attention_output_bias
+        self.o_proj = nn.Linear(heads * self.value_head_dim, hidden, bias=output_bias)
+        eps = config.rms_norm_eps
+        self.q_norm = MogeRMSNorm(self.head_dim, eps) if config.use_qk_norm else None
+        norms_keys = config.use_qk_norm or config.use_k_norm_only
+        self.k_norm = MogeRMSNorm(self.head_dim, eps) if norms_keys else None
+        if config.num_sink_keys:
+            sinks = (config.num_sink_keys, kv_heads)
+            self.sink_key = nn.Parameter(torch.empty(*sinks, self.head_dim))
+            if config.use_sink_values:
+                self.sink_value = nn.Parameter(torch.empty(*sinks, self.value_head_dim))
 
     def forward(
         self,
@@ -333,14 +367,21 @@ class MogeAttention(nn.Module):
             self.q_proj(hidden_states).view(by_head),
             self.k_proj(hidden_states).view(by_head),
         )
-        if self.config.use_qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = (rotate(x.transpose(1, 2), *position_embeddings) for x in (query, key))
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        query = query if self.q_norm is None else self.q_norm(query)
+        key = key if self.k_norm is None else self.k_norm(key)
+        interleaved = self.config.rope_interleaved
+        query, key = (
+            rotate(x.transpose(1, 2), *position_embeddings, interleaved=interleaved)
+            for x in (query, key)
+        )
+        value = self.v_proj(hidden_states).view(*batch_length, -1, self.value_head_dim)
+        value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.config.num_sink_keys:
+            key, value, attention_mask = self._with_sinks(key, value, attention_mask)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         out, chances = attend(
             self, query, key, value, attention_mask,
@@ -348,6 +389,27 @@ class MogeAttention(nn.Module):
             scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
         )  # fmt: skip
         return self.o_proj(out.reshape(*batch_length, -1).contiguous()), chances
+
+    def _with_sinks(
+        self, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the sinks before the keys [B, N, L, C] and values, visible to every query."""
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
+            raise BackendError(
+                f"attention implementation {self.config._attn_implementation!r} cannot show the "
+                f"{self.config.num_sink_keys} sink keys to every query",
+                fix='use attn_implementation="sdpa" or "eager"',
+            )
+        sinks = self.sink_key if self.k_norm is None else self.k_norm(self.sink_key)
+        values = value.new_zeros(*sinks.shape[:2], self.value_head_dim)
+        if self.config.use_sink_values:
+            values = self.sink_value
+        sinks, values = (
+            x.transpose(0, 1).expand(len(key), -1, -1, -1).to(key.dtype) for x in (sinks, values)
+        )
+        visible = True if attention_mask.dtype == torch.bool else 0.0
+        mask = F.pad(attention_mask, (self.config.num_sink_keys, 0), value=visible)
+        return torch.cat((sinks, key), dim=2), torch.cat((values, value), dim=2), mask
 
 
 # ------------------------------------------------------------------------------------ model
@@ -366,12 +428,20 @@ class MogeDecoderLayer(GradientCheckpointingLayer):
             self.mlp = MogeSparseMoeBlock(config)
         self.input_layernorm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.sandwich_norm = config.sandwich_norm
+        if self.sandwich_norm:
+            self.pre_mlp_layernorm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_mlp_layernorm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[B, L, D] to [B, L, D]."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if not self.sandwich_norm:
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.post_attention_layernorm(attended)
+        out = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + self.post_mlp_layernorm(out)
 
 
 class MogePreTrainedModel(PreTrainedModel):
@@ -398,12 +468,16 @@ class MogePreTrainedModel(PreTrainedModel):
     }
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, MogeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MogeAttention) and self.config.num_sink_keys:
+            init.normal_(module.sink_key, mean=0.0, std=std)
+            if self.config.use_sink_values:
+                init.normal_(module.sink_value, mean=0.0, std=std)
         elif isinstance(module, MogeRouter):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.router_scale is not None:
@@ -449,8 +523,12 @@ class MogeModel(MogePreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             position_ids = (positions + seen).unsqueeze(0)
-        sliding = self.config.sliding_window is not None
-        causal_mask = (create_sliding_window_causal_mask if sliding else create_causal_mask)(
+        create_mask: Callable[..., Any] = create_causal_mask
+        if self.config.sliding_window is not None:
+            create_mask = create_sliding_window_causal_mask
+        elif self.config.num_sink_keys:  # a mask is needed to put the sinks before
+            create_mask = partial(create_causal_mask, allow_is_causal_skip=False)
+        causal_mask = create_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
@@ -478,7 +556,9 @@ class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _pp_plan = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+        "lm_head": (["hidden_states"], ["logits"])
+    }
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
     base_model_class: type[MogeModel] = MogeModel
 
@@ -568,14 +648,12 @@ class MogeForTokenClassification(GenericForTokenClassification, MogePreTrainedMo
 class PanguProMoEModel(MogeModel):
     """Pangu Pro MoE without a head."""
 
-    config: PanguProMoEConfig
     config_class = PanguProMoEConfig
 
 
 class PanguProMoEForCausalLM(MogeForCausalLM):
     """Pangu Pro MoE; reads and writes the released tensor names, see `models.conversion`."""
 
-    config: PanguProMoEConfig
     config_class = PanguProMoEConfig
     base_model_class = PanguProMoEModel
 
