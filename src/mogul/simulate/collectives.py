@@ -1,0 +1,104 @@
+"""What it costs to move data between devices: formulas by default, measured tables where given.
+
+n ranks, `num_bytes` the whole buffer of one rank (gathered size for a gather). Inside a domain
+the scale-up link counts, beyond it the network, in two stages. Sources of the formulas: ring and
+two-stage collectives as in NCCL; two-level all-to-all of arXiv 2206.03382.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mogul.simulate.calibration import Estimate
+from mogul.spec.hardware import Hardware
+
+REACHED = 0.8
+"""Share of a link's bandwidth large messages reach (NCCL tables, H100: 0.75 to 0.99)."""
+
+FORMULA_SIGMA = 0.25
+TABLE_SIGMA = 0.1
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class CollectiveTables:
+    """Measured times by (device, operation, ranks): bytes ascending, seconds."""
+
+    curves: Mapping[tuple[str, str, int], Curve] = field(default_factory=dict)
+    source: str = ""
+
+    def seconds(self, device: str, name: str, ranks: int, num_bytes: float) -> float | None:
+        """Log-log interpolation; None where nothing was measured."""
+        found = self.curves.get((device, name, ranks))
+        if found is None:
+            return None
+        sizes, times = found
+        if num_bytes > sizes[-1]:
+            return float(times[-1] * num_bytes / sizes[-1])
+        return float(np.exp(np.interp(np.log(max(num_bytes, 1)), np.log(sizes), np.log(times))))
+
+
+def collective(
+    name: str,
+    ranks: int,
+    num_bytes: float,
+    device: Hardware,
+    tables: CollectiveTables | None = None,
+) -> Estimate:
+    """Time of "all_reduce", "all_gather", "reduce_scatter" or "all_to_all"."""
+    if ranks <= 1 or num_bytes <= 0:
+        return Estimate(0.0, 0.0, "measured")
+    if tables is not None and ranks <= device.link_devices:
+        measured = tables.seconds(device.name, name, ranks, num_bytes)
+        if measured is not None:
+            return Estimate(measured, TABLE_SIGMA, "measured", (tables.source,))
+    return Estimate(_formula(name, ranks, num_bytes, device), FORMULA_SIGMA, "curve", ("formula",))
+
+
+def _formula(name: str, ranks: int, num_bytes: float, device: Hardware) -> float:
+    inside = min(ranks, device.link_devices)
+    outside = math.ceil(ranks / device.link_devices)
+    if outside == 1:
+        return _stage(name, inside, num_bytes, device.link_latency_s, device.link_bytes_per_s)
+    network = device.network_bytes_per_s or device.link_bytes_per_s
+    near = _stage(name, inside, num_bytes, device.link_latency_s, device.link_bytes_per_s)
+    if name == "all_to_all":
+        far_bytes = num_bytes * (1 - inside / ranks)
+        return near + device.network_latency_s * outside + far_bytes / (REACHED * network)
+    far = _stage(name, outside, num_bytes / inside, device.network_latency_s, network)
+    return near + far
+
+
+def _stage(name: str, ranks: int, num_bytes: float, latency_s: float, bandwidth: float) -> float:
+    steps = 1 + math.log2(ranks)
+    share = (ranks - 1) / ranks
+    passes = 2 if name == "all_reduce" else 1
+    return latency_s * steps + passes * num_bytes * share / (REACHED * bandwidth)
+
+
+def point_to_point_s(num_bytes: float, device: Hardware, *, is_far: bool = False) -> float:
+    """Time to hand activations to the next pipeline stage."""
+    network = device.network_bytes_per_s or device.link_bytes_per_s
+    if is_far:
+        return device.network_latency_s + num_bytes / (REACHED * network)
+    return device.link_latency_s + num_bytes / (REACHED * device.link_bytes_per_s)
+
+
+def two_level_all_to_all_s(ranks: int, num_bytes: float, device: Hardware) -> float:
+    """All-to-all that first exchanges inside a domain, then between domains."""
+    inside = min(ranks, device.link_devices)
+    outside = math.ceil(ranks / inside)
+    near = device.link_latency_s * inside + num_bytes / (REACHED * device.link_bytes_per_s)
+    network = device.network_bytes_per_s or device.link_bytes_per_s
+    far_bytes = num_bytes * (1 - inside / ranks)
+    return near + device.network_latency_s * outside + far_bytes / (REACHED * network)
+
+
+def wins_all_gather(ranks_per_token: float, ranks: int) -> bool:
+    """Whether gathering every token costs no more bytes than sending it where it is needed."""
+    return ranks_per_token >= ranks - 1

@@ -1,0 +1,92 @@
+"""Tables of measured kernel times, whoever measured them, in one form.
+
+A table knows its device, engine, arithmetic and where each number comes from. `load_shipped`
+reads mogul's own measurements; `aiconfigurator.py` reads that tool's tables from its installed
+wheel.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from mogul.core.errors import ArtifactError
+from mogul.spec.quant import bytes_of
+
+SHIPPED_DIR = Path(__file__).parent / "measured"
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """Measured times of one kind of kernel on one device."""
+
+    kind: str
+    device: str
+    engine: str
+    dtype: str
+    source: str
+    """Provenance: who measured, versions, date. Two tables with one source are one."""
+
+    dims: Mapping[str, np.ndarray]
+    seconds: np.ndarray
+    groups: np.ndarray | None = None
+    """A label a row (the model or shape it belongs to) for leave-one-out validation."""
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def only(self, mask: np.ndarray) -> KernelTable:
+        """Return the rows where `mask` is true."""
+        dims = {name: column[mask] for name, column in self.dims.items()}
+        groups = None if self.groups is None else self.groups[mask]
+        return KernelTable(
+            self.kind, self.device, self.engine, self.dtype, self.source, dims,
+            self.seconds[mask], groups,
+        )  # fmt: skip
+
+
+@cache
+def load_shipped() -> tuple[KernelTable, ...]:
+    """Mogul's own measurements (`measured/*.csv`, one file a table)."""
+    return tuple(read_table(path) for path in sorted(SHIPPED_DIR.glob("*.csv")))
+
+
+def read_table(path: Path) -> KernelTable:
+    """Read a table: `# key = value` lines (kind, device, engine, dtype, source), then CSV.
+
+    Columns are the dimensions of the kind (`physics.py`) and `seconds`; a column `group` labels
+    rows.
+
+    Raises:
+        ArtifactError: a key or column is missing.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = _head(lines)
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    missing = {"kind", "device", "engine", "dtype", "source"} - set(head)
+    if missing or not rows or "seconds" not in rows[0]:
+        raise ArtifactError(
+            f"{path} lacks {', '.join(sorted(missing)) or 'rows or the column seconds'}",
+            fix="write it with `mogul simulate calibrate`",
+        )
+    names = [name for name in rows[0] if name not in ("seconds", "group")]
+    dims = {name: np.array([float(row[name]) for row in rows]) for name in names}
+    width = np.full(len(rows), bytes_of(head["dtype"]))
+    dims.setdefault("weight_bytes", width)
+    dims.setdefault("input_bytes", width)
+    groups = np.array([row["group"] for row in rows]) if "group" in rows[0] else None
+    seconds = np.array([float(row["seconds"]) for row in rows])
+    return KernelTable(
+        head["kind"], head["device"], head["engine"], head["dtype"], head["source"], dims,
+        seconds, groups,
+    )  # fmt: skip
+
+
+def _head(lines: list[str]) -> dict[str, str]:
+    pairs = (line[1:].split("=", 1) for line in lines if line.startswith("#") and "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

@@ -1,0 +1,1 @@
+"""Predictions against what was measured, and the bars they must clear."""

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from mogul.simulate import curves, physics
+from mogul.simulate.calibration import Calibration, shipped
+from mogul.simulate.measurements import KernelTable, load_shipped, read_table
+from mogul.spec.hardware import hardware
+
+H100 = hardware("h100")
+SHAPE = {"hidden": 5120, "width": 1344, "weight_bytes": 2.0, "input_bytes": 2.0}
+
+
+def test_a_measured_call_comes_back_as_measured():
+    dims = {"rows": 512.0, "distinct": 63.988, **SHAPE}
+    estimate = shipped("vllm").estimate("moe", dims, H100, "bf16")
+    assert estimate.seconds == pytest.approx(0.000923, rel=0.02)
+    assert estimate.tier == "measured"
+    assert "mogul's own run" in estimate.sources[0]
+
+
+def test_other_machines_borrow_from_their_architecture_then_from_curves():
+    dims = {"rows": 512.0, "distinct": 63.988, **SHAPE}
+    calibration = shipped("vllm")
+    assert calibration.estimate("moe", dims, hardware("h200"), "bf16").tier == "transferred"
+    unknown = calibration.estimate("moe", dims, hardware("mi300x"), "bf16")
+    assert (unknown.tier, unknown.sigma) == ("guess", 0.4)
+
+
+def test_far_from_every_measurement_the_curve_decides():
+    dims = {"rows": 1e7, "distinct": 8.0, "hidden": 512, "width": 16384}
+    dims |= {"weight_bytes": 2.0, "input_bytes": 2.0}
+    estimate = shipped("vllm").estimate("moe", dims, H100, "bf16")
+    demand = physics.demand("moe", dims)
+    curve = curves.curve("hopper", "moe", "bf16").seconds(demand, H100, "bf16")
+    assert estimate.seconds == pytest.approx(float(curve))
+
+
+def test_no_time_is_below_the_roofline_by_much():
+    for tokens in (1, 8, 64, 512, 4096):
+        dims = {"rows": 8.0 * tokens, "distinct": 64 * (1 - 0.875**tokens), **SHAPE}
+        demand = physics.demand("moe", dims)
+        floor_s = max(demand.flop / 989e12, demand.moved_bytes / 3.35e12)
+        assert shipped("vllm").estimate("moe", dims, H100, "bf16").seconds > 0.95 * floor_s
+
+
+def test_only_the_experts_touched_are_read():
+    few = physics.demand("moe", {"rows": 64, "distinct": 8, **SHAPE}).moved_bytes
+    many = physics.demand("moe", {"rows": 64, "distinct": 64, **SHAPE}).moved_bytes
+    assert many - few == pytest.approx(56 * 3 * 5120 * 1344 * 2)
+
+
+def test_shipped_tables_say_who_measured():
+    assert load_shipped()
+    assert all("own run" in table.source for table in load_shipped())
+
+
+def test_a_table_needs_its_head(tmp_path):
+    (tmp_path / "t.csv").write_text("# kind = moe\nrows,seconds\n1,2\n")
+    with pytest.raises(ValueError, match="lacks device, dtype, engine, source"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_the_nearer_measurement_weighs_more():
+    dims = {name: np.array([64.0, 4096.0]) for name in ("m", "n", "k")}
+    dims |= {"weight_bytes": np.array([2.0, 2.0]), "input_bytes": np.array([2.0, 2.0])}
+    base = curves.curve("hopper", "gemm").seconds(physics.demand("gemm", dims), H100, "bf16")
+    table = KernelTable("gemm", "h100", "x", "bf16", "test", dims, base * [2.0, 1.0])
+    asked = {"m": 80.0, "n": 64.0, "k": 64.0, "weight_bytes": 2.0, "input_bytes": 2.0}
+    plain = curves.curve("hopper", "gemm").seconds(physics.demand("gemm", asked), H100, "bf16")
+    ratio = Calibration((table,)).estimate("gemm", asked, H100, "bf16").seconds / plain
+    assert ratio == pytest.approx(2.0, rel=0.05)
