@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from mogul.core.errors import ArtifactError
 from mogul.spec.trace import NUM_BUSIEST_BINS, ModelStamp, Trace, TraceMeta
 
-BATCH_SIZES = (1, 4, 16, 64, 256)
+BATCH_SIZES = (4, 16, 64, 256)
 SAMPLE_LIMIT = 4096
 
 
