@@ -18,6 +18,7 @@ VERBS = {
     "generate": ("mogul.cli.generate", "continue a prompt, streaming"),
     "chat": ("mogul.cli.chat", "talk to a model in the terminal"),
     "upcycle": ("mogul.cli.upcycle", "turn a dense checkpoint into grouped experts, exactly"),
+    "trace": ("mogul.cli.trace", "record once what the experts of a model do"),
     "demo": ("mogul.cli.demo", "see on this machine what grouping does, in five minutes"),
 }
 
