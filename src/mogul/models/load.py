@@ -146,7 +146,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise ArtifactError(
             f"{folder} has no tokenizer that can be used: {error}",
-            fix="add tokenizer.json and tokenizer_config.json",
+            fix="pip install sentencepiece protobuf, which read tokenizer.model"
+            if only_pieces
+            else "add tokenizer.json and tokenizer_config.json",
         ) from error
     if is_pangu and not tokenizer.chat_template:
         tokenizer.chat_template = PANGU_CHAT_TEMPLATE

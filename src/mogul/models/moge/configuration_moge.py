@@ -127,6 +127,7 @@ class MogeConfig(PreTrainedConfig):
     output_router_logits: bool = False
     """Also return the router logits, and add the balance loss to the loss."""
     router_aux_loss_coef: float = 0.001
+    """Times a balance loss that is 1 at balance (in Transformers' own models it is K there)."""
     router_z_loss_coef: float = 0.0
 
     pad_token_id: int | None = None
@@ -236,6 +237,9 @@ class PanguProMoEConfig(MogeConfig):
     """Absent in released files; 0: as many groups as picks a token."""
     shared_expert_intermediate_size: int = 5376
     router_scale: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 45892
+    """`[unused10]`, which ends every turn."""
 
     def _check_unknown_keys(self, unknown: dict[str, Any]) -> None:
         if "param_sink_number" in unknown or "V2" in "".join(self.architectures or ()):

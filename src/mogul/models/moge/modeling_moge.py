@@ -468,12 +468,12 @@ class MogePreTrainedModel(PreTrainedModel):
     }
 
     @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, MogeExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, mean=0.0, std=std)
         elif isinstance(module, MogeAttention) and self.config.num_sink_keys:
             init.normal_(module.sink_key, mean=0.0, std=std)
             if self.config.use_sink_values:
@@ -523,12 +523,7 @@ class MogeModel(MogePreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             position_ids = (positions + seen).unsqueeze(0)
-        create_mask: Callable[..., Any] = create_causal_mask
-        if self.config.sliding_window is not None:
-            create_mask = create_sliding_window_causal_mask
-        elif self.config.num_sink_keys:  # a mask is needed to put the sinks before
-            create_mask = partial(create_causal_mask, allow_is_causal_skip=False)
-        causal_mask = create_mask(
+        causal_mask = self._mask_function()(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
@@ -549,6 +544,13 @@ class MogeModel(MogePreTrainedModel):
         return MogeModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _mask_function(self) -> Callable[..., Any]:
+        if self.config.sliding_window is not None:
+            return create_sliding_window_causal_mask
+        if self.config.num_sink_keys:  # a mask is needed to put the sinks before
+            return partial(create_causal_mask, allow_is_causal_skip=False)
+        return create_causal_mask
 
 
 class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
@@ -628,6 +630,15 @@ class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
         )
 
     def _balance_loss(self, outputs: MogeModelOutput, attention_mask: Tensor | None) -> Tensor:
+        if (
+            "ep_router" in (self.config.base_model_ep_plan or {}).values()
+            and self._has_some_experts()
+        ):
+            raise BackendError(
+                "under expert parallelism this version of Transformers shows each device its own "
+                "picks only, so the balance loss cannot be computed",
+                fix="upgrade Transformers, or set output_router_logits=False",
+            )
         return balance_loss(
             outputs.router_logits or (),
             outputs.router_ids or (),
@@ -635,6 +646,11 @@ class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
             score=self.config.router_score,
             attention_mask=attention_mask,
         )
+
+    def _has_some_experts(self) -> bool:
+        """Whether this process holds a part of each layer's experts only."""
+        experts: list[Any] = [m for m in self.modules() if isinstance(m, MogeExperts)]
+        return any(module.num_experts < self.config.num_experts for module in experts)
 
 
 class MogeForSequenceClassification(GenericForSequenceClassification, MogePreTrainedModel):
