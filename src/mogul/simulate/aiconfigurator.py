@@ -72,9 +72,14 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def _newest(folder: Path, device: str, room: str, engine: str, file: str) -> Path | None:
+def _versions(folder: Path, device: str, room: str, engine: str, file: str) -> list[Path]:
+    """A table's versions, newest first."""
     found = (folder / "systems" / "data" / DEVICES[device] / room / engine).glob(f"*/{file}")
-    return max(found, key=lambda path: _version(path.parent.name), default=None)
+    return sorted(found, key=lambda path: _version(path.parent.name), reverse=True)
+
+
+def _newest(folder: Path, device: str, room: str, engine: str, file: str) -> Path | None:
+    return next(iter(_versions(folder, device, room, engine, file)), None)
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -83,7 +88,10 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def tables(device: str, engine: str) -> tuple[KernelTable, ...]:
-    """All tables of one device and engine that mogul can use (newest version of each)."""
+    """All tables of one device and engine that mogul can use.
+
+    Of several versions the newest that has the arithmetic counts.
+    """
     return tuple(_tables(str(require_wheel()), device, engine))
 
 
@@ -91,9 +99,14 @@ def tables(device: str, engine: str) -> tuple[KernelTable, ...]:
 def _tables(folder: str, device: str, engine: str) -> tuple[KernelTable, ...]:
     found: list[KernelTable] = []
     for room, file, convert in _SOURCES:
-        path = _newest(Path(folder), device, room, engine, file)
-        if path is not None:
-            found.extend(_split(path, device, engine, convert))
+        best: dict[tuple[str, str, float], KernelTable] = {}
+        for path in _versions(Path(folder), device, room, engine, file):
+            for table in filter(len, _split(path, device, engine, convert)):
+                width = float(table.dims["input_bytes"][0]) if table.kind == "moe" else 0.0
+                key = (table.kind, table.dtype, width)
+                if key not in best:
+                    best[key] = table  # newest first
+        found.extend(best.values())
     return tuple(found)
 
 
@@ -150,15 +163,20 @@ def _attention_decode(c: dict[str, np.ndarray]) -> Any:
     context = (c["step"] + 1).astype(float)
     dims = {"batch": c["batch_size"].astype(float), "context": context, "heads": heads}
     dims |= {"kv_heads": kv.astype(float), "key_dim": width, "value_dim": width}
-    dtype = np.where(c["window_size"] == 0, c["kv_cache_dtype"].astype(object), "windowed")
+    dtype = np.where(_window(c) == 0, c["kv_cache_dtype"].astype(object), "windowed")
     return "attention_decode", dtype.astype(str), dims, None
+
+
+def _window(c: dict[str, np.ndarray]) -> np.ndarray:
+    """Older tables have no windows."""
+    return c.get("window_size", np.zeros(len(c["step"])))
 
 
 def _attention_prefill(c: dict[str, np.ndarray]) -> Any:
     _, _, dims, _ = _attention_decode(c)
     dims["tokens"] = c["isl"].astype(float)
     del dims["context"]
-    plain = (c["window_size"] == 0) & (c["kv_cache_dtype"] == "bfloat16") & (c["step"] == 0)
+    plain = (_window(c) == 0) & (c["kv_cache_dtype"] == "bfloat16") & (c["step"] == 0)
     dtype = np.where(plain, "bfloat16", "other")
     return "attention_prefill", dtype, dims, None
 

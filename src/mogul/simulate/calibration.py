@@ -3,7 +3,8 @@
 The time is the curve's (`curves.py`) times a correction: the geometric mean of measured / curve
 over the nearest measured calls, weighed by nearness. Which measurements count is a ladder: same
 device, arithmetic and engine; another engine; another device of the architecture; another
-arithmetic of the same width. Every answer says its rung, its spread and its sources.
+arithmetic of the same width. Where no engine is preferred the fastest measured one counts: the
+tables hold one kernel of several an engine chooses from. Every answer says its rung, its spread and its sources.
 """
 
 from __future__ import annotations
@@ -108,22 +109,24 @@ class Calibration:
         if found is None:
             return unmeasured
         rung, slices = found
-        return _corrected(unmeasured, demand, slices, rung)
+        engines = {one.table.engine for one in slices}
+        candidates = [
+            _corrected(unmeasured, demand, [s for s in slices if s.table.engine == name], rung)
+            for name in sorted(engines)
+        ]
+        return min(candidates, key=lambda one: one.seconds)
 
     def _rung(self, kind: str, device: Hardware, dtype: str) -> tuple[str, list[_Slice]] | None:
         same_dtype = self._slices.get((kind, dtype), [])
         kin = [s for other in _KIN.get(dtype, ()) for s in self._slices.get((kind, other), [])]
+        home = [s for s in same_dtype if s.table.device == device.name]
         ladder = (
-            ("measured", [s for s in same_dtype if self._is_home(s, device)]),
-            ("measured", [s for s in same_dtype if s.table.device == device.name]),
+            ("measured", [s for s in home if s.table.engine == self.engine]),
+            ("measured", home),
             ("transferred", [s for s in same_dtype if _is_sibling(s, device)]),
             ("transferred", [s for s in kin if s.table.device == device.name]),
         )
         return next((step for step in ladder if step[1]), None)
-
-    def _is_home(self, candidate: _Slice, device: Hardware) -> bool:
-        table = candidate.table
-        return table.device == device.name and (not self.engine or table.engine == self.engine)
 
 
 def _is_sibling(candidate: _Slice, device: Hardware) -> bool:
@@ -159,8 +162,8 @@ def shipped(engine: str = "") -> Calibration:
 
 
 @cache
-def with_aiconfigurator(device: str, engine: str) -> Calibration:
-    """AIConfigurator's tables of a device, those of `engine` preferred, with mogul's own.
+def with_aiconfigurator(device: str, engine: str = "") -> Calibration:
+    """AIConfigurator's tables of a device with mogul's own; those of `engine` preferred.
 
     Raises:
         ArtifactError: its wheel is not installed.

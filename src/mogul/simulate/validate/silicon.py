@@ -133,7 +133,7 @@ def _predict(row: Mapping[str, str], layout: Reading) -> Prediction:
         _quant(row, model),
         ROUTING,
         engine(row["backend"]),
-        with_aiconfigurator(device.name, row["backend"]),
+        with_aiconfigurator(device.name),
         aiconfigurator.collective_tables(device.name, row["backend"]),
     )
     workload = Workload(
