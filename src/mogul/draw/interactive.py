@@ -56,13 +56,13 @@ def _chart(chart: Chart) -> go.Figure:
     figure.update_layout(
         **_layout(380),
         barmode="group",
-        scattermode="group",
         legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
         showlegend=len(chart.series) > 1,
     )
     figure.update_xaxes(**_AXIS, title_text=chart.x_label)
     figure.update_yaxes(**_AXIS, title_text=chart.y_label)
     if chart.categories:
+        figure.update_layout(scattermode="group")
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=chart.categories)
     if chart.y_range:
         figure.update_yaxes(range=chart.y_range)
@@ -105,8 +105,9 @@ def _trace(series: Series, color: str) -> go.Bar | go.Scatter:
 def _heat_map(heat: HeatMap) -> go.Figure:
     low, high = heat.limits
     names = [name for name, _ in heat.panels]
+    height = 150 + sum(60 + min(28 * len(values), 260) for _, values in heat.panels)
     figure = make_subplots(
-        rows=len(names), cols=1, subplot_titles=names, vertical_spacing=0.36 / len(names)
+        rows=len(names), cols=1, subplot_titles=names, vertical_spacing=70 / height
     )
     for row, (name, values) in enumerate(heat.panels, start=1):
         trace = go.Heatmap(
@@ -123,7 +124,7 @@ def _heat_map(heat: HeatMap) -> go.Figure:
         figure.add_trace(trace, row=row, col=1)
         figure.update_yaxes(row=row, col=1, title_text=heat.y_label, autorange="reversed")
     figure.update_layout(
-        **_layout(130 + sum(60 + min(28 * len(v), 260) for _, v in heat.panels)),
+        **_layout(height),
         coloraxis={
             "colorscale": [list(stop) for stop in HEAT],
             "cmin": low,
@@ -132,7 +133,7 @@ def _heat_map(heat: HeatMap) -> go.Figure:
                 "title": {"text": heat.value_label, "side": "top"},
                 "orientation": "h",
                 "thickness": 10,
-                "y": -0.14,
+                "y": -66 / height,
                 "yanchor": "top",
             },
         },

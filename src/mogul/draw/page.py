@@ -46,7 +46,8 @@ th, td { padding: .38rem .7rem .38rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td.n, th.n { text-align: right; }
-td { overflow-wrap: break-word; }
+td.n { white-space: nowrap; }
+th:not(:last-child), td:not(:last-child) { padding-right: 1rem; }
 figure { margin: 1.4rem 0; } figcaption, .note { color: var(--soft); font-size: .92rem; }
 .note { margin: .2rem 0; }
 blockquote { margin: .7rem 0; padding: .6rem 1rem; background: var(--card);
@@ -72,6 +73,11 @@ def show_cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
+
+
+def _is_numeric(value: object) -> bool:
+    """Whether a cell reads as a number, and so stands right."""
+    return not isinstance(value, str) or value.lstrip("-+<>=")[:1].isdigit() or value == "-"
 
 
 class Page:
@@ -109,8 +115,7 @@ class Page:
     def table(self, table: Table) -> None:
         """Add a table with its title above and its notes below."""
         columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
-        numeric = [all(isinstance(v, (int, float, type(None))) for v in c) for c in columns]
-        kinds = [' class="n"' if is_number else "" for is_number in numeric]
+        kinds = [' class="n"' if all(map(_is_numeric, cells)) else "" for cells in columns]
         head = "".join(
             f"<th{kind}>{marked_up(name)}</th>"
             for kind, name in zip(kinds, table.columns, strict=True)

@@ -24,8 +24,8 @@ NAMES: tuple[Name, ...] = ("MoGE", "twin", "dense")
 
 PROMPTS = (
     "What is the capital of France?",
-    "Why is the sky blue? Answer in one sentence.",
-    "Write two lines about the sea.",
+    "Tell me about the Moon in one sentence.",
+    "Why do we need sleep? Answer in one sentence.",
 )
 
 

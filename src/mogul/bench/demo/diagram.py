@@ -15,7 +15,7 @@ def layer_diagram(moge: Grouping, twin: Grouping) -> str:
     panels = [
         _panel("dense: one FFN", GREY, 1, shards, [0] * shards, joined=True),
         _panel(
-            f"MoGE: {shards} groups of {copies} copies of a shard, one pick in each group",
+            f"MoGE: {shards} groups of {copies} copies, one pick in each",
             BLUE, copies, shards, picked, joined=False,
         ),
         _panel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class ExactResult:
     """MoGE and twin against the dense model."""
     largest_logit: float
     """Largest |logit| of the dense model: what the differences are to be measured by."""
+    rounding: float
+    """Largest difference of the dense model to itself with its products in fp64."""
     tokens_compared: int
     top_token_agrees: dict[Name, float]
     """Share of positions (0..1) whose most likely next token is that of the dense model."""
@@ -52,19 +55,25 @@ def act_exact(
     difference: dict[Name, float] = {"MoGE": 0.0, "twin": 0.0}
     agreed: dict[Name, int] = {"MoGE": 0, "twin": 0}
     largest = 0.0
+    rounding = 0.0
+    precise = copy.deepcopy(dense).double()
     with torch.inference_mode():
         for ids_1L in compared:
             want = dense(input_ids=ids_1L, use_cache=False).logits
             largest = max(largest, float(want.abs().max()))
+            truth = precise(input_ids=ids_1L, use_cache=False).logits
+            rounding = max(rounding, float((want - truth).abs().max()))
             others: tuple[tuple[Name, Any], ...] = (("MoGE", moge), ("twin", twin))
             for name, model in others:
                 got = model(input_ids=ids_1L, use_cache=False).logits
                 difference[name] = max(difference[name], float((got - want).abs().max()))
                 agreed[name] += int((got.argmax(-1) == want.argmax(-1)).sum())
+    del precise
     tokens = sum(ids_1L.shape[1] for ids_1L in compared)
     return ExactResult(
         largest_logit_difference=difference,
         largest_logit=largest,
+        rounding=rounding,
         tokens_compared=tokens,
         top_token_agrees={name: count / tokens for name, count in agreed.items()},
         answers=_answers(dense, moge, tokenizer, prompts, settings),

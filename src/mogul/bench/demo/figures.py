@@ -69,7 +69,7 @@ def rows_figure(result: BalanceResult) -> Chart:
     return Chart(
         title="Rows: how much more the busiest device computes",
         x_label="sequences that decode together (batch)",
-        y_label="rho: rows, busiest device / mean",
+        y_label="rho = max / mean rows",
         y_range=(0.7, max(twin, default=1) + 0.2),
         series=series,
         reference=(1.0, "equal rows"),
@@ -98,7 +98,7 @@ def experts_figure(result: BalanceResult) -> Chart:
     return Chart(
         title="Distinct experts: how much more the busiest device reads",
         x_label="sequences that decode together (batch)",
-        y_label="delta: distinct experts, busiest device / mean",
+        y_label="delta = max / mean experts",
         y_range=(0.7, max((cell.delta.high for cell in result.cells), default=1.0) + 0.3),
         series=series,
         reference=(1.0, "equal reading"),
@@ -132,21 +132,22 @@ def loss_figure(result: LearningResult) -> Chart:
     return Chart(
         title="Training loss on the same batches",
         x_label="step",
-        y_label="loss, nats a token (balance loss included)",
+        y_label="loss, nats a token",
         series=[
             Series(
                 name=one.model,
                 x=list(range(1, one.training.steps + 1)),
                 y=list(one.training.losses),
                 color=COLORS[one.model],
-                dashed=one.model == "dense",
+                dashed=one.model == "MoGE",
             )
-            for one in result.learners
+            # The MoGE is drawn last, dashed: it would hide the others, so close are they.
+            for one in reversed(result.learners)
         ],
         caption=(
-            "Each step is a new batch of text, so the curves jump together. They start from the "
-            "same function; MoGE and twin carry the balance loss of their routers on top (about "
-            "0.01)."
+            "Each step is a new batch of text, easy or hard, so the curves jump, and they jump "
+            "together: the models start from the same function. MoGE and twin carry the balance "
+            "loss of their routers on top (about 0.01)."
         ),
     )
 

@@ -24,8 +24,8 @@ from mogul.train.loop import TrainRecord, train
 from mogul.train.optimizer import TrainSettings
 
 HONEST = (
-    "This shows that the upcycled model trains: its loss falls, its copies part, its routers stay "
-    "in use. It does not show that it is better: a minute of training cannot."
+    "This shows that the upcycled model trains: its loss falls and its copies part. It does not "
+    "show that it is better than the twin or the dense model: so little training cannot."
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _facts(result: DemoResult) -> list[tuple[str, str, str]]:
     moge = result.learning.learners[0]
     facts = [
         (
-            f"{exact.largest_logit_difference['MoGE']:.0e}",
+            f"{exact.largest_logit_difference['MoGE']:.1e}",
             "largest logit difference to the dense model",
             f"fp32, logits up to {exact.largest_logit:.0f}; {same} of {asked} answers the same",
         )
@@ -128,8 +128,8 @@ def _about(made: Page, settings: DemoSettings) -> None:
         f"{moge.group_size} copies of each shard in a group of its own, and a token picks one "
         f"expert in each of the {moge.num_groups} groups. The **twin** is the honest rival: "
         f"{twin.num_experts} copies of the whole FFN, one picked, the same parameters in total "
-        "and for a token. Copies are equal at the start, so that both compute the dense function "
-        "whatever their routers say."
+        "and for a token (but for the router, 0.1 %). Copies are equal at the start, so that "
+        "both compute the dense function whatever their routers say."
     )
     made.drawing(
         layer_diagram(moge, twin),
@@ -143,7 +143,8 @@ def _act_exact(made: Page, result: ExactResult) -> None:
     made.section("Act 1: exact")
     made.prose(
         "The sum over the shards of an FFN is the FFN, so upcycling changes nothing but the "
-        "order of additions. What is left is the rounding of fp32."
+        "order of additions. What is left is the rounding of fp32, which the table shows beside "
+        "the rounding in the dense model itself."
     )
     made.table(exact_table(result))
     for answer in result.answers:
@@ -164,8 +165,8 @@ def _act_balance(made: Page, result: BalanceResult, drawn: dict[str, Figure]) ->
         "reads each **distinct expert** once. All devices wait for the busiest. Routing is a "
         "function of one token, so the picks at the last positions of a prefill are those of "
         "decoding.",
-        "The routers are **random** here, at step 0. A trained router would be more even than a "
-        "random one, so the figures also show picks drawn uniformly by chance: as even as a "
+        "The routers are **random** here, at step 0. Training with a balance loss makes "
+        "routers more even, so the figures also show picks drawn uniformly by chance: as even as a "
         "router that decides token by token can be expected to be.",
     )
     for name in ("rows", "devices", "experts"):
@@ -184,7 +185,8 @@ def _act_learning(made: Page, result: LearningResult, drawn: dict[str, Figure]) 
         "of them are measured. The dense model has probably met these works before.",
         f"**{HONEST}**",
     )
-    made.table(learning_table(result))
+    table = learning_table(result)
+    made.table(replace(table, notes=[note for note in table.notes if note != HONEST]))
     for name in ("loss", "held_out", "shares"):
         made.figure(drawn[name])
     made.table(trained_balance_table(result))
