@@ -7,7 +7,6 @@ must read the ids are made only under MOGUL_DEBUG, as they would cost time in ev
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,7 +38,9 @@ class MoeForward(Protocol):
         gate_up_bias: Tensor | None,
         down_bias: Tensor | None,
         layout: ExpertLayout,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Run the layer."""
+        ...
 
 
 class CallFacts(NamedTuple):
@@ -76,11 +77,22 @@ def choose_backend(
         BackendError: the forced backend cannot run, with the reason.
     """
     call = CallFacts(torch.device(device), dtype, **facts)  # type: ignore[arg-type]
-    return _resolve(tuple(MOE_FORWARD.names()), backend, call)[0]
+    return _resolve(backend, call)[0]
 
 
-@lru_cache(maxsize=256)
-def _resolve(_registered: tuple[str, ...], backend: str, facts: CallFacts) -> tuple[str, MoeForward]:
+# torch.compile warns of functools.lru_cache, so the cache is a plain one.
+_resolved: dict[tuple[tuple[str, ...], str, CallFacts], tuple[str, MoeForward]] = {}
+
+
+def _resolve(backend: str, facts: CallFacts) -> tuple[str, MoeForward]:
+    """Ask the backends once for each kind of call."""
+    key = (tuple(MOE_FORWARD.names()), backend, facts)
+    if (known := _resolved.get(key)) is None:
+        known = _resolved[key] = _ask(backend, facts)
+    return known
+
+
+def _ask(backend: str, facts: CallFacts) -> tuple[str, MoeForward]:
     told = facts._asdict()
     if backend != "auto":
         return backend, MOE_FORWARD.get(backend, **told)
@@ -146,7 +158,7 @@ def moe_forward(
         has_bias=gate_up_bias is not None or down_bias is not None,
         needs_grad=_needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
     )
-    run = _resolve(tuple(MOE_FORWARD.names()), backend, facts)[1]
+    run = _resolve(backend, facts)[1]
     y = run(
         x.to(dtype),
         gate_up.to(dtype),
@@ -173,7 +185,9 @@ def _check_call(x: Tensor, gate_up: Tensor, ids: Tensor, weights: Tensor, hidden
             f"[{x.shape[0]}, K], one row for each token of x"
         )
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
-        raise ConfigError(f"ids are {ids.dtype}, not integers", fix="pass the ids that route returns")
+        raise ConfigError(
+            f"ids are {ids.dtype}, not integers", fix="pass the ids that route returns"
+        )
     if not (x.is_floating_point() and gate_up.is_floating_point() and weights.is_floating_point()):
         raise ConfigError(
             f"x is {x.dtype}, gate_up {gate_up.dtype}, weights {weights.dtype}: "

@@ -109,7 +109,9 @@ class RouteFunction(Protocol):
 
     def __call__(
         self, logits: Tensor, spec: RouterSpec, bias: Tensor | None, scale: Tensor | None, /
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pick and weigh."""
+        ...
 
 
 ROUTE: Registry[RouteFunction] = Registry("route")

@@ -19,7 +19,7 @@ from mogul.kernels.layout import ExpertLayout
 
 
 class Experts(torch.autograd.Function):
-    """Differentiable in x, gate_up, down, weights and both biases; only what is asked is computed."""
+    """Differentiable in every float tensor; gradients nobody asks for are not computed."""
 
     @staticmethod
     def forward(
@@ -33,6 +33,7 @@ class Experts(torch.autograd.Function):
         down_bias: Tensor | None,
         layout: ExpertLayout,
     ) -> Tensor:
+        """The experts layer, keeping what the backward pass needs."""
         up_EDF, down_EFD = right_operands(gate_up, down, layout)
         order = order_by_expert(ids, gate_up.shape[0])
         hidden_RF, out_RD = rows(x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout)
@@ -45,7 +46,8 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        """One gradient for each argument of `forward`, None where none is needed."""
         x, gate_up, down, weights, down_bias, hidden_RF, slot_R, place_TK = ctx.saved_tensors
         order, layout = Order(slot_R, place_TK, *ctx.order_tail), ctx.layout
         want_x, want_up, want_down, _, want_weights, want_up_bias, want_down_bias, _ = (
@@ -107,8 +109,11 @@ def _weight_grad(
     if down_bias_ED is not None:
         for expert, start, stop in order.blocks:
             grad_R[start:stop] += (grad_RD[start:stop] @ down_bias_ED[expert]).to(grad_R.dtype)
-    return torch.zeros_like(weights_TK).view(-1).index_copy_(0, order.slot_R, grad_R).view_as(
-        weights_TK
+    return (
+        torch.zeros_like(weights_TK)
+        .view(-1)
+        .index_copy_(0, order.slot_R, grad_R)
+        .view_as(weights_TK)
     )
 
 

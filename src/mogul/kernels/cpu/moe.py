@@ -44,13 +44,13 @@ def moe_forward_cpu(
         from mogul.kernels.cpu.grad import Experts
 
         return Experts.apply(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
-    up_EDF, down_EFD = right_operands(gate_up, down, layout)
     if x.shape[0] == 1:
-        return _one_token(x, up_EDF, down_EFD, ids, weights, gate_up_bias, down_bias, layout)
+        return _one_token(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
     order = order_by_expert(ids, gate_up.shape[0])
     if _wants_columns(order, x.dtype, layout):
         out_RD = _columns(x, gate_up, down, order, gate_up_bias, down_bias, layout)
     else:
+        up_EDF, down_EFD = right_operands(gate_up, down, layout)
         out_RD = rows(x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout)[1]
     return combine(out_RD, order, weights)
 
@@ -62,8 +62,8 @@ def right_operands(gate_up: Tensor, down: Tensor, layout: ExpertLayout) -> tuple
 
 def _one_token(
     x_1D: Tensor,
-    up_EDF: Tensor,
-    down_EFD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
     ids_1K: Tensor,
     weights_1K: Tensor,
     up_bias_EF: Tensor | None,
@@ -71,23 +71,26 @@ def _one_token(
     layout: ExpertLayout,
 ) -> Tensor:
     """A matrix-vector product for each pick: reads every weight once, copies none."""
-    num_experts = up_EDF.shape[0]
-    picks = [(k, e) for k, e in enumerate(ids_1K[0].tolist()) if 0 <= e < num_experts]
-    weight_K, real_K = weights_1K[0], ids_1K[0]
-    if len(picks) < weight_K.shape[0]:
-        kept_R = torch.tensor([k for k, _ in picks], dtype=torch.int64)
-        weight_K, real_K = weight_K[kept_R], real_K[kept_R]
-    hidden_KF = x_1D.new_empty(len(picks), up_EDF.shape[2])
-    for row, (_, expert) in enumerate(picks):
-        torch.mv(up_EDF[expert].T, x_1D[0], out=hidden_KF[row])
+    up_EFD, down_EDF = (gate_up.mT, down.mT) if layout.is_transposed else (gate_up, down)
+    num_experts, num_hidden = up_EFD.shape[:2]
+    id_K, weight_K = ids_1K[0], weights_1K[0]
+    experts = id_K.tolist()
+    if min(experts, default=0) < 0 or max(experts, default=0) >= num_experts:
+        is_real_K = (id_K >= 0) & (id_K < num_experts)
+        id_K, weight_K = id_K[is_real_K], weight_K[is_real_K]
+        experts = id_K.tolist()
+    x_D = x_1D[0]
+    hidden_KF = x_1D.new_empty(len(experts), num_hidden)
+    for expert, out_F in zip(experts, hidden_KF.unbind(), strict=True):
+        torch.mv(up_EFD[expert], x_D, out=out_F)
     if up_bias_EF is not None:
-        hidden_KF += up_bias_EF[real_K]
-    hidden_KF = layout.activate(hidden_KF)
-    out_KD = x_1D.new_empty(len(picks), x_1D.shape[1])
-    for row, (_, expert) in enumerate(picks):
-        torch.mv(down_EFD[expert].T, hidden_KF[row], out=out_KD[row])
+        hidden_KF += up_bias_EF[id_K]
+    active_KF = layout.activate(hidden_KF)
+    out_KD = x_1D.new_empty(len(experts), x_D.shape[0])
+    for expert, in_F, out_D in zip(experts, active_KF.unbind(), out_KD.unbind(), strict=True):
+        torch.mv(down_EDF[expert], in_F, out=out_D)
     if down_bias_ED is not None:
-        out_KD += down_bias_ED[real_K]
+        out_KD += down_bias_ED[id_K]
     return weight_K.to(out_KD.dtype)[None] @ out_KD
 
 
@@ -100,7 +103,7 @@ def rows(
     down_bias_ED: Tensor | None,
     layout: ExpertLayout,
 ) -> tuple[Tensor, Tensor]:
-    """Return the first matmul's output [R, 2F] and the experts' unweighted output [R or R + 1, D]."""
+    """Return the first matmul's output [R, 2F] and the experts' outputs (`padded_rows`)."""
     x_RD = x_TD.index_select(0, order.token_R())
     hidden_RF = x_TD.new_empty(order.num_rows, up_EDF.shape[2])
     multiply_blocks(x_RD, up_EDF, order, hidden_RF, up_bias_EF)
@@ -114,12 +117,14 @@ def multiply_blocks(
     left_RA: Tensor, right_EAB: Tensor, order: Order, out_RB: Tensor, bias_EB: Tensor | None = None
 ) -> None:
     """out[r] = left[r] @ right[expert of r] (+ bias)."""
-    for expert, start, stop in order.blocks:
-        out = out_RB[start:stop]
+    sizes = [stop - start for _, start, stop in order.blocks]
+    lefts = left_RA.split(sizes)
+    outs = out_RB[: order.num_rows].split(sizes)
+    for (expert, _, _), left, out in zip(order.blocks, lefts, outs, strict=True):
         if bias_EB is None:
-            torch.mm(left_RA[start:stop], right_EAB[expert], out=out)
+            torch.mm(left, right_EAB[expert], out=out)
         else:
-            torch.addmm(bias_EB[expert], left_RA[start:stop], right_EAB[expert], out=out)
+            torch.addmm(bias_EB[expert], left, right_EAB[expert], out=out)
 
 
 def padded_rows(x_TD: Tensor, order: Order) -> Tensor:

@@ -6,6 +6,7 @@ last row, where the caller keeps a row of zeros.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Order(NamedTuple):
         """R."""
         return self.slot_R.shape[0]
 
-    def token_R(self) -> Tensor:  # noqa: N802 - axes
+    def token_R(self) -> Tensor:
         """Token of each row."""
         return self.slot_R.div(self.place_TK.shape[1], rounding_mode="floor")
 
@@ -50,7 +51,7 @@ def order_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
     first, last = edges[0], edges[-1]
     blocks = [
         Block(expert, start - first, stop - first)
-        for expert, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        for expert, (start, stop) in enumerate(pairwise(edges))
         if start < stop
     ]
     slot_R = slot_S[first:last]
