@@ -19,7 +19,7 @@ from mogul.bench.demo.cast import DemoSettings
 from mogul.bench.demo.cells import MAX_STEPS_MEASURED, decode_steps, device_counts, measure
 from mogul.bench.demo.diagram import layer_diagram
 from mogul.bench.demo.learning import copy_distance, share_in_group
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError
 from mogul.spec.grouping import Grouping
 
 SETTINGS = DemoSettings(
@@ -191,6 +191,14 @@ def test_diagram_fills_one_pick_a_group():
 def test_settings_refuse_nonsense(changes, words):
     with pytest.raises(ConfigError, match=words):
         DemoSettings(**changes)
+
+
+def test_a_folder_that_cannot_be_is_refused_at_once(checkpoint, tmp_path):
+    from mogul.bench.demo.run import run_demo
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"cannot make the folder .*file"):
+        run_demo(checkpoint, tmp_path / "file", SETTINGS)
 
 
 @pytest.mark.full

@@ -24,12 +24,17 @@ from mogul.bench.demo.exact import ExactResult, act_exact
 from mogul.bench.demo.learning import act_learning
 from mogul.bench.demo.report import DemoResult, write_report
 from mogul.bench.demo.tables import balance_table, exact_table, learning_table
+from mogul.core.errors import ArtifactError
+from mogul.core.files import check_space
 from mogul.core.log import say
 from mogul.core.table import Table
-from mogul.core.units import show_bytes, show_s
+from mogul.core.units import MB, show_bytes, show_s
 from mogul.train.data import shipped_text, token_windows
 
 Show = Callable[[Table], None]
+
+REPORT_BYTES = 8 * MB
+"""Room for page, numbers and figures."""
 
 
 def run_demo(
@@ -50,7 +55,7 @@ def run_demo(
         model: The model's name in the report; the folder's name by default.
     """
     settings = settings or DemoSettings()
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder)
     seconds: dict[str, float] = {}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     with _quiet(), _clock(seconds, "all"):
@@ -80,6 +85,18 @@ def run_demo(
         f"The report: {path} (numbers: {path.with_name('report.json')})"
     )
     return result
+
+
+def _check_folder(folder: Path) -> None:
+    """Find out before five minutes of work whether the report can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make the folder {folder}: {error.strerror}"
+        raise ArtifactError(problem, fix="choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ArtifactError(f"cannot write into {folder}", fix="choose another folder")
+    check_space(folder, REPORT_BYTES)
 
 
 def _first_two_acts(
