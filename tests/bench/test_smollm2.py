@@ -40,7 +40,8 @@ def fake_wheel(tmp_path: Path, monkeypatch) -> Path:
 def test_the_conversion_happens_once(fake_wheel: Path, tmp_path: Path) -> None:
     told: list[str] = []
     first = smollm2_checkpoint(told.append)
-    assert first.parent == tmp_path / "cache"
+    assert first.name == "SmolLM2-135M-Instruct"
+    assert first.parents[1] == tmp_path / "cache"
     assert (first / "model.safetensors").read_bytes() == b"weightsweights"
     assert smollm2_checkpoint(told.append) == first
     assert told == ["converting"]
@@ -52,7 +53,7 @@ def test_a_stale_or_damaged_cache_is_never_used(fake_wheel: Path) -> None:
     (first / "model.safetensors").write_bytes(b"weig")  # cut off
     assert smollm2_checkpoint(told.append) == first
     assert (first / "model.safetensors").read_bytes() == b"weightsweights"
-    (first / "mogul_cache.json").write_text("{")
+    (first.parent / "source.json").write_text("{")
     smollm2_checkpoint(told.append)
     assert len(told) == 3
     fake_wheel.write_bytes(b"newer weights")

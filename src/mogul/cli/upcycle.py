@@ -23,7 +23,7 @@ class Options:
     one shard, and a token picks one of them with weight 1. Llama, Mistral, Qwen2 and Qwen3.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of the dense checkpoint (config.json and safetensors), or a hub id."""
     experts: int
     """Experts in every layer."""
