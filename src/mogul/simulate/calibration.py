@@ -10,7 +10,7 @@ tables hold one kernel of several an engine chooses from. Every answer says its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,9 @@ NEAR = 0.35
 
 REACH = 2.5
 """Feature distance at which a neighbour says nothing any more."""
+
+MANY_ROWS = 1024
+"""Rows an expert from which grouped products are as good as any."""
 
 SIGMA = {"measured": 0.08, "interpolated": 0.15, "transferred": 0.25}
 _KIN = {
@@ -107,7 +110,8 @@ class Calibration:
         )
         found = self._rung(kind, device, dtype)
         if found is None:
-            return unmeasured
+            plain_s = many_rows_s(dims, device, dtype) if kind == "moe" else base_s
+            return replace(unmeasured, seconds=min(base_s, plain_s))
         rung, slices = found
         engines = {one.table.engine for one in slices}
         candidates = [
@@ -127,6 +131,14 @@ class Calibration:
             ("transferred", [s for s in kin if s.table.device == device.name]),
         )
         return next((step for step in ladder if step[1]), None)
+
+
+def many_rows_s(dims: Mapping[str, float], device: Hardware, dtype: str) -> float:
+    """Time of experts with many rows each, at the speed of a plain product; else infinity."""
+    if dims["rows"] < MANY_ROWS * dims["distinct"]:
+        return float("inf")
+    plain = curves.curve(device.architecture, "gemm", dtype)
+    return float(plain.seconds(physics.demand("moe", dims), device, dtype))
 
 
 def _is_sibling(candidate: _Slice, device: Hardware) -> bool:

@@ -49,18 +49,24 @@ def collective(
     num_bytes: float,
     device: Hardware,
     tables: CollectiveTables | None = None,
+    far_bytes: float | None = None,
 ) -> Estimate:
-    """Time of "all_reduce", "all_gather", "reduce_scatter" or "all_to_all"."""
+    """Time of "all_reduce", "all_gather", "reduce_scatter" or "all_to_all".
+
+    `far_bytes` is what an all-to-all sends over the network; None means an even share.
+    """
     if ranks <= 1 or num_bytes <= 0:
         return Estimate(0.0, 0.0, "measured")
     if tables is not None and ranks <= device.link_devices:
         measured = tables.seconds(device.name, name, ranks, num_bytes)
         if measured is not None:
             return Estimate(measured, TABLE_SIGMA, "measured", (tables.source,))
-    return Estimate(_formula(name, ranks, num_bytes, device), FORMULA_SIGMA, "curve", ("formula",))
+    return Estimate(_formula(name, ranks, num_bytes, device, far_bytes), FORMULA_SIGMA, "curve", ("formula",))
 
 
-def _formula(name: str, ranks: int, num_bytes: float, device: Hardware) -> float:
+def _formula(
+    name: str, ranks: int, num_bytes: float, device: Hardware, far_bytes: float | None
+) -> float:
     inside = min(ranks, device.link_devices)
     outside = math.ceil(ranks / device.link_devices)
     if outside == 1:
@@ -68,7 +74,8 @@ def _formula(name: str, ranks: int, num_bytes: float, device: Hardware) -> float
     network = device.network_bytes_per_s or device.link_bytes_per_s
     near = _stage(name, inside, num_bytes, device.link_latency_s, device.link_bytes_per_s)
     if name == "all_to_all":
-        far_bytes = num_bytes * (1 - inside / ranks)
+        if far_bytes is None:
+            far_bytes = num_bytes * (1 - inside / ranks)
         return near + device.network_latency_s * outside + far_bytes / (REACHED * network)
     far = _stage(name, outside, num_bytes / inside, device.network_latency_s, network)
     return near + far
@@ -87,18 +94,3 @@ def point_to_point_s(num_bytes: float, device: Hardware, *, is_far: bool = False
     if is_far:
         return device.network_latency_s + num_bytes / (REACHED * network)
     return device.link_latency_s + num_bytes / (REACHED * device.link_bytes_per_s)
-
-
-def two_level_all_to_all_s(ranks: int, num_bytes: float, device: Hardware) -> float:
-    """All-to-all that first exchanges inside a domain, then between domains."""
-    inside = min(ranks, device.link_devices)
-    outside = math.ceil(ranks / inside)
-    near = device.link_latency_s * inside + num_bytes / (REACHED * device.link_bytes_per_s)
-    network = device.network_bytes_per_s or device.link_bytes_per_s
-    far_bytes = num_bytes * (1 - inside / ranks)
-    return near + device.network_latency_s * outside + far_bytes / (REACHED * network)
-
-
-def wins_all_gather(ranks_per_token: float, ranks: int) -> bool:
-    """Whether gathering every token costs no more bytes than sending it where it is needed."""
-    return ranks_per_token >= ranks - 1

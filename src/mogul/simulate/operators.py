@@ -31,6 +31,8 @@ class Step:
     """Tokens already cached for each."""
 
     is_prefill: bool = False
+    has_all_logits: bool = False
+    """Every token gets logits (training), not only each sequence's last."""
 
     @property
     def tokens(self) -> int:
@@ -62,6 +64,8 @@ class Layout:
     parallel: Parallel
     quant: QuantScheme
     engine: Engine
+    domain: int = 8
+    """Devices that reach each other over the scale-up link."""
 
 
 def step_operators(
@@ -250,11 +254,26 @@ def _exchange(layout: Layout, step: Step, load: LayerLoad, count: int) -> Iterat
     grouping = model.grouping
     assert grouping is not None
     copies = load.ranks_per_token if engine.sends_once else float(grouping.top_k)
-    own = step.tokens / parallel.tp * copies * load.rho
-    dims = {"ranks": stage, "num_bytes": own * sent}
-    yield Operator("dispatch", "collectives", "all_to_all", dims, count)
-    dims = {"ranks": stage, "num_bytes": own * back}
-    yield Operator("combine", "collectives", "all_to_all", dims, count)
+    own = step.tokens / parallel.tp * load.rho
+    far = _far_copies(copies, stage, layout) if engine.sends_once else None
+    for name, row_bytes in (("dispatch", sent), ("combine", back)):
+        dims = {"ranks": stage, "num_bytes": own * copies * row_bytes}
+        if far is not None:
+            dims["far_bytes"] = own * far * row_bytes
+        yield Operator(name, "collectives", "all_to_all", dims, count)
+
+
+def _far_copies(copies: float, ranks: int, layout: Layout) -> float:
+    """Other domains a token reaches when it crosses the network once for each.
+
+    Group-limited routing (DeepSeek) caps the domains a token may use.
+    """
+    domains = -(-ranks // layout.domain)
+    reached = domains * (1 - (1 - 1 / domains) ** copies)
+    moe = layout.model.moe
+    if moe and moe.router.limit_groups and domains > 1:
+        reached = min(reached, float(moe.router.limit_groups))
+    return reached * (domains - 1) / domains
 
 
 def _reduce(layout: Layout, name: str, ranks: int, tokens: float, count: float) -> Operator:
@@ -265,7 +284,8 @@ def _reduce(layout: Layout, name: str, ranks: int, tokens: float, count: float) 
 def _ends(layout: Layout, step: Step) -> Iterator[Operator]:
     """Embedding, last norm, head and sampling: once a step."""
     model, tp, head = layout.model, layout.parallel.tp, layout.quant.head
-    outputs = step.sequences if step.is_prefill else step.tokens
+    has_few = step.is_prefill and not step.has_all_logits
+    outputs = step.sequences if has_few else step.tokens
     vocab = model.vocab_size / tp
     yield _gemm(layout, "head", "head", outputs, vocab, model.hidden_size, 1, head)
     dims = {"moved_bytes": outputs * vocab * 4.0}

@@ -42,7 +42,8 @@ class Setting:
 
     def step_model(self) -> StepModel:
         """The pricer of this setting's steps."""
-        layout = Layout(self.model, self.parallel, self.quant, self.engine)
+        domain = self.device.link_devices
+        layout = Layout(self.model, self.parallel, self.quant, self.engine, domain)
         calibration = self.calibration or shipped(self.engine.kernels)
         return StepModel(layout, self.device, self.routing, calibration, self.collectives)
 

@@ -87,7 +87,7 @@ class StepModel:
 
     def _time(self, step: Step) -> StepTime:
         operators, loads = step_operators(self.layout, step, self.routing)
-        priced = tuple(self._price(one) for one in operators)
+        priced = tuple(self.price(one) for one in operators)
         engine = self.layout.engine
         exchange_s = sum(p.seconds for p in priced if _is_exchange(p.operator))
         arithmetic_s = sum(p.seconds for p in priced) - exchange_s
@@ -106,10 +106,12 @@ class StepModel:
         is_far = self.layout.parallel.stage_devices >= self.device.link_devices
         return point_to_point_s(num_bytes, self.device, is_far=is_far)
 
-    def _price(self, one: Operator) -> OperatorTime:
+    def price(self, one: Operator) -> OperatorTime:
+        """Time of one operator."""
         if one.part == "collectives":
             ranks, num_bytes = int(one.dims["ranks"]), one.dims["num_bytes"]
-            estimate = collective(one.kind, ranks, num_bytes, self.device, self.collectives)
+            far = one.dims.get("far_bytes")
+            estimate = collective(one.kind, ranks, num_bytes, self.device, self.collectives, far)
             return OperatorTime(one, estimate, "communication")
         estimate = self.calibration.estimate(one.kind, one.dims, self.device, one.dtype)
         return OperatorTime(one, estimate, _limit(one, estimate, self.device))

@@ -164,3 +164,43 @@ def deployment(row: dict[str, Any]) -> Prediction:
         chosen,
     )
     return predict(setting, Workload(**row["workload"]), check_memory=False)
+
+
+def deployment_rows() -> list[tuple[dict[str, Any], float]]:
+    """Rows of `data/deployments.toml` that can be laid out, with predicted tokens/s a device."""
+    return [(row, _rate(row, 1.0)) for row in load("deployments")["row"] if "skip" not in row]
+
+
+def skipped_rows() -> list[dict[str, Any]]:
+    """Rows that cannot be laid out, each with its `skip` reason."""
+    return [row for row in load("deployments")["row"] if "skip" in row]
+
+
+def _rate(row: dict[str, Any], spread: float) -> float:
+    one = deployment({**row, "routing": {"spread": spread}})
+    devices = one.setting.parallel.devices
+    if row["stage"] == "decode":
+        return one.tokens_per_s_per_device
+    tokens = one.workload.prefill_batch * one.workload.input_tokens * one.setting.parallel.dp
+    return tokens / one.prefill.seconds / devices
+
+
+def perfect_balance() -> list[tuple[str, float, float, bool]]:
+    """Perfect over default balance: (row, paper, predicted, fitted); one skew fits the first."""
+    data = load("deployments")
+    rows = {row["name"]: row for row in data["row"]}
+    facts = data["perfect_balance"]
+    first, second = rows[facts["fitted_row"]], rows[facts["predicted_row"]]
+
+    def ratio(row: dict[str, Any], spread: float) -> float:
+        return _rate(row, 1.0) / _rate(row, spread)
+
+    low, high = 1.0, 4.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        is_low = ratio(first, middle) < facts["fitted_ratio"]
+        low, high = (middle, high) if is_low else (low, middle)
+    return [
+        (first["name"], facts["fitted_ratio"], ratio(first, low), True),
+        (second["name"], facts["predicted_ratio"], ratio(second, low), False),
+    ]
