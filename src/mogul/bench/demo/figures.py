@@ -193,6 +193,7 @@ def shares_figure(result: LearningResult) -> HeatMap:
         range=(0.0, 1.0),
         caption=(
             f"Even use is {1 / result.copies:.2f} everywhere. A dark cell is an expert that draws "
-            "most tokens of its group; the routers began random and had a minute to even out."
+            "most tokens of its group. Random routers are uneven on real text, and the balance "
+            "loss moves them slowly: so short a training leaves them much as they began."
         ),
     )
