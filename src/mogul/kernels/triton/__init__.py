@@ -1,0 +1,74 @@
+"""The experts layer on NVIDIA GPUs, in Triton and Gluon: nothing but torch and triton is needed.
+
+This module is light: it says whether a call can run here, and loads the kernels at the first call.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mogul.kernels.layout import ExpertLayout
+
+_SUPPORTED = ExpertLayout()
+_MIN_CAPABILITY = (8, 0)
+
+
+@cache
+def _device_reason(index: int | None) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return None
+
+
+def why_not_triton(
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_experts: int | None = None,
+    hidden_size: int | None = None,
+    expert_width: int | None = None,
+    layout: ExpertLayout = _SUPPORTED,
+    has_bias: bool = False,
+    **_facts: object,
+) -> str | None:
+    """The reason why a call cannot run on these kernels, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the tensors are on {device}, not on an NVIDIA GPU"
+    if reason := _device_reason(device.index):
+        return reason
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the weights are {dtype}; bfloat16 and float16 are supported"
+    if layout != _SUPPORTED:
+        return "only concatenated [E, 2F, D] / [E, D, F] experts with a SiLU gate are supported"
+    if has_bias:
+        return "biases are not supported"
+    for name, size in (("hidden size", hidden_size), ("expert width", expert_width)):
+        if size is not None and size % 8:
+            return f"{name} {size} is not a multiple of 8 (16 bytes)"
+    if num_experts is not None and num_experts > 4096:
+        return f"{num_experts} experts; at most 4096 are supported"
+    return None
+
+
+def moe_forward_triton(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    layout: ExpertLayout,
+) -> Tensor:
+    """Fast, deterministic and differentiable; see `mogul.kernels.moe_forward` for the shapes."""
+    from mogul.kernels.triton.ops import run
+
+    return run(x, gate_up, down, ids, weights)

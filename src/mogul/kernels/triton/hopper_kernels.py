@@ -1,0 +1,309 @@
+"""Hopper row products with split roles: one loader partition, two multiplier partitions (Gluon).
+
+The loader fills a ring of shared-memory stages: weights by TMA, rows by TMA or, where rows are
+fetched by token, by asynchronous copies.  Each multiplier owns one half of the tile's rows and
+skips it when no row of it is live, so a tile of 128 rows costs 64 where only 64 are needed.
+The loader runs ahead across tiles: epilogues never starve the next tile of data.
+
+Same results and arguments as row_kernels; used where capability is 9.0.
+"""
+
+import triton.experimental.gluon as gluon
+import triton.experimental.gluon.language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+UP = gl.constexpr(0)
+PRODUCT = gl.constexpr(1)
+DOWN_GRAD = gl.constexpr(2)
+
+
+@gluon.jit
+def _tile_at(tile, num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP: gl.constexpr):
+    """Expert, first row, end row, column tile; of the last tile past the end (it is asked for ahead of time)."""
+    tile = gl.maximum(gl.minimum(tile, num_tiles - 1), 0)
+    span = BLOCK_GROUP * num_n
+    first = (tile // span) * BLOCK_GROUP
+    height = gl.maximum(gl.minimum(num_m - first, BLOCK_GROUP), 1)
+    inside = tile % span
+    entry_ptr = tiles_ptr + (first + inside % height) * 4
+    return gl.load(entry_ptr), gl.load(entry_ptr + 1), gl.load(entry_ptr + 2), inside // height
+
+
+@gluon.jit
+def wait_for_wave(counter_ptr, wave, total):
+    """Hold the loader until every program has begun its tile of this wave.
+
+    Tiles that start together read the same columns together, so the cache serves all but the first.
+    Only a hint: the wait is bounded, because nothing guarantees that all programs are resident.
+    """
+    gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    goal = gl.minimum((wave + 1) * gl.num_programs(0), total)
+    tries = 0
+    while (gl.load(counter_ptr, volatile=True) < goal) & (tries < 64):
+        tries += 1
+
+
+@gluon.jit
+def _load(
+    a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
+):  # fmt: skip
+    """Loader: weights [N columns x BLOCK_K] and rows [BLOCK_T x BLOCK_K] of every step of every tile."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    num_m = gl.load(head_ptr + E + 1)
+    num_n = gl.cdiv(N, BLOCK_N)
+    row_bytes: gl.constexpr = 0 if GATHER else BLOCK_T * BLOCK_K * 2
+    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
+    step = 0
+    num_tiles = num_m * num_n
+    e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        next_e, next_start, next_end, next_n = _tile_at(
+            tile + gl.num_programs(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP
+        )
+        if SYNC > 0:
+            wait_for_wave(head_ptr + E + 1 + SYNC, tile // gl.num_programs(0), num_tiles)
+        if GATHER:
+            rows = start + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
+            live = rows < end
+            token = gl.load(order_ptr + rows, mask=live, other=0) // K
+            cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+            at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
+            keep = live[:, None] & (cols >= 0)[None, :]
+        for k in range(0, C, BLOCK_K):
+            s = step % STAGES
+            mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
+            ready = full.index(s)
+            mbarrier.expect(ready, wide * BLOCK_K * 2 + row_bytes)
+            b = b_ring.index(s)
+            if MODE == UP:
+                tma.async_copy_global_to_shared(w_desc, [e * 2 * N + n * BLOCK_N, k], ready, b.slice(0, BLOCK_N))
+                tma.async_copy_global_to_shared(
+                    w_desc, [e * 2 * N + N + n * BLOCK_N, k], ready, b.slice(BLOCK_N, BLOCK_N)
+                )
+            elif TRANSPOSED:
+                tma.async_copy_global_to_shared(w_desc, [e * C + k, n * BLOCK_N], ready, b)
+            else:
+                tma.async_copy_global_to_shared(w_desc, [e * N + n * BLOCK_N, k], ready, b)
+            if GATHER:
+                async_copy.async_copy_global_to_shared(a_ring.index(s), at + k, mask=keep)
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(a_desc, [start, k], ready, a_ring.index(s))
+            step += 1
+        e, start, end, n = next_e, next_start, next_end, next_n
+
+
+@gluon.jit
+def halves(acc):
+    return acc.reshape((acc.shape[0], 2, acc.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _store(value, out_ptr, row, live, first, N: gl.constexpr, PITCH: gl.constexpr):
+    """64 columns of registers to out[row, first..] where columns < N; rows are PITCH apart."""
+    layout: gl.constexpr = row.type.layout.parent
+    out = gl.convert_layout(value.to(out_ptr.dtype.element_ty), layout)
+    cols = first + gl.arange(0, value.shape[1], gl.SliceLayout(0, layout))
+    at = out_ptr + row[:, None] * PITCH + cols[None, :]
+    gl.store(at, out, mask=live[:, None] & (cols < N)[None, :])
+
+
+@gluon.jit
+def _fetch(ptr, row, live, first, N: gl.constexpr, PITCH: gl.constexpr):
+    """ptr[row, first..] of 64 columns, in the store layout."""
+    layout: gl.constexpr = row.type.layout.parent
+    cols = first + gl.arange(0, 64, gl.SliceLayout(0, layout))
+    at = ptr + row[:, None] * PITCH + cols[None, :]
+    return gl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def store_columns(acc, out_ptr, row, live, first, N: gl.constexpr):
+    """_store in pieces of 64 columns, which bounds the scratch memory."""
+    if acc.shape[1] > 64:
+        half: gl.constexpr = acc.shape[1] // 2
+        left, right = halves(acc)
+        store_columns(left, out_ptr, row, live, first, N)
+        store_columns(right, out_ptr, row, live, first + half, N)
+    else:
+        _store(acc, out_ptr, row, live, first, N, N)
+
+
+@gluon.jit
+def _up_columns(gate, up, act_ptr, pre_ptr, row, live, first, F: gl.constexpr, SAVE: gl.constexpr):
+    """SwiGLU of some columns, 64 at a time; SAVE also keeps both products."""
+    if gate.shape[1] > 64:
+        half: gl.constexpr = gate.shape[1] // 2
+        gate_l, gate_r = halves(gate)
+        up_l, up_r = halves(up)
+        _up_columns(gate_l, up_l, act_ptr, pre_ptr, row, live, first, F, SAVE)
+        _up_columns(gate_r, up_r, act_ptr, pre_ptr, row, live, first + half, F, SAVE)
+    else:
+        _store(gate / (1.0 + gl.exp(-gate)) * up, act_ptr, row, live, first, F, F)
+        if SAVE:
+            _store(gate, pre_ptr, row, live, first, F, 2 * F)
+            _store(up, pre_ptr + F, row, live, first, F, 2 * F)
+
+
+@gluon.jit
+def _grad_columns(acc, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F: gl.constexpr):
+    """Backward of SwiGLU for some columns, 64 at a time; adds each row's share of d weight to `part`."""
+    if acc.shape[1] > 64:
+        half: gl.constexpr = acc.shape[1] // 2
+        left, right = halves(acc)
+        part = _grad_columns(left, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F)
+        part = _grad_columns(right, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first + half, F)
+    else:
+        g = _fetch(pre_ptr, row, live, first, F, 2 * F)
+        u = _fetch(pre_ptr + F, row, live, first, F, 2 * F)
+        d = gl.convert_layout(acc, row.type.layout.parent)
+        sig = 1.0 / (1.0 + gl.exp(-g))
+        silu = g * sig
+        act = silu * u
+        part += gl.sum(d * act, 1)
+        _store(act * weight[:, None], act_ptr, row, live, first, F, F)
+        d = d * weight[:, None]
+        _store(d * silu, dpre_ptr + F, row, live, first, F, 2 * F)
+        _store(d * u * (sig + silu * (1.0 - sig)), dpre_ptr, row, live, first, F, 2 * F)
+    return part
+
+
+@gluon.jit
+def _clear_after(total, num_slots, act_ptr, dpre_ptr, F: gl.constexpr):
+    """Zero the 64 rows behind the last one: weight gradients read them against zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    lane = gl.arange(0, 512, layout)
+    zero = gl.zeros((512,), act_ptr.dtype.element_ty, layout)
+    for row in range(total, gl.minimum(total + 64, num_slots)):
+        for base in range(0, 2 * F, 512):
+            cols = base + lane
+            gl.store(dpre_ptr + row.to(gl.int64) * (2 * F) + cols, zero, mask=cols < 2 * F)
+            gl.store(act_ptr + row.to(gl.int64) * F + cols, zero, mask=cols < F)
+
+
+@gluon.jit
+def _multiply(
+    PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
+    a_ring, b_ring, full, free,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+):  # fmt: skip
+    """Multiplier PART (0 or 1): its half of the rows of every tile, then the epilogue."""
+    HALF: gl.constexpr = BLOCK_T // 2
+    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, wide, 16])
+    num_m = gl.load(head_ptr + E + 1)
+    num_n = gl.cdiv(N, BLOCK_N)
+    num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    step = 0
+    if MODE == DOWN_GRAD and PART == 0:
+        if gl.program_id(0) == 0:
+            _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
+    num_tiles = num_m * num_n
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lane = PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, out_layout))
+    e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        next_e, next_start, next_end, next_n = _tile_at(
+            tile + gl.num_programs(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP
+        )
+        if start + PART * HALF < end:
+            live = start + lane < end
+            row = (start + lane).to(gl.int64)
+            if MODE == PRODUCT:
+                row = gl.load(order_ptr + row, mask=live, other=0).to(gl.int64)
+            if MODE == DOWN_GRAD:
+                slot = gl.load(order_ptr + row, mask=live, other=0)
+                weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
+            acc = gl.zeros((HALF, wide), gl.float32, layout)
+            for k in range(num_k):
+                s = (step + k) % STAGES
+                mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
+                if GATHER:
+                    fence_async_shared()
+                a = a_ring.index(s).slice(PART * HALF, HALF)
+                b = b_ring.index(s)
+                if not TRANSPOSED:
+                    b = b.permute((1, 0))
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                if k > 0:
+                    mbarrier.arrive(free.index((step + k - 1) % STAGES))
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(free.index((step + num_k - 1) % STAGES))
+            if MODE == UP:
+                gate, up = halves(acc)
+                _up_columns(gate, up, out_ptr, pre_ptr, row, live, n * BLOCK_N, N, SAVE)
+            elif MODE == PRODUCT:
+                store_columns(acc, out_ptr, row, live, n * BLOCK_N, N)
+            else:
+                share = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, out_layout))
+                share = _grad_columns(acc, weight, share, pre_ptr, dpre_ptr, out_ptr, row, live, n * BLOCK_N, N)
+                gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
+        else:
+            for k in range(num_k):
+                s = (step + k) % STAGES
+                mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
+                mbarrier.arrive(free.index(s))
+        step += num_k
+        e, start, end, n = next_e, next_start, next_end, next_n
+
+
+@gluon.jit(do_not_specialize=["num_slots"])
+def row_product(
+    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr, head_ptr, tiles_ptr,
+    num_slots,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+    SYNC: gl.constexpr, LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
+):  # fmt: skip
+    """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: see row_kernels.down_rows_grad.
+
+    Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
+    SYNC > 0 keeps the programs in step by counter SYNC of the sort's head, see wait_for_wave.
+    """
+    dtype: gl.constexpr = a_ptr.dtype.element_ty
+    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_T, BLOCK_K], dtype)
+    b_shape: gl.constexpr = [BLOCK_K, wide] if TRANSPOSED else [wide, BLOCK_K]
+    b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_shape, dtype)
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], a_layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
+        mbarrier.init(free.index(s), 2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
+                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                TRANSPOSED, SAVE,
+            )),
+            (_multiply, (
+                1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
+                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                TRANSPOSED, SAVE,
+            )),
+            (_load, (
+                a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free, MODE, N, C, K, E,
+                BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SYNC,
+            )),
+        ],
+        [4, LOAD_WARPS],
+        [MULTIPLY_REGS, LOAD_REGS],
+    )  # fmt: skip

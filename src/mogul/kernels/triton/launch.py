@@ -1,0 +1,90 @@
+"""Starts a compiled kernel with as little host work as Triton allows.
+
+The first call goes through Triton's own path (which compiles); later calls hand the arguments
+straight to the compiled launcher.  Callers key a Launch by everything Triton would specialise on:
+dtypes, constants, 16-byte alignment of every pointer (checked once a layer call).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Launch:
+    """One kernel with its constants and launch options fixed; call it with a grid and the run-time arguments."""
+
+    __slots__ = ("_function", "_packed", "_run", "_tail", "constants", "kernel", "options")
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], *, warps: int = 4, stages: int = 2, pdl: bool = False):
+        self.kernel = kernel
+        self.constants = constants
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+        if pdl and not INTERPRETED:
+            self.options["launch_pdl"] = True
+        self._run: Any = None
+
+    def __call__(self, grid: tuple[int, int], device: int, *args: Any) -> None:
+        """Launch on the current stream of `device`. `args` are all arguments before the constants."""
+        if self._run is None:
+            self._first(grid, args)
+            return
+        self._run(
+            grid[0], grid[1], 1, driver.active.get_current_stream(device), self._function, self._packed,
+            None, None, None, *args, *self._tail,
+        )  # fmt: skip
+
+    def _first(self, grid: tuple[int, int], args: tuple[Any, ...]) -> None:
+        options = {} if INTERPRETED else self.options
+        compiled = self.kernel[grid](*args, **self.constants, **options)
+        plain = all(isinstance(arg, (torch.Tensor, int)) for arg in args)
+        if INTERPRETED or compiled is None or not plain or not hasattr(compiled, "packed_metadata"):
+            return
+        names = self.kernel.arg_names[len(args) :]
+        self._tail = tuple(self.constants[name] for name in names)
+        self._function, self._packed, self._run = compiled.function, compiled.packed_metadata, compiled.run
+
+
+def has_descriptors() -> bool:
+    """True where this Triton can pass tensor descriptors from the host."""
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
+    """TMA descriptor of a 2-D row-major matrix."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+
+
+def split_descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
+    """TMA descriptor for the Gluon kernels, which also fix the layout in shared memory."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, _shared_layout(block, matrix.dtype))
+
+
+def _shared_layout(block: list[int], dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(block, {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype])
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two >= n."""
+    return triton.next_power_of_2(n)

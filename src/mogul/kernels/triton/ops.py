@@ -1,0 +1,139 @@
+"""The layer as torch operators: `mogul::moe` (inference), `mogul::moe_train`, `mogul::moe_grad`.
+
+Operators carry fake and autograd registrations, so torch.compile(fullgraph=True), torch.export and
+activation checkpointing see one node.  Outside of tracing and autograd `run` skips the dispatcher.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mogul.kernels.triton.layer import Layer, layer_of, sorted_size
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_LIB.define("moe(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) -> Tensor")
+_LIB.define(
+    "moe_train(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) -> (Tensor, Tensor, Tensor)"
+)
+_LIB.define(
+    "moe_grad(Tensor dout, Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor pre, "
+    "Tensor sort, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _layer(x: Tensor, down: Tensor, ids: Tensor) -> Layer:
+    device = x.device.index if x.is_cuda else -1
+    return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], x.dtype, device)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte address, as the compiled kernels assume."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Forward without anything kept."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    layer = _layer(x, down, ids)
+    x, ids, weights = _aligned(x), _aligned(ids), _aligned(weights)
+    if layer.shape.uses_few(x.shape[0]):
+        return layer.few(x, gate_up, down, ids, weights)
+    return layer.forward(x, gate_up, down, ids, weights)[0]
+
+
+def moe_train(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward that also returns what backward needs: (out, pre, sort)."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x), x.new_empty(0, 2 * down.shape[2]), ids.new_empty(0, dtype=torch.int32)
+    layer = _layer(x, down, ids)
+    return layer.forward(_aligned(x), gate_up, down, _aligned(ids), _aligned(weights), save=True)
+
+
+def moe_grad(
+    dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, pre: Tensor, sort: Tensor,
+    need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, gate_up, down, weights; an empty tensor for one not needed."""
+    if x.shape[0] == 0:
+        none = x.new_empty(0)
+        grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)
+        return torch.zeros_like(x) if need_input else none, *grads, torch.zeros_like(weights)
+    return _layer(x, down, ids).backward(
+        _aligned(dout), _aligned(x), gate_up, down, _aligned(ids), _aligned(weights), pre, sort,
+        need_input=need_input, need_weight=need_weight,
+    )  # fmt: skip
+
+
+for _name, _fn in (("moe", moe), ("moe_train", moe_train), ("moe_grad", moe_grad)):
+    _LIB.impl(_name, _fn, "CUDA")
+    _LIB.impl(_name, _fn, "CPU")  # the interpreter's path
+
+
+@torch.library.register_fake("mogul::moe", lib=_LIB)
+def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("mogul::moe_train", lib=_LIB)
+def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    slots = ids.shape[0] * ids.shape[1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sort = ids.new_empty((sorted_size(slots, down.shape[0]),), dtype=torch.int32)
+    return out, x.new_empty((slots, 2 * down.shape[2])), sort
+
+
+@torch.library.register_fake("mogul::moe_grad", lib=_LIB)
+def _(
+    dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, pre: Tensor, sort: Tensor,
+    need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    none = x.new_empty(0)
+    empty = torch.empty_like
+    grads = (empty(gate_up), empty(down)) if need_weight else (none, none)
+    return empty(x) if need_input else none, *grads, empty(weights)
+
+
+def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    x, gate_up, down, ids, weights = inputs
+    _, pre, sort = output
+    ctx.save_for_backward(x, gate_up, down, ids, weights, pre, sort)
+    ctx.mark_non_differentiable(pre, sort)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _dpre, _dsort):  # noqa: ANN001, ANN202
+    if dout is None:
+        return None, None, None, None, None
+    x, gate_up, down, ids, weights, pre, sort = ctx.saved_tensors
+    need_x, need_gate_up, need_down, _, need_weights = ctx.needs_input_grad
+    need_weight = need_gate_up or need_down
+    dx, dgate_up, ddown, dweights = torch.ops.mogul.moe_grad(
+        dout, x, gate_up, down, ids, weights, pre, sort, need_x, need_weight
+    )
+    return (
+        dx if need_x else None,
+        dgate_up if need_gate_up else None,
+        ddown if need_down else None,
+        None,
+        dweights if need_weights else None,
+    )
+
+
+torch.library.register_autograd("mogul::moe_train", _backward, setup_context=_setup, lib=_LIB)
+
+
+def run(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The layer: [T, D] -> [T, D]; differentiable in x, gate_up, down and weights."""
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or gate_up.requires_grad or down.requires_grad or weights.requires_grad
+    )
+    if wants_grad:
+        return torch.ops.mogul.moe_train(x, gate_up, down, ids, weights)[0]
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.ops.mogul.moe(x, gate_up, down, ids, weights)
+    return moe(x, gate_up, down, ids, weights)

@@ -1,0 +1,188 @@
+"""Which tile sizes a layer runs with: a measured table for known shapes, a rule for the others.
+
+A plan is chosen from the shape alone; nothing is tuned inside a request.
+The table is `plans.json` beside this file; the finest match on (device, E, K, D, F) and the
+smallest `tokens` bound that holds wins.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One grouped product: block sizes and how it is launched."""
+
+    n: int
+    k: int
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+    tma: bool = False
+    swap: bool = False
+    flatten: bool = False
+    stream: bool = False
+    split: bool = False
+    """Hopper kernels with a loader and two multipliers; `stages` is the length of their ring."""
+    sync: bool = False
+    """Split kernels start their tiles in step, for products whose operands outgrow the cache."""
+    per_sm: int = 0
+    """Programs a multiprocessor for a persistent grid; 0 = one program a tile."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer runs for one token count. `rows` is the row tile shared by all row products."""
+
+    rows: int
+    up: Tile
+    down: Tile
+    down_grad: Tile | None = None
+    up_grad: Tile | None = None
+    gate_up_weight: Tile | None = None
+    """Weight products: `n` columns by `m` rows, `k` rows of tokens a step."""
+    down_weight: Tile | None = None
+    weight_m: int = 128
+    sum_block: int = 1024
+    sum_warps: int = 4
+
+
+@dataclass(frozen=True)
+class FewPlan:
+    """The sort-free path for a handful of slots."""
+
+    up_n: int = 8
+    up_k: int = 512
+    down_n: int = 8
+    down_k: int = 256
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan may depend on besides the number of tokens."""
+
+    experts: int
+    picks: int
+    width: int
+    inner: int
+    capability: int = 90
+    sms: int = 132
+
+    def uses_few(self, tokens: int) -> bool:
+        """True where a sort costs more than reading an expert twice."""
+        return tokens == 1 or tokens * self.picks * 4 <= self.experts
+
+
+def _hopper(shape: Shape) -> bool:
+    return shape.capability == 90
+
+
+def _small(rows: int, shape: Shape) -> Plan:
+    stages = 4 if shape.capability in (90, 100) else 3
+    k = 128 if rows <= 32 else 64
+    tile = Tile(n=64, k=k, group=1, warps=4, stages=stages, stream=True)
+    return Plan(rows=rows, up=replace(tile, n=32 if rows <= 32 else 64), down=tile)
+
+
+def _large(rows: int, shape: Shape) -> Plan:
+    if not _hopper(shape):
+        tile = Tile(n=64, k=32, warps=4, stages=3, tma=False)
+        return Plan(rows=min(rows, 64), up=replace(tile, n=64), down=replace(tile, n=128))
+    big = 4 * shape.inner * shape.width > 16 << 20
+    up = Tile(n=128, k=64, group=8 if big else 4, stages=4, split=True, per_sm=1, sync=big)
+    return Plan(rows=rows, up=up, down=Tile(n=256, k=64, group=4, stages=4, split=True, per_sm=1))
+
+
+def rule(shape: Shape, tokens: int) -> Plan:
+    """Plan from the mean rows an expert gets."""
+    mean = tokens * shape.picks / shape.experts
+    if mean <= 12:
+        plan = _small(16, shape)
+    elif mean <= 28:
+        plan = _small(32, shape)
+    elif mean <= 96:
+        plan = _small(64, shape)
+    else:
+        plan = _large(128, shape)
+    return _with_backward(plan, shape)
+
+
+def _with_backward(plan: Plan, shape: Shape) -> Plan:
+    if plan.down_grad is not None:
+        return plan
+    if _hopper(shape) and plan.rows >= 128:
+        tile = Tile(n=256, k=64, group=8, stages=4, split=True, per_sm=1)
+        return replace(
+            plan,
+            down_grad=replace(tile, n=128, stages=6, sync=plan.up.sync),
+            up_grad=Tile(n=256, k=64, group=8, stages=3, tma=True, flatten=True, per_sm=1),
+            gate_up_weight=tile,
+            down_weight=tile,
+        )
+    tile = Tile(n=64, k=32, warps=4, stages=3)
+    return replace(plan, down_grad=tile, up_grad=tile, gate_up_weight=tile, down_weight=tile, weight_m=64)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    tokens: int
+    plan: Plan | None
+    few: FewPlan | None = None
+    note: str = field(default="", compare=False)
+
+
+def _tile(row: dict[str, Any] | None) -> Tile | None:
+    return None if row is None else Tile(**row)
+
+
+def _plan(row: dict[str, Any]) -> Plan:
+    tiles = {name: _tile(row[name]) for name in row if isinstance(row[name], dict)}
+    plain = {f.name: row[f.name] for f in fields(Plan) if f.name in row and f.name not in tiles}
+    return Plan(**plain, **tiles)  # type: ignore[arg-type]
+
+
+@cache
+def table() -> dict[tuple[int, int, int, int], list[Entry]]:
+    """Measured plans by (experts, picks, width, inner), each list by rising token bound."""
+    path = Path(__file__).with_name("plans.json")
+    out: dict[tuple[int, int, int, int], list[Entry]] = {}
+    for row in json.loads(path.read_text()) if path.exists() else []:
+        key = (row["experts"], row["picks"], row["width"], row["inner"])
+        few = FewPlan(**row["few"]) if "few" in row else None
+        entry = Entry(row["tokens"], _plan(row["plan"]) if "plan" in row else None, few)
+        out.setdefault(key, []).append(entry)
+    return {key: sorted(entries, key=lambda e: e.tokens) for key, entries in out.items()}
+
+
+def _entries(shape: Shape) -> list[Entry]:
+    if not _hopper(shape):
+        return []
+    return table().get((shape.experts, shape.picks, shape.width, shape.inner), [])
+
+
+@cache
+def few_plan(shape: Shape) -> FewPlan:
+    """Block sizes of the sort-free path."""
+    for entry in _entries(shape):
+        if entry.few is not None:
+            return entry.few
+    small = shape.width * shape.inner < 1 << 21
+    return FewPlan(up_n=4 if small else 8, down_n=4 if small else 16)
+
+
+@cache
+def plan_for(shape: Shape, tokens: int) -> Plan:
+    """Table row whose bound holds, else the rule."""
+    for entry in _entries(shape):
+        if entry.plan is not None and tokens <= entry.tokens:
+            return _with_backward(entry.plan, shape)
+    return rule(shape, tokens)
