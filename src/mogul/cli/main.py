@@ -19,6 +19,9 @@ VERBS = {
     "chat": ("mogul.cli.chat", "talk to a model in the terminal"),
     "upcycle": ("mogul.cli.upcycle", "turn a dense checkpoint into grouped experts, exactly"),
     "trace": ("mogul.cli.trace", "record once what the experts of a model do"),
+    "report": ("mogul.cli.report", "see which experts the devices wait for"),
+    "place": ("mogul.cli.place", "choose which device holds which expert"),
+    "simulate": ("mogul.cli.simulate", "predict time, memory and price of a model on machines"),
     "demo": ("mogul.cli.demo", "see on this machine what grouping does, in five minutes"),
 }
 
@@ -135,7 +138,25 @@ def _report(verb: str, error: Exception) -> None:
 
 def _run_verb(verb: str, args: list[str]) -> int:
     module = import_module(VERBS[verb][0])
+    if subverbs := getattr(module, "SUBVERBS", None):
+        return _run_subverb(verb, args, subverbs)
     return module.run(_parse(module, verb, args))
+
+
+def _run_subverb(verb: str, args: list[str], subverbs: dict[str, tuple[str, str]]) -> int:
+    """Run a verb that has verbs of its own: `mogul simulate run ...`."""
+    if not args or args[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in subverbs.items())
+        usage = f"usage: mogul {verb} VERB [OPTIONS]\n\nverbs:\n{lines}\n"
+        return _show(usage, failed=not args)
+    if args[0] not in subverbs:
+        from mogul.core.errors import nearest
+
+        sys.stderr.write(f"mogul {verb}: unknown verb {args[0]!r}\n")
+        sys.stderr.write(f"fix: {nearest(args[0], subverbs)}\n")
+        return 2
+    module = import_module(subverbs[args[0]][0])
+    return module.run(_parse(module, f"{verb} {args[0]}", args[1:]))
 
 
 def _parse(module: Any, verb: str, args: list[str]) -> Any:

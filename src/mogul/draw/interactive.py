@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
@@ -99,7 +100,8 @@ def _trace(series: Series, color: str) -> go.Bar | go.Scatter:
             **common, mode="markers", marker=marker, error_y=error, offsetgroup=series.name
         )
     line = {"color": color, "width": 2.2, "dash": "dash" if series.dashed else "solid"}
-    return go.Scatter(**common, mode="lines", line=line, error_y=error)
+    # One offset group for all lines: over categories they stay on their category.
+    return go.Scatter(**common, mode="lines", line=line, error_y=error, offsetgroup="lines")
 
 
 def _heat_map(heat: HeatMap) -> go.Figure:
@@ -123,6 +125,8 @@ def _heat_map(heat: HeatMap) -> go.Figure:
         )
         figure.add_trace(trace, row=row, col=1)
         figure.update_yaxes(row=row, col=1, title_text=heat.y_label, autorange="reversed")
+        if np.shape(values)[1] <= 8:
+            figure.update_xaxes(row=row, col=1, dtick=1)
     figure.update_layout(
         **_layout(height),
         coloraxis={

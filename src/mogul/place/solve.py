@@ -51,7 +51,7 @@ class Wish:
     """What a device may spend on experts, all layers together."""
 
     gap: float = 1e-3
-    limit_s: float = 10.0
+    limit_s: float = 2.0
     """Time of the solver in one layer, where it is needed."""
 
 
