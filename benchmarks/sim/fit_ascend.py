@@ -47,8 +47,10 @@ def main() -> None:
     for kind in KINDS:
         is_light = kind == "elementwise"
         print(f"[ascend.{kind}]")
+        compute = 1.0 if is_light else best[1]
+        memory = best[3 if kind == "gemm" else 2]
         print(f"floor_s = {best[0] / (2 if is_light else 1):.2e}")
-        print(f"compute = {1.0 if is_light else best[1]:.2f}\nmemory = {best[3 if kind == 'gemm' else 2]:.2f}\nsigma = 0.2")
+        print(f"compute = {compute:.2f}\nmemory = {memory:.2f}\nsigma = 0.2")
         print(f'source = "fitted on arXiv 2505.21411: {", ".join(FITTED)}"')
 
 

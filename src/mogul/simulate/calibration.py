@@ -4,7 +4,8 @@ The time is the curve's (`curves.py`) times a correction: the geometric mean of 
 over the nearest measured calls, weighed by nearness. Which measurements count is a ladder: same
 device, arithmetic and engine; another engine; another device of the architecture; another
 arithmetic of the same width. Where no engine is preferred the fastest measured one counts: the
-tables hold one kernel of several an engine chooses from. Every answer says its rung, its spread and its sources.
+tables hold one kernel of several an engine chooses from. Every answer says its rung, its spread
+and its sources.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def collective(
         measured = tables.seconds(device.name, name, ranks, num_bytes)
         if measured is not None:
             return Estimate(measured, TABLE_SIGMA, "measured", (tables.source,))
-    return Estimate(_formula(name, ranks, num_bytes, device, far_bytes), FORMULA_SIGMA, "curve", ("formula",))
+    return Estimate(
+        _formula(name, ranks, num_bytes, device, far_bytes), FORMULA_SIGMA, "curve", ("formula",)
+    )
 
 
 def _formula(

@@ -157,13 +157,15 @@ def _with_recompute(
     loads: list[tuple[int, LayerLoad]],
 ) -> tuple[TrainPlan, Memory]:
     """Settle what is recomputed, and the memory that leaves."""
-    kinds = ("none", "experts", "full") if plan.recompute == "auto" else (plan.recompute,)
-    for kind in kinds:
-        settled = plan.replace(recompute=kind)
-        memory = training_memory(model, device, parallel, settled, copies, loads)
-        if memory.fits:
-            break
-    return settled, memory
+
+    def settled(kind: str) -> tuple[TrainPlan, Memory]:
+        chosen = plan.replace(recompute=kind)
+        return chosen, training_memory(model, device, parallel, chosen, copies, loads)
+
+    if plan.recompute != "auto":
+        return settled(plan.recompute)
+    tried = [settled(kind) for kind in ("none", "experts", "full")]
+    return next((one for one in tried if one[1].fits), tried[-1])
 
 
 def flop_per_token(model: ModelSpec, sequence_tokens: int) -> float:
@@ -239,9 +241,7 @@ def _shared_head(one: Operator, stages: int) -> Operator:
     return Operator(one.name, one.part, one.kind, one.dims, count, one.dtype)
 
 
-def _permutes(
-    layout: Layout, step: Step, loads: list[tuple[int, LayerLoad]]
-) -> list[Operator]:
+def _permutes(layout: Layout, step: Step, loads: list[tuple[int, LayerLoad]]) -> list[Operator]:
     """Rows are sorted by expert, and back, by kernels of their own in training."""
     found = []
     for count, load in loads:

@@ -65,9 +65,7 @@ def scored_tables() -> list[LeftOut]:
     found = []
     for device, engine, dtype, bar in TABLES:
         table = next(
-            t
-            for t in aiconfigurator.tables(device, engine)
-            if (t.kind, t.dtype) == ("moe", dtype)
+            t for t in aiconfigurator.tables(device, engine) if (t.kind, t.dtype) == ("moe", dtype)
         )
         curve = curves.curve("generic", "moe")
         error, plain, _ = leave_one_model_out(table, curve)

@@ -72,7 +72,17 @@ def _vllm() -> Score:
         error = p.fitted_s / p.measured_s - 1
         cliff = "cliff: not scored" if p.is_cliff else ""
         zero = p.zero_shot_s / p.measured_s - 1
-        rows.append((p.table, p.batch, p.measured_s * 1e3, p.fitted_s * 1e3, _percent(zero), _percent(error), cliff))
+        rows.append(
+            (
+                p.table,
+                p.batch,
+                p.measured_s * 1e3,
+                p.fitted_s * 1e3,
+                _percent(zero),
+                _percent(error),
+                cliff,
+            )
+        )
         errors += [] if p.is_cliff else [error]
     columns = ("table", "batch", "measured ms", "fitted ms", "zero-shot", "fitted", "")
     notes = ("fitted: one constant from the other table's rows",)
@@ -85,7 +95,9 @@ def _published() -> Score:
     for row, predicted in published.deployment_rows():
         error = predicted / row["measured"] - 1
         errors.append(error)
-        rows.append((row["name"], row["measured"], round(predicted), _percent(error), row.get("note", "")))
+        rows.append(
+            (row["name"], row["measured"], round(predicted), _percent(error), row.get("note", ""))
+        )
     for row in published.pangu_rows():
         if not row.is_fitted:
             predicted = published.predict_row(row)
@@ -94,7 +106,11 @@ def _published() -> Score:
             rows.append((*shown, _percent(errors[-1]), "ms; the error is of the speed"))
     skipped = [f"not priced: {row['name']}: {row['skip']}" for row in published.skipped_rows()]
     columns = ("row", "measured", "predicted", "error", "note")
-    notes = ("tokens/s a device where nothing else is said", "V5 gives no batch and is left out", *skipped)
+    notes = (
+        "tokens/s a device where nothing else is said",
+        "V5 gives no batch and is left out",
+        *skipped,
+    )
     bar = Bar("published", "median error, zero-shot", _median(errors), 0.20)
     return Score(Table("Published serving numbers (V1-V6)", columns, rows, notes), (bar,))
 
@@ -104,7 +120,15 @@ def _pangu() -> Score:
     for row in published.pangu_rows():
         predicted = published.predict_row(row)
         kind = "fitted" if row.is_fitted else "blind"
-        rows.append((row.name, row.measured_s * 1e3, predicted * 1e3, _percent(predicted / row.measured_s - 1), kind))
+        rows.append(
+            (
+                row.name,
+                row.measured_s * 1e3,
+                predicted * 1e3,
+                _percent(predicted / row.measured_s - 1),
+                kind,
+            )
+        )
     ratios = published.dense_ratios()
     notes = [
         f"decode rate over {name}: paper {paper:.2f}, predicted {mine:.2f}"
@@ -112,8 +136,8 @@ def _pangu() -> Score:
     ]
     drafts = published.implied_acceptance()
     notes.append(
-        f"1,148 -> 1,528 tokens/s implies {drafts['tokens_per_step']:.2f} tokens a step, that is an "
-        f"acceptance of {drafts['acceptance']:.2f} with one draft token "
+        f"1,148 -> 1,528 tokens/s implies {drafts['tokens_per_step']:.2f} tokens a step, "
+        f"that is an acceptance of {drafts['acceptance']:.2f} with one draft token "
         f"(verify step {1e3 * drafts['verify_step_s']:.0f} ms)"
     )
     columns = ("row", "measured ms", "predicted ms", "error", "kind")
@@ -127,7 +151,9 @@ def _training() -> Score:
         plain, fitted = one.zero_shot / one.measured - 1, one.fitted / one.measured - 1
         zero.append(plain)
         kind = "fitted" if one.is_for_fitting else one.note
-        rows.append((one.name, one.measured, round(one.zero_shot), _percent(plain), _percent(fitted), kind))
+        rows.append(
+            (one.name, one.measured, round(one.zero_shot), _percent(plain), _percent(fitted), kind)
+        )
     held = [one.fitted / one.measured - 1 for one in found if not one.is_for_fitting]
     notes = (f"fitted: arithmetic x {scale:.2f}; median then {100 * _median(held):.1f} %",)
     columns = ("row", "measured", "zero-shot", "error", "fitted", "note")
@@ -143,7 +169,9 @@ def _balance() -> Score:
     ]
     cases += published.perfect_balance()
     for name, paper, mine, fitted in cases:
-        rows.append((name, paper, round(mine, 3), round(mine - paper, 3), "fitted" if fitted else ""))
+        rows.append(
+            (name, paper, round(mine, 3), round(mine - paper, 3), "fitted" if fitted else "")
+        )
         errors += [] if fitted else [abs(mine - paper)]
     columns = ("case", "published", "predicted", "difference", "")
     bar = Bar("balance", "largest difference of a ratio", max(errors), 0.06)
@@ -153,10 +181,22 @@ def _balance() -> Score:
 def _kernels() -> Score:
     rows, bars = [], []
     for one in kernels.scored_tables():
-        rows.append((one.device, one.dtype, one.rows, one.models, _percent(one.median), _percent(one.p90), _percent(one.curve_median)))
+        rows.append(
+            (
+                one.device,
+                one.dtype,
+                one.rows,
+                one.models,
+                _percent(one.median),
+                _percent(one.p90),
+                _percent(one.curve_median),
+            )
+        )
         bars.append(Bar("kernels", f"median error, {one.dtype}", one.median, one.bar))
     columns = ("device", "format", "rows", "models", "median", "p90", "median of the curve alone")
-    return Score(Table("Fused-MoE kernels, one model left out at a time", columns, rows), tuple(bars))
+    return Score(
+        Table("Fused-MoE kernels, one model left out at a time", columns, rows), tuple(bars)
+    )
 
 
 def _silicon(limit: int | None) -> Score:
@@ -165,7 +205,10 @@ def _silicon(limit: int | None) -> Score:
     test = [one for one in scored if not one.is_for_fitting]
     rows: list[tuple[Any, ...]] = []
     stats: dict[str, dict[str, float]] = {}
-    for name, chosen, factor in (("zero-shot, all rows", scored, {}), ("fitted, the other 80 %", test, scales)):
+    for name, chosen, factor in (
+        ("zero-shot, all rows", scored, {}),
+        ("fitted, the other 80 %", test, scales),
+    ):
         one = statistics(chosen, factor)
         stats[name] = one
         shown = (_percent(one[key]) for key in ("coverage", "median", "mean", "p90"))
@@ -181,14 +224,18 @@ def _silicon(limit: int | None) -> Score:
         Bar("silicon", "coverage", stats["zero-shot, all rows"]["coverage"], 0.95, is_upper=False),
         Bar("silicon", "Spearman, fitted", fitted["spearman"], 0.93, is_upper=False),
     )
-    return Score(Table("Measured deployments (AIConfigurator's sample), TPOT", columns, rows, notes), bars)
+    return Score(
+        Table("Measured deployments (AIConfigurator's sample), TPOT", columns, rows, notes), bars
+    )
 
 
-def statistics(
-    scored: list[silicon.Scored], scales: Mapping[str, float]
-) -> dict[str, float]:
+def statistics(scored: list[silicon.Scored], scales: Mapping[str, float]) -> dict[str, float]:
     """Coverage, errors and rank correlation of predictions times their backend's constant."""
-    priced = [(one.predicted_s * scales.get(one.backend, 1.0), one.measured_s) for one in scored if one.predicted_s]
+    priced = [
+        (one.predicted_s * scales.get(one.backend, 1.0), one.measured_s)
+        for one in scored
+        if one.predicted_s
+    ]
     if not priced:
         raise ArtifactError("no row could be priced")
     predicted, measured = np.array(priced).T

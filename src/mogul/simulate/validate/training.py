@@ -83,7 +83,9 @@ def balance_ratios() -> list[tuple[int, float, float, bool]]:
     low, high = 1.0, 4.0
     for _ in range(16):
         spread = (low + high) / 2
-        low, high = (spread, high) if _ratio(data, lengths[0], spread) < measured[0] else (low, spread)
+        low, high = (
+            (spread, high) if _ratio(data, lengths[0], spread) < measured[0] else (low, spread)
+        )
     return [
         (length, float(value), _ratio(data, length, low), index == 0)
         for index, (length, value) in enumerate(zip(lengths, measured, strict=True))

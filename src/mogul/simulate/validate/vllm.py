@@ -45,9 +45,7 @@ def points() -> list[Point]:
             seconds = float(plain[name][index])
             measured_s = table["measured_ms"][index] * 1e-3
             is_cliff = batch in table["cliffs"]
-            found.append(
-                Point(name, batch, measured_s, seconds, scale[other] * seconds, is_cliff)
-            )
+            found.append(Point(name, batch, measured_s, seconds, scale[other] * seconds, is_cliff))
     return found
 
 

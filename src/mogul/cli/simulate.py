@@ -1,0 +1,16 @@
+"""`mogul simulate`: the table of its verbs; each is a module of its own."""
+
+from __future__ import annotations
+
+SUBVERBS = {
+    "run": ("mogul.cli.simulate_run", "one point: latency, throughput, memory, what limits it"),
+    "sweep": ("mogul.cli.simulate_sweep", "deployments -> the ones nothing beats"),
+    "compare": ("mogul.cli.simulate_compare", "grouped against free routing, experts vs dense"),
+    "shape": ("mogul.cli.simulate_shape", "which model shape to train, as Pangu Pro MoE's was"),
+    "train": ("mogul.cli.simulate_train", "time, memory, bubbles and MFU of a training step"),
+    "hw": ("mogul.cli.simulate_hw", "the machines mogul knows, with a source a number"),
+    "validate": (
+        "mogul.cli.simulate_validate",
+        "predictions against measurements; fails below bars",
+    ),
+}

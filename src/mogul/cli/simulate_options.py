@@ -1,0 +1,168 @@
+"""What the verbs of `mogul simulate` share: the flags of a deployment, and how they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from mogul.simulate.run import Setting
+    from mogul.spec.model import ModelSpec
+    from mogul.spec.quant import QuantScheme
+    from mogul.spec.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A model on devices under a load."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Checkpoint folder, config.json, preset:NAME or hub id."""
+
+    device: str = "h100"
+    """A name from `mogul simulate hw`, or the path of your own .toml."""
+
+    tp: int = 1
+    """Devices one copy of the attention is cut over."""
+
+    dp: int = 1
+    """Copies of the attention."""
+
+    pp: int = 1
+    """Pipeline stages."""
+
+    ep: int | None = None
+    """Ranks the experts are spread over; by default all devices of a stage."""
+
+    moe_tp: int | None = None
+    """Devices one expert is cut over."""
+
+    shared_tp: int | None = None
+    """Devices the shared expert is cut over; by default tp."""
+
+    quant: str = "bf16"
+    """bf16, fp8, w8a8, w8a8-kv8, w4a8, w4a16, nvfp4, mxfp4, fp8-kv16."""
+
+    input: int = 2048
+    """Prompt tokens a request."""
+
+    output: int = 512
+    """Output tokens a request."""
+
+    batch: int = 64
+    """Requests in flight, all copies together."""
+
+    prefix_hit: float = 0.0
+    """Share of prompt tokens found in the prefix cache."""
+
+    together: bool = False
+    """All prompts first, then decode; otherwise prompts fall between decode steps."""
+
+    drafts: int = 0
+    """Draft tokens verified a step."""
+
+    acceptance: float = 0.7
+    """Chance that a draft token is right."""
+
+    max_ttft_ms: float | None = None
+    max_tpot_ms: float | None = None
+    engine: str = "mogul"
+    """mogul, vllm, sglang, trtllm, transformers, ascend."""
+
+    overlap: Literal["none", "chunked", "fine"] = "none"
+    """How communication hides behind arithmetic."""
+
+    skew: float = 0.0
+    """Popularity of experts falls like rank^-skew; 0 is uniform."""
+
+    trace: str | None = None
+    """Popularity from a `trace/` folder."""
+
+    placement: str | None = None
+    """placement.json instead of contiguous blocks."""
+
+    tables: Literal["own", "aiconfigurator"] = "own"
+    """Measured kernels: mogul's own, or AIConfigurator's too (its wheel must be installed)."""
+
+
+def model_of(options: Deployment) -> ModelSpec:
+    """The model's shape; families that are only approximated say so on standard error."""
+    from mogul.cli.find_config import find_config
+    from mogul.core.log import say
+    from mogul.simulate.approximate import spec_to_price
+
+    model, note = spec_to_price(find_config(options.model).config)
+    if note:
+        say(f"approximated: {note}")
+    return model
+
+
+def setting_of(options: Deployment) -> Setting:
+    """The setting the flags describe."""
+    from mogul.simulate.engines import Overlap, engine
+    from mogul.simulate.routing import Routing
+    from mogul.simulate.run import Setting
+    from mogul.spec.hardware import hardware
+    from mogul.spec.parallel import Parallel
+
+    device = hardware(options.device)
+    layout = Parallel(
+        tp=options.tp,
+        dp=options.dp,
+        pp=options.pp,
+        ep=options.ep,
+        moe_tp=options.moe_tp,
+        shared_tp=options.shared_tp,
+    )
+    kind = "trace" if options.trace else ("power_law" if options.skew else "uniform")
+    routing = Routing(
+        kind=kind, alpha=options.skew, file=options.trace, placement=options.placement
+    )
+    chosen = engine(options.engine).replace(overlap=Overlap(kind=options.overlap))
+    measured = _measured(options, device.name)
+    return Setting(
+        model_of(options), device, layout, quant_of(options), routing, chosen, **measured
+    )
+
+
+def quant_of(options: Deployment) -> QuantScheme:
+    """The formats the flags name."""
+    from mogul.spec.quant import scheme
+
+    return scheme(options.quant)
+
+
+def _measured(options: Deployment, device: str) -> dict[str, Any]:
+    if options.tables == "own":
+        return {}
+    from mogul.simulate.aiconfigurator import DEVICES, collective_tables
+    from mogul.simulate.calibration import with_aiconfigurator
+
+    if device not in DEVICES:
+        return {}
+    engine = options.engine if options.engine in ("vllm", "sglang", "trtllm") else "vllm"
+    return {
+        "calibration": with_aiconfigurator(device),
+        "collectives": collective_tables(device, engine),
+    }
+
+
+def workload_of(options: Deployment) -> Workload:
+    """The load the flags describe."""
+    from mogul.spec.workload import Speculation, Workload
+
+    drafts = None
+    if options.drafts:
+        drafts = Speculation(draft_tokens=options.drafts, acceptance=options.acceptance)
+    return Workload(
+        input_tokens=options.input,
+        output_tokens=options.output,
+        batch=options.batch,
+        prefix_hit=options.prefix_hit,
+        arrival="together" if options.together else "steady",
+        speculation=drafts,
+        max_ttft_s=options.max_ttft_ms and options.max_ttft_ms * 1e-3,
+        max_tpot_s=options.max_tpot_ms and options.max_tpot_ms * 1e-3,
+    )

@@ -1,0 +1,99 @@
+"""`mogul simulate shape`: the shape study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mogul.simulate.shape import Target
+
+EXAMPLES = """
+examples:
+  mogul simulate shape                        the paper's constraints and machines
+  mogul simulate shape --total 25e9 35e9 --active 2.5e9 4e9 --targets h100:1:20 l40s:2:50 \\
+      --quant fp8 --engine vllm --candidates 100
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw model shapes under parameter budgets and rank them by decode rate on several machines.
+
+    Scores are relative to Pangu Pro MoE's published shape. Quality by scaling laws is shown
+    beside; all are extrapolated at this size, and none knows groups.
+    """
+
+    total: tuple[float, float] = (60e9, 80e9)
+    active: tuple[float, float] = (15e9, 18e9)
+    targets: tuple[str, ...] = ("ascend-300i-duo:4:100", "ascend-910b:4:50")
+    """DEVICE:COUNT:MS: machine, devices of one copy, most milliseconds a token."""
+
+    quant: str = "w8a8-kv8"
+    engine: str = "ascend"
+    context: int = 2048
+    """Cached tokens a request."""
+
+    tokens: float = 13e12
+    """Training tokens, for the laws."""
+
+    candidates: int = 200
+    seed: int = 0
+    format: Literal["table", "json", "csv"] = "table"
+
+
+def run(options: Options) -> int:
+    """Study and print."""
+    from mogul.core.table import Table
+    from mogul.simulate.shape import Ranges, study
+
+    ranges = Ranges(total_params=options.total, active_params=options.active)
+    found = study(
+        ranges,
+        [_target(text, options) for text in options.targets],
+        num_candidates=options.candidates,
+        seed=options.seed,
+        tokens=options.tokens,
+    )
+    shown = [("published", found.reference), *(("", one) for one in found.candidates[:15])]
+    keys = tuple(found.reference.shape)
+    rows = [
+        (
+            name,
+            *(one.shape[key] for key in keys),
+            round(one.model.params() / 1e9, 1),
+            round(one.model.active_params() / 1e9, 1),
+            round(one.score, 3),
+            f"{one.quality.equivalent_flop:.3g}",
+        )
+        for name, one in shown
+    ]
+    columns = ("", *keys, "total B", "active B", "score", "equivalent FLOP")
+    beaten = f"{found.better} of {len(found.candidates)} candidates"
+    notes = (
+        f"{beaten} beat the published shape ({100 * found.percentile:.0f} %)",
+        f"of those with its size and quality or more: {100 * found.percentile_at_quality:.0f} %",
+        "equivalent FLOP: dense compute of equal loss by efficiency leverage, extrapolated",
+    )
+    extra = {"percentile": found.percentile, "at_quality": found.percentile_at_quality}
+    Table("Shapes, fastest first", columns, rows, notes, extra=extra).show(options.format)
+    return 0
+
+
+def _target(text: str, options: Options) -> Target:
+    from mogul.core.errors import ConfigError
+    from mogul.simulate.shape import Target
+
+    try:
+        device, count, limit_ms = text.split(":")
+        devices, limit_s = int(count), float(limit_ms) * 1e-3
+    except ValueError:
+        raise ConfigError(f"target {text!r} is not DEVICE:COUNT:MS", fix="h100:2:50") from None
+    return Target(
+        device=device,
+        devices=devices,
+        max_tpot_s=limit_s,
+        quant=options.quant,
+        engine=options.engine,
+        context=options.context,
+    )

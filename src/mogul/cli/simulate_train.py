@@ -1,0 +1,86 @@
+"""`mogul simulate train`: one training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mogul.cli.simulate_options import Deployment
+
+EXAMPLES = """
+examples:
+  mogul simulate train preset:qwen3-235b-a22b --device h100 --devices 256 --tp 2 --dp 16 --ep 32 \\
+      --pp 8 --virtual-stages 4 --global-batch 2048 --tokens 1e12
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Deployment):
+    """Predict time, memory, bubble and MFU of a training step.
+
+    tp x dp is the group of devices the experts are spread over; the rest of --devices are copies.
+    """
+
+    devices: int = 8
+    sequence: int = 4096
+    """Tokens a sequence."""
+
+    global_batch: int = 256
+    """Sequences a step."""
+
+    micro_batch: int = 1
+    virtual_stages: int = 1
+    recompute: Literal["auto", "none", "experts", "full"] = "auto"
+    fsdp: bool = False
+    """Gather weights layer by layer instead of holding them."""
+
+    tokens: float | None = None
+    """Training tokens: also prints the days."""
+
+    format: Literal["table", "json"] = "table"
+
+
+def run(options: Options) -> int:
+    """Print the step."""
+    from mogul.cli.simulate_options import setting_of
+    from mogul.core.table import Table
+    from mogul.simulate.tables import train_tables
+    from mogul.simulate.train import TrainPlan, predict_training
+
+    setting = setting_of(options)
+    plan = TrainPlan(
+        sequence_tokens=options.sequence,
+        global_batch=options.global_batch,
+        micro_batch=options.micro_batch,
+        devices=options.devices,
+        virtual_stages=options.virtual_stages,
+        recompute=options.recompute,
+        shards_weights=options.fsdp,
+        overlap=setting.engine.overlap,
+    )
+    found = predict_training(
+        setting.model,
+        setting.device,
+        setting.parallel,
+        plan,
+        quant=setting.quant,
+        routing=setting.routing,
+        calibration=setting.calibration,
+    )
+    if options.format == "json":
+        data = {
+            "step_s": found.step_s,
+            "tokens_per_s_per_device": found.tokens_per_s_per_device,
+            "flop_per_s_per_device": found.flop_per_s_per_device,
+            "mfu": found.mfu,
+            "bubble": found.bubble,
+            "parts_s": found.parts,
+            "memory_bytes": found.memory.parts,
+            "fits": found.memory.fits,
+            "days": options.tokens and found.days(options.tokens),
+        }
+        Table("", (), (), data=data).show("json")
+    else:
+        for table in train_tables(found, options.tokens):
+            table.show()
+    return 0 if found.memory.fits else 1

@@ -1,0 +1,158 @@
+"""One HTML page a run: where the time and memory go, the front, balance, sensitivity, accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mogul.core.table import Table
+from mogul.core.units import show_s
+from mogul.draw.chart import Chart, HeatMap, Series
+from mogul.draw.page import Page
+from mogul.simulate.run import Prediction
+from mogul.simulate.sweep import Searched
+from mogul.simulate.tables import front_table, memory_table, point_tables
+
+KNOBS = ("memory bandwidth", "peak arithmetic", "link bandwidth", "launch and host time")
+
+
+def point_page(p: Prediction) -> Page:
+    """The page of one point."""
+    device, layout = p.setting.device, p.setting.parallel
+    page = Page(
+        f"{p.setting.model.family} on {layout.devices} x {device.title}",
+        f"{layout.describe()}; {p.workload.input_tokens} + {p.workload.output_tokens} tokens, "
+        f"{p.workload.batch} requests in flight",
+    )
+    low, middle, high = p.tpot_band()
+    page.facts(
+        [
+            (show_s(p.ttft_s), "TTFT", ""),
+            (show_s(middle), "TPOT", f"p10 {show_s(low)}, p90 {show_s(high)}"),
+            (f"{p.tokens_per_s_per_device:,.0f}", "tokens/s a device", p.decode.binding),
+        ]
+    )
+    for table in point_tables(p)[:1]:
+        page.table(table)
+    page.section("Where the time goes")
+    page.figure(_breakdown_chart(p))
+    page.section("Memory")
+    page.table(memory_table(p))
+    if p.decode.loads:
+        page.section("Balance")
+        page.figure(_load_map(p))
+    page.section("What would change it")
+    page.figure(_sensitivity(p))
+    page.section("How it is known")
+    sources = sorted({s for o in p.decode.operators for s in o.estimate.sources})
+    page.prose(f"Most of the decode step is **{p.tier}**.", *sources)
+    return page
+
+
+def _breakdown_chart(p: Prediction) -> Chart:
+    decode, prefill = p.decode.parts(), p.prefill.parts()
+    names = sorted(decode, key=lambda name: -decode[name])
+    shares = [100 * prefill.get(name, 0.0) / sum(prefill.values()) for name in names]
+    return Chart(
+        title="Parts of a decode and a prompt step",
+        x_label="part",
+        y_label="share of the step, %",
+        series=(
+            Series(
+                name="decode",
+                x=names,
+                y=[100 * decode[name] / sum(decode.values()) for name in names],
+                kind="bars",
+            ),
+            Series(name="prompt", x=names, y=shares, kind="bars"),
+        ),
+        caption=f"A decode step takes {show_s(p.decode.seconds)}, "
+        f"a prompt {show_s(p.prefill.seconds)}.",
+        y_from_zero=True,
+    )
+
+
+def _load_map(p: Prediction) -> HeatMap:
+    loads = [load for _, load in p.decode.loads]
+    rows = np.stack([load.rows_D / max(load.rows_D.mean(), 1e-9) for load in loads])
+    distinct = np.stack([load.distinct_D / max(load.distinct_D.mean(), 1e-9) for load in loads])
+    first = loads[0]
+    return HeatMap(
+        title="Expected load of every rank over the mean",
+        x_label="rank",
+        y_label="kind of layer",
+        value_label="over the mean",
+        panels=(("rows", rows), ("distinct experts", distinct)),
+        caption=f"Within one step the busiest rank has rho {first.rho:.2f} times the mean rows and "
+        f"delta {first.delta:.2f} times the mean distinct experts.",
+        range=(0.5, 2.0),
+    )
+
+
+def _sensitivity(p: Prediction) -> Chart:
+    """TPOT when one property of the machine is 20 % better."""
+    gains = [100 * (1 - _with_knob(p, knob) / p.tpot_s) for knob in KNOBS]
+    return Chart(
+        title="TPOT saved by a machine that is 20 % better in one thing",
+        x_label="property",
+        y_label="TPOT saved, %",
+        series=(Series(name="saved", x=KNOBS, y=gains, kind="bars"),),
+        caption="Where a bar is small, paying for that property buys nothing here.",
+        y_from_zero=True,
+    )
+
+
+def _with_knob(p: Prediction, knob: str) -> float:
+    """TPOT with one property improved; time shares move as their limits do."""
+    limits = p.decode.limits()
+    total = sum(limits.values())
+    share = {
+        "memory bandwidth": limits.get("memory", 0.0),
+        "peak arithmetic": limits.get("arithmetic", 0.0),
+        "link bandwidth": limits.get("communication", 0.0),
+        "launch and host time": limits.get("launches", 0.0) + limits.get("host", 0.0),
+    }[knob]
+    return p.tpot_s * (1 - share / total * (1 - 1 / 1.2))
+
+
+def sweep_page(found: Searched) -> Page:
+    """The page of a search."""
+    page = Page("Deployments", f"{len(found.points)} points priced")
+    page.table(front_table(found))
+    page.figure(_front_chart(found))
+    if found.front:
+        best = found.front[-1]
+        page.section("The point with the highest throughput")
+        for table in point_tables(best):
+            page.table(table)
+    return page
+
+
+def _front_chart(found: Searched) -> Chart:
+    every = Series(
+        name="all points",
+        x=[p.tokens_per_s_per_user for p in found.points],
+        y=[p.tokens_per_s_per_device for p in found.points],
+        kind="dots",
+    )
+    best = Series(
+        name="front",
+        x=[p.tokens_per_s_per_user for p in found.front],
+        y=[p.tokens_per_s_per_device for p in found.front],
+    )
+    return Chart(
+        title="Throughput against speed for the user",
+        x_label="tokens/s a user",
+        y_label="tokens/s a device",
+        series=(every, best) if found.front else (every,),
+        caption="The line joins the points that meet the targets and nothing else beats.",
+        y_from_zero=True,
+    )
+
+
+def validation_page(tables: list[Table], bars: Table) -> Page:
+    """The page of a validation run."""
+    page = Page("Predicted against measured", "Every accuracy table with its bar.")
+    page.table(bars)
+    for table in tables:
+        page.table(table)
+    return page

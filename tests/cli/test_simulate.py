@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from mogul.cli.main import main
+
+
+def run(capsys, *args):
+    code = main(["simulate", *args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_run_prints_a_point_and_json_in_base_units(capsys):
+    code, out, _ = run(capsys, "run", "preset:qwen3-30b-a3b", "--batch", "4", "--loads")
+    assert code == 0
+    assert "TPOT, p10 / p50 / p90" in out
+    code, out, _ = run(capsys, "run", "preset:qwen3-30b-a3b", "--batch", "4", "--format", "json")
+    data = json.loads(out)
+    assert data["tpot_s"]["p10"] < data["tpot_s"]["p50"] < data["tpot_s"]["p90"] < 1
+    assert data["expert_load"][0]["rho"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("run", "preset:qwen3-30b-a3b", "--device", "h10"), "unknown device 'h10'"),
+        (("run", "preset:qwen3-30b-a3b", "--tp", "3"), "tp=3 does not divide the 32 query heads"),
+        (("run", "preset:pangu-pro-moe-72b"), "too much; the largest part is weights"),
+        (("run", "preset:qwen3-30b-a3b", "--quant", "fp9"), "unknown quantisation 'fp9'"),
+        (("run", "preset:qwen3-30b-a3b", "--engine", "vlm"), "unknown engine 'vlm'"),
+        (("rum",), "unknown verb 'rum'"),
+        (("compare", "preset:qwen3-8b"), "is dense: it has nothing to group"),
+    ],
+)
+def test_bad_input_is_wrong_usage(capsys, args, words):
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert words in err
+    assert "fix: " in err
+
+
+def test_hw_lists_and_shows(capsys):
+    code, out, _ = run(capsys, "hw")
+    assert code == 0
+    assert "ascend-300i-duo" in out
+    code, out, _ = run(capsys, "hw", "h200")
+    assert "memory_bytes_per_s" in out
+    assert "source" in out
+
+
+def test_compare_shows_what_grouping_does(capsys):
+    args = ("preset:pangu-pro-moe-72b", "--tp", "8", "--batch", "16", "--format", "json")
+    _, out, _ = run(capsys, "compare", *args)
+    free, grouped = json.loads(out)["rows"]
+    assert grouped["rho"] == 1.0
+    assert free["rho"] > 1.2
+
+
+def test_sweep_writes_a_plan(capsys, tmp_path):
+    from mogul.spec.plan import Plan
+
+    plan = tmp_path / "plan.json"
+    code, out, _ = run(
+        capsys, "sweep", "preset:qwen3-30b-a3b", "--device", "h200", "--devices", "2",
+        "--quants", "fp8", "--plan", str(plan),
+    )  # fmt: skip
+    assert code == 0
+    assert "points priced" in out
+    assert Plan.read(plan).parallel.devices == 2
+
+
+def test_train_says_when_it_does_not_fit(capsys):
+    args = ("train", "preset:qwen3-30b-a3b", "--dp", "8", "--devices", "8")
+    code, out, _ = run(capsys, *args, "--device", "h100")
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    code, out, _ = run(capsys, *args, "--device", "gb300", "--tokens", "1e11")
+    assert code == 0
+    assert "days for 1e+11 tokens" in out
+
+
+def test_validate_prints_bars(capsys):
+    code, out, _ = run(capsys, "validate", "--sets", "vllm", "pangu")
+    assert code == 0
+    assert "holds" in out
+    assert "acceptance" in out
+
+
+def test_a_report_page(capsys, tmp_path):
+    pytest.importorskip("plotly")
+    page = tmp_path / "point.html"
+    code, _, _ = run(
+        capsys, "run", "preset:pangu-pro-moe-72b", "--tp", "8", "--batch", "8", "--html", str(page)
+    )
+    assert code == 0
+    assert "Where the time goes" in page.read_text()

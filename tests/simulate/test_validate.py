@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from mogul.simulate import curves
+from mogul.simulate.measurements import KernelTable, load_shipped
+from mogul.simulate.run import Setting, predict
+from mogul.simulate.validate import published, silicon, training, vllm
+from mogul.simulate.validate.kernels import leave_one_model_out
+from mogul.simulate.validate.scoreboard import Bar, scores, statistics
+from mogul.spec.hardware import hardware
+from mogul.spec.workload import Workload
+
+
+def row(**given):
+    base = {
+        "id": "x", "backend": "vllm", "tp_size": "8", "attention_dp_size": "1",
+        "moe_tp_size": "8", "moe_ep_size": "1", "batch_size": "16",
+        "silicon_data_source": "a; silicon_concurrency=64; b",
+    }  # fmt: skip
+    return {**base, **given}
+
+
+def test_layouts_are_read_as_what_a_node_can_hold():
+    assert silicon.reading(row()) == silicon.Reading(8, 1, 8, 1, 64)
+    squared = row(tp_size="64", moe_tp_size="8", moe_ep_size="8")
+    assert silicon.reading(squared) == silicon.Reading(8, 1, 1, 8, 64)
+    copies = row(tp_size="4", attention_dp_size="4", moe_tp_size="1", moe_ep_size="16")
+    assert silicon.reading(copies) == silicon.Reading(1, 4, 1, 4, 64)
+    unsaid = row(tp_size="1", attention_dp_size="", moe_tp_size="4", silicon_data_source="none")
+    assert silicon.reading(unsaid) == silicon.Reading(1, 4, 4, 1, 64)
+    assert silicon.reading(row(tp_size="3")) is None
+
+
+def test_the_constant_of_a_backend_comes_from_its_fifth_of_the_rows():
+    rows = [silicon.Scored(f"row {i}", "vllm", 2.0, 1.0) for i in range(400)]
+    share = sum(one.is_for_fitting for one in rows) / len(rows)
+    assert 0.14 < share < 0.26
+    held = [
+        one if one.is_for_fitting else silicon.Scored(one.row_id, "vllm", 9.0, 1.0) for one in rows
+    ]
+    assert silicon.fit_scales(held) == {"vllm": 2.0}  # the other rows have no say
+
+
+def test_statistics():
+    rows = [silicon.Scored(str(i), "a", 10.0 + i, 11.0 + i) for i in range(9)]
+    rows.append(silicon.Scored("none", "a", 1.0, None, "too odd"))
+    found = statistics(rows, {})
+    assert found["coverage"] == pytest.approx(0.9)
+    assert found["spearman"] == pytest.approx(1.0)
+    assert found["median"] == pytest.approx(1 / 14, rel=0.01)
+    assert Bar("x", "y", 0.1, 0.2).holds
+    assert not Bar("x", "y", 0.1, 0.2, is_upper=False).holds
+
+
+def test_no_row_of_a_left_out_model_enters_its_prediction():
+    table = load_shipped()[0]
+    error, _, used = leave_one_model_out(table, curves.curve("generic", "moe"))
+    assert len(error) == len(table)
+    for label, others in used:
+        assert label not in others
+    # Corrupting a model's own times must not change what is predicted for it.
+    held = table.groups == "shape-A"
+    seconds = np.where(held, table.seconds * 7, table.seconds)
+    spoiled = KernelTable(
+        table.kind, table.device, table.engine, table.dtype, table.source, table.dims, seconds,
+        table.groups,
+    )  # fmt: skip
+    changed, _, _ = leave_one_model_out(spoiled, curves.curve("generic", "moe"))
+    np.testing.assert_allclose((changed[held] + 1) * 7, error[held] + 1, rtol=1e-9)
+
+
+def test_published_numbers_are_no_source_of_blind_predictions():
+    """Provenance: only rows marked fitted may be named as a source of their device's curves."""
+    fitted = {one.name for one in published.pangu_rows() if one.is_fitted}
+    blind = {one.name for one in published.pangu_rows() if not one.is_fitted}
+    source = curves.curve("ascend", "moe").source
+    assert all(name in source for name in fitted)
+    assert not any(name in source.split(": ")[1].split(", ") for name in blind)
+    for device in ("h100", "h800", "h20", "ascend-910c-die"):
+        point = predict(
+            Setting(published.model("qwen3-30b-a3b"), hardware(device)),
+            Workload(batch=1, input_tokens=64),
+            check_memory=False,
+        )
+        told = " ".join(s for one in point.decode.operators for s in one.estimate.sources)
+        for word in ("InferSim", "LMSYS", "2506.12708", "silicon_sample", "open-infra"):
+            assert word not in told
+
+
+def test_vllm_points_hold_their_bar():
+    points = vllm.points()
+    assert len(points) == 9
+    assert [one.batch for one in points if one.is_cliff] == [96, 64]
+    (score,) = scores(("vllm",))
+    assert score.bars[0].holds
+
+
+def test_pangu_ratios_and_acceptance():
+    ratios = published.dense_ratios()
+    assert ratios["dense 32B"][1] == pytest.approx(1.18, rel=0.08)
+    assert ratios["dense 72B"][1] == pytest.approx(1.97, rel=0.12)
+    assert 0.4 < published.implied_acceptance()["acceptance"] < 0.9
+    (score,) = scores(("published",))
+    assert score.bars[0].holds
+
+
+def test_training_imbalance_shrinks_with_length():
+    ratios = training.balance_ratios()
+    assert [one[3] for one in ratios] == [True, False, False, False]
+    assert all(abs(mine - paper) < 0.06 for _, paper, mine, _ in ratios)
