@@ -63,10 +63,9 @@ def _chart(chart: Chart) -> Canvas:
     elif chart.y_from_zero:
         axes.set_ylim(bottom=0)
     if len(chart.series) > 1:
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(3, len(chart.series)),
-            frameon=False,
-        )  # fmt: skip
+        # More columns of long names than fit would squeeze the axes.
+        columns = 2 if max(len(series.name) for series in chart.series) > 24 else 3
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
     return canvas
 
 
@@ -115,7 +114,8 @@ def _heat_map(heat: HeatMap) -> Canvas:
         )
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_ylabel(heat.y_label)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         _separate_cells(axes, np.shape(values))
     panels[-1].set_xlabel(heat.x_label)
     if image is not None:

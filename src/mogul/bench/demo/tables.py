@@ -106,7 +106,7 @@ def learning_table(result: LearningResult) -> Table:
                 f"{one.before.nats_per_token:.3f} > {one.after.nats_per_token:.3f}",
                 f"{one.before.bits_per_byte:.3f} > {one.after.bits_per_byte:.3f}",
                 "-" if one.copy_distance is None else f"0 > {one.copy_distance:.2%}",
-                f"{before.smallest_share:.1%} > {after.smallest_share:.1%}"
+                f"{before.smallest_share:.2%} > {after.smallest_share:.2%}"
                 if before and after
                 else "-",
             )
