@@ -31,6 +31,7 @@ LAYOUTS = {
                             False),
 }  # fmt: skip
 QWEN3 = ExpertLayout()
+SIZES = {"small": (12, 6), "rows of 16 bytes": (16, 8)}  # the second suits grouped_mm
 TOKENS = [0, 1, 2, 11, 90]
 
 
@@ -105,16 +106,18 @@ def assert_near(actual, expected, dtype):
 @pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_cpu_equals_reference(name, num_tokens, dtype):
-    case = make_case(num_tokens, *LAYOUTS[name])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_cpu_equals_reference(name, num_tokens, dtype, sizes):
+    case = make_case(num_tokens, *LAYOUTS[name], hidden=sizes[0], width=sizes[1])
     assert_near(case.run("cpu", dtype), case.run("reference"), dtype)
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_cpu_gradients_equal_reference(name, num_tokens, dtype):
-    case = make_case(num_tokens, *LAYOUTS[name])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_cpu_gradients_equal_reference(name, num_tokens, dtype, sizes):
+    case = make_case(num_tokens, *LAYOUTS[name], hidden=sizes[0], width=sizes[1])
     actual, expected = case.gradients("cpu", dtype), case.gradients("reference")
     assert actual.keys() == expected.keys()
     for key, grad in actual.items():

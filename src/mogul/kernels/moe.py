@@ -19,6 +19,7 @@ from mogul.core.registry import Registry
 from mogul.kernels.cpu.moe import moe_forward_cpu, why_not_cpu
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.reference.moe import moe_forward_reference
+from mogul.kernels.triton import moe_forward_triton, why_not_triton
 
 DEBUG = os.environ.get("MOGUL_DEBUG", "0") not in ("", "0")
 DEFAULT_LAYOUT = ExpertLayout()
@@ -58,6 +59,7 @@ class CallFacts(NamedTuple):
 
 
 MOE_FORWARD: Registry[MoeForward] = Registry("moe_forward")
+MOE_FORWARD.add("triton", moe_forward_triton, why_not=why_not_triton)
 MOE_FORWARD.add("cpu", moe_forward_cpu, why_not=why_not_cpu)
 MOE_FORWARD.add("reference", moe_forward_reference)
 

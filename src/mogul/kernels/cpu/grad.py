@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mogul.kernels.cpu.moe import combine, multiply_blocks, padded_rows, right_operands, rows
+from mogul.kernels.cpu.blocks import combine, multiply_blocks
+from mogul.kernels.cpu.moe import right_operands, rows
 from mogul.kernels.cpu.order import Order, order_by_expert
 from mogul.kernels.layout import ExpertLayout
 
@@ -37,28 +38,25 @@ class Experts(torch.autograd.Function):
         up_EDF, down_EFD = right_operands(gate_up, down, layout)
         order = order_by_expert(ids, gate_up.shape[0])
         hidden_RF, out_RD = rows(x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout)
-        ctx.save_for_backward(
-            x, gate_up, down, weights, down_bias, hidden_RF, order.slot_R, order.place_TK
-        )
-        ctx.order_tail = (order.blocks, order.is_full)
-        ctx.layout = layout
+        ctx.save_for_backward(x, gate_up, down, weights, down_bias, hidden_RF, *order[:3])
+        ctx.blocks, ctx.layout = order.blocks, layout
         return combine(out_RD, order, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """One gradient for each argument of `forward`, None where none is needed."""
-        x, gate_up, down, weights, down_bias, hidden_RF, slot_R, place_TK = ctx.saved_tensors
-        order, layout = Order(slot_R, place_TK, *ctx.order_tail), ctx.layout
+        x, gate_up, down, weights, down_bias, hidden_RF, *rest = ctx.saved_tensors
+        slot_R, place_TK, ends_E = rest
+        order, layout = Order(slot_R, place_TK, ends_E, ctx.blocks), ctx.layout
         want_x, want_up, want_down, _, want_weights, want_up_bias, want_down_bias, _ = (
             ctx.needs_input_grad
         )
         up_EDF, down_EFD = right_operands(gate_up, down, layout)
         token_R = order.token_R()
-        weight_R1 = weights.reshape(-1)[slot_R].to(x.dtype)[:, None]
+        weight_R1 = weights.reshape(-1)[order.slot_R].to(x.dtype)[:, None]
         grad_RD = grad_y.index_select(0, token_R)
-        grad_active_RF = grad_RD.new_empty(order.num_rows, down_EFD.shape[1])
-        multiply_blocks(grad_RD, down_EFD.mT, order, grad_active_RF)
+        grad_active_RF = multiply_blocks(grad_RD, down_EFD.mT, order)
         active_RF, hidden_grad = _activate_again(hidden_RF, layout)
 
         grads: list[Tensor | None] = [None] * 8
@@ -78,8 +76,7 @@ class Experts(torch.autograd.Function):
             if want_up_bias:
                 grads[5] = _bias_grad(grad_hidden_RF, order, gate_up.shape[0])
             if want_x:
-                grad_x_RD = padded_rows(x, order)
-                multiply_blocks(grad_hidden_RF, up_EDF.mT, order, grad_x_RD)
+                grad_x_RD = multiply_blocks(grad_hidden_RF, up_EDF.mT, order)
                 grads[0] = combine(grad_x_RD, order, None)
         return tuple(grads)
 

@@ -1,24 +1,25 @@
 """Fast experts on the processor: three ways through the same layer, chosen by size.
 
 Decides how rows meet weights. One token: a matrix-vector product a pick, nothing is sorted.
-Several: rows sorted by expert, one matmul an expert into one buffer ("rows"), or, where blocks are
-thin, with the weights as the left operand ("columns"). The combine is an embedding bag: it
-gathers, weighs and sums in one pass over the rows, in float32 for 16-bit dtypes, in fixed order.
+Several: rows sorted by expert, one matmul an expert ("rows"), or, where blocks are thin, with the
+weights as the left operand ("columns"). Training is in `grad.py`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mogul.kernels.cpu.blocks import combine, multiply_blocks
 from mogul.kernels.cpu.order import Order, order_by_expert
 from mogul.kernels.layout import ExpertLayout
 
 # Mean rows an expert between which a [F, D] x [D, R] product beats [R, D] x [D, F]: measured with
 # benchmarks/bench_cpu_moe_layer.py (oneMKL and oneDNN, AVX-512). Weights that are stored transposed
 # gain nothing.
-COLUMNS_FROM = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
+COLUMNS_FROM = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 COLUMNS_BELOW = 64
 
 
@@ -39,6 +40,20 @@ def moe_forward_cpu(
     layout: ExpertLayout,
 ) -> Tensor:
     """Fast and differentiable; see `mogul.kernels.moe_forward` for the shapes."""
+    run = _run_uncompiled if torch.compiler.is_compiling() else _run
+    return run(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
+
+
+def _run(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: ExpertLayout,
+) -> Tensor:
     tensors = (x, gate_up, down, weights, gate_up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         from mogul.kernels.cpu.grad import Experts
@@ -53,6 +68,11 @@ def moe_forward_cpu(
         up_EDF, down_EFD = right_operands(gate_up, down, layout)
         out_RD = rows(x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout)[1]
     return combine(out_RD, order, weights)
+
+
+# Sizes of blocks are known only when it runs: torch.compile breaks its graph here, once, instead of
+# compiling each routing anew.
+_run_uncompiled: Any = torch.compiler.disable(_run)
 
 
 def right_operands(gate_up: Tensor, down: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
@@ -103,37 +123,11 @@ def rows(
     down_bias_ED: Tensor | None,
     layout: ExpertLayout,
 ) -> tuple[Tensor, Tensor]:
-    """Return the first matmul's output [R, 2F] and the experts' outputs (`padded_rows`)."""
+    """Return the first matmul's output [R, 2F] and the experts' outputs [R, D]."""
     x_RD = x_TD.index_select(0, order.token_R())
-    hidden_RF = x_TD.new_empty(order.num_rows, up_EDF.shape[2])
-    multiply_blocks(x_RD, up_EDF, order, hidden_RF, up_bias_EF)
-    active_RF = layout.activate(hidden_RF)
-    out_RD = padded_rows(x_TD, order)
-    multiply_blocks(active_RF, down_EFD, order, out_RD, down_bias_ED)
+    hidden_RF = multiply_blocks(x_RD, up_EDF, order, up_bias_EF)
+    out_RD = multiply_blocks(layout.activate(hidden_RF), down_EFD, order, down_bias_ED)
     return hidden_RF, out_RD
-
-
-def multiply_blocks(
-    left_RA: Tensor, right_EAB: Tensor, order: Order, out_RB: Tensor, bias_EB: Tensor | None = None
-) -> None:
-    """out[r] = left[r] @ right[expert of r] (+ bias)."""
-    sizes = [stop - start for _, start, stop in order.blocks]
-    lefts = left_RA.split(sizes)
-    outs = out_RB[: order.num_rows].split(sizes)
-    for (expert, _, _), left, out in zip(order.blocks, lefts, outs, strict=True):
-        if bias_EB is None:
-            torch.mm(left, right_EAB[expert], out=out)
-        else:
-            torch.addmm(bias_EB[expert], left, right_EAB[expert], out=out)
-
-
-def padded_rows(x_TD: Tensor, order: Order) -> Tensor:
-    """Room for R rows of D, and one of zeros where some slots have no row."""
-    if order.is_full:
-        return x_TD.new_empty(order.num_rows, x_TD.shape[1])
-    out_RD = x_TD.new_empty(order.num_rows + 1, x_TD.shape[1])
-    out_RD[-1] = 0
-    return out_RD
 
 
 def _wants_columns(order: Order, dtype: torch.dtype, layout: ExpertLayout) -> bool:
@@ -154,7 +148,7 @@ def _columns(
 ) -> Tensor:
     """Expert by expert with tokens as columns: the weights need no transposed packing."""
     x_RD = x_TD.index_select(0, order.token_R())
-    out_RD = padded_rows(x_TD, order)
+    out_RD = torch.empty_like(x_RD)
     for expert, start, stop in order.blocks:
         hidden_RF = torch.mm(gate_up[expert], x_RD[start:stop].T).T
         if up_bias_EF is not None:
@@ -165,14 +159,3 @@ def _columns(
         if down_bias_ED is not None:
             out += down_bias_ED[expert]
     return out_RD
-
-
-def combine(rows_RD: Tensor, order: Order, weights_TK: Tensor | None) -> Tensor:
-    """Sum each token's rows, times the weights where given: [T, D]."""
-    if weights_TK is not None:
-        weights_TK = weights_TK.to(rows_RD.dtype)
-        if not order.is_full:
-            weights_TK = weights_TK.masked_fill(order.place_TK == order.num_rows, 0)
-    if rows_RD.shape[0] == 0:
-        return rows_RD.new_zeros(order.place_TK.shape[0], rows_RD.shape[1])
-    return F.embedding_bag(order.place_TK, rows_RD, mode="sum", per_sample_weights=weights_TK)

@@ -1,7 +1,7 @@
 """Sort slots by expert, so that every expert's rows are one contiguous block.
 
 Decides where each slot's row stands. Slots without an expert get none: their place is one past the
-last row, where the caller keeps a row of zeros.
+last row.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ class Order(NamedTuple):
     """Flat slot t * K + k of each row."""
     place_TK: Tensor
     """Row of each slot; R for a slot without one."""
+    ends_E: Tensor
+    """One past each expert's last row, int32."""
     blocks: list[Block]
     """The experts that have rows, ascending."""
-    is_full: bool
-    """Every slot has a row."""
 
     @property
     def num_rows(self) -> int:
         """R."""
         return self.slot_R.shape[0]
+
+    @property
+    def is_full(self) -> bool:
+        """Every slot has a row."""
+        return self.num_rows == self.place_TK.numel()
 
     def token_R(self) -> Tensor:
         """Token of each row."""
@@ -46,16 +51,17 @@ class Order(NamedTuple):
 def order_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
     """Stable order of all slots whose id is in 0..num_experts-1."""
     id_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
-    # One past each expert's last slot; ids below 0 come first and ids from E on last.
-    edges = torch.searchsorted(id_S, torch.arange(num_experts + 1)).tolist()
-    first, last = edges[0], edges[-1]
+    # Ids below 0 come first and ids from E on last.
+    edge_E1 = torch.searchsorted(id_S, torch.arange(num_experts + 1))
+    edges = edge_E1.tolist()
+    first, num_rows = edges[0], edges[-1] - edges[0]
     blocks = [
         Block(expert, start - first, stop - first)
         for expert, (start, stop) in enumerate(pairwise(edges))
         if start < stop
     ]
-    slot_R = slot_S[first:last]
-    num_rows = last - first
+    slot_R = slot_S[first : first + num_rows]
     place_S = torch.full_like(slot_S, num_rows)
     place_S[slot_R] = torch.arange(num_rows)
-    return Order(slot_R, place_S.view(ids_TK.shape), blocks, num_rows == slot_S.shape[0])
+    ends_E = (edge_E1[1:] - first).to(torch.int32)
+    return Order(slot_R, place_S.view(ids_TK.shape), ends_E, blocks)
