@@ -1,0 +1,58 @@
+import pytest
+
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.schedule.policy import Limits
+from mogul.simulate.run import Setting, predict
+from mogul.simulate.serve import Arrival, poisson, read_arrivals, serve
+from mogul.spec.families import model_spec
+from mogul.spec.hardware import hardware
+from mogul.spec.parallel import Parallel
+from mogul.spec.presets import config
+from mogul.spec.workload import Workload
+
+QWEN = model_spec(config("qwen3-30b-a3b"))
+H200 = hardware("h200")
+
+
+def test_one_request_alone_takes_its_prompt_and_its_steps():
+    served = serve(Setting(QWEN, H200), [Arrival(0.0, 1024, 33)])
+    point = predict(Setting(QWEN, H200), Workload(input_tokens=1024, output_tokens=33, batch=1))
+    assert served.ttft_s[0] == pytest.approx(point.prefill.seconds, rel=0.1)
+    assert served.tpot_s[0] == pytest.approx(point.decode.seconds, rel=0.1)
+    assert served.output_tokens == 33
+
+
+def test_a_steady_stream_agrees_with_the_closed_form():
+    """A closed loop of B requests and B requests refilled at once are the same thing."""
+    setting = Setting(QWEN, H200)
+    arrivals = [Arrival(0.0, 512, 128) for _ in range(320)]
+    served = serve(setting, arrivals, Limits(sequences=32, step_tokens=512))
+    point = predict(setting, Workload(input_tokens=512, output_tokens=128, batch=32))
+    middle = served.percentiles("tpot_s")[0]
+    assert middle == pytest.approx(point.tpot_s, rel=0.2)
+
+
+def test_more_load_waits_longer():
+    setting = Setting(QWEN, H200)
+    calm = serve(setting, poisson(1, 40, 1024, 64))
+    busy = serve(setting, poisson(200, 200, 1024, 64), Limits(sequences=16))
+    assert busy.percentiles("ttft_s")[2] > 3 * calm.percentiles("ttft_s")[2]
+    assert len(busy.latency_s) == 200
+
+
+def test_copies_share_the_load():
+    arrivals = poisson(100, 60, 512, 32)
+    one = serve(Setting(QWEN, H200), arrivals, Limits(sequences=8))
+    two = serve(Setting(QWEN, H200, Parallel(dp=2)), arrivals, Limits(sequences=8))
+    assert two.end_s < one.end_s
+
+
+def test_traces_are_checked(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 2}\n\n')
+    assert read_arrivals(file) == [Arrival(0, 5, 2)]
+    file.write_text('{"arrival_s": 0, "input_token": 5, "output_tokens": 2}\n')
+    with pytest.raises(ArtifactError, match="line 1"):
+        read_arrivals(file)
+    with pytest.raises(ConfigError, match="no room for one request"):
+        serve(Setting(QWEN, hardware("rtx-4090")), [Arrival(0, 5, 2)])
