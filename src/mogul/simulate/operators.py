@@ -7,6 +7,7 @@ a kernel costs is decided in `calibration.py`, what a collective costs in `colle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -254,12 +255,14 @@ def _exchange(layout: Layout, step: Step, load: LayerLoad, count: int) -> Iterat
     grouping = model.grouping
     assert grouping is not None
     copies = load.ranks_per_token if engine.sends_once else float(grouping.top_k)
-    own = step.tokens / parallel.tp * load.rho
+    own = step.tokens / parallel.tp
     far = _far_copies(copies, stage, layout) if engine.sends_once else None
+    # A domain's ranks share its network: their skews average out.
+    far_rho = 1 + (load.rho - 1) / math.sqrt(min(stage, layout.domain))
     for name, row_bytes in (("dispatch", sent), ("combine", back)):
-        dims = {"ranks": stage, "num_bytes": own * copies * row_bytes}
+        dims = {"ranks": stage, "num_bytes": own * load.rho * copies * row_bytes}
         if far is not None:
-            dims["far_bytes"] = own * far * row_bytes
+            dims["far_bytes"] = own * far_rho * far * row_bytes
         yield Operator(name, "collectives", "all_to_all", dims, count)
 
 

@@ -47,7 +47,7 @@ def gemm(d: Dims) -> Demand:
     return Demand(flop, moved, _log(m, n, k))
 
 
-MOE_TILE_ROWS = 16
+MOE_TILE_ROWS = 64
 """Rows an expert's tile holds at least: what a nearly empty expert costs in arithmetic."""
 
 
