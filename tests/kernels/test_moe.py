@@ -150,13 +150,18 @@ def test_reference_is_the_formula():
 
 
 @pytest.mark.parametrize("num_tokens", [2, 12, 40, 300])
-def test_thin_and_thick_blocks_agree(num_tokens, monkeypatch):
-    """The products with tokens as columns give what those with tokens as rows give."""
-    case = make_case(num_tokens, has_bias=True, seed=5)
-    monkeypatch.setattr(cpu_moe, "_wants_columns", lambda *_: True)
-    columns = case.run("cpu")
-    monkeypatch.setattr(cpu_moe, "_wants_columns", lambda *_: False)
-    torch.testing.assert_close(columns, case.run("cpu"), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_in_chunks_and_tokens_as_columns_change_nothing(name, num_tokens, monkeypatch):
+    case = make_case(num_tokens, *LAYOUTS[name], seed=5)
+    whole, grads = case.run("cpu"), case.gradients("cpu")
+    with monkeypatch.context() as chunked:
+        chunked.setattr(cpu_moe, "CHUNK_ROWS", 5)
+        torch.testing.assert_close(case.run("cpu"), whole, rtol=1e-12, atol=1e-12)
+        for key, grad in case.gradients("cpu").items():
+            torch.testing.assert_close(grad, grads[key], rtol=1e-12, atol=1e-12)
+    if not case.layout.is_transposed:
+        monkeypatch.setattr(cpu_moe, "_wants_columns", lambda *_: True)
+        torch.testing.assert_close(case.run("cpu"), whole, rtol=1e-12, atol=1e-12)
 
 
 @given(seed=st.integers(0, 10_000), backend=st.sampled_from(["reference", "cpu"]),

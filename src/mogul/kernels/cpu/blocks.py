@@ -6,11 +6,13 @@ neither float64 nor rows that are no multiple of 16 bytes; the loop here does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mogul.kernels.cpu.order import Order
+from mogul.kernels.cpu.order import Block, Order
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_ROW_BYTES = 16
@@ -20,16 +22,31 @@ def multiply_blocks(
     left_RA: Tensor, right_EAB: Tensor, order: Order, bias_EB: Tensor | None = None
 ) -> Tensor:
     """left[r] @ right[expert of r] (+ bias): [R, B]."""
-    if _fits_grouped_mm(left_RA, right_EAB):
-        out_RB = F.grouped_mm(left_RA, right_EAB, offs=order.ends_E)
-    else:
+    if not _fits_grouped_mm(left_RA, right_EAB):
         out_RB = left_RA.new_empty(order.num_rows, right_EAB.shape[2])
-        for expert, start, stop in order.blocks:
-            torch.mm(left_RA[start:stop], right_EAB[expert], out=out_RB[start:stop])
+        multiply_into(out_RB, left_RA, right_EAB, order.blocks)
+    else:
+        out_RB = F.grouped_mm(left_RA, right_EAB, offs=order.ends_E)
     if bias_EB is not None:
-        for expert, start, stop in order.blocks:
-            out_RB[start:stop] += bias_EB[expert]
+        add_bias(out_RB, bias_EB, order.blocks)
     return out_RB
+
+
+def multiply_into(
+    out_RB: Tensor, left_RA: Tensor, right_EAB: Tensor, blocks: Sequence[Block]
+) -> None:
+    """The same for consecutive blocks into rows that exist; row 0 is the first block's first."""
+    first = blocks[0].start if blocks else 0
+    for expert, start, stop in blocks:
+        rows = slice(start - first, stop - first)
+        torch.mm(left_RA[rows], right_EAB[expert], out=out_RB[rows])
+
+
+def add_bias(out_RB: Tensor, bias_EB: Tensor, blocks: Sequence[Block]) -> None:
+    """Add to each row the bias of its expert, in place."""
+    first = blocks[0].start if blocks else 0
+    for expert, start, stop in blocks:
+        out_RB[start - first : stop - first] += bias_EB[expert]
 
 
 def _fits_grouped_mm(left_RA: Tensor, right_EAB: Tensor) -> bool:

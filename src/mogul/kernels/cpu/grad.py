@@ -37,7 +37,9 @@ class Experts(torch.autograd.Function):
         """The experts layer, keeping what the backward pass needs."""
         up_EDF, down_EFD = right_operands(gate_up, down, layout)
         order = order_by_expert(ids, gate_up.shape[0])
-        hidden_RF, out_RD = rows(x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout)
+        hidden_RF, out_RD = rows(
+            x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout, keep_hidden=True
+        )
         ctx.save_for_backward(x, gate_up, down, weights, down_bias, hidden_RF, *order[:3])
         ctx.blocks, ctx.layout = order.blocks, layout
         return combine(out_RD, order, weights)

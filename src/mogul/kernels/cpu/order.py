@@ -6,6 +6,7 @@ last row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,6 +47,17 @@ class Order(NamedTuple):
     def token_R(self) -> Tensor:
         """Token of each row."""
         return self.slot_R.div(self.place_TK.shape[1], rounding_mode="floor")
+
+    def chunks(self, num_rows: int) -> Iterator[list[Block]]:
+        """Consecutive blocks of at most `num_rows` rows together, but one block at least."""
+        chunk: list[Block] = []
+        for block in self.blocks:
+            if chunk and block.stop - chunk[0].start > num_rows:
+                yield chunk
+                chunk = []
+            chunk.append(block)
+        if chunk:
+            yield chunk
 
 
 def order_by_expert(ids_TK: Tensor, num_experts: int) -> Order:

@@ -31,7 +31,8 @@ def route_reference(
     if scale is not None:
         true_TK = ids_TK.clamp(max=spec.num_experts - 1) if spec.num_null_experts else ids_TK
         weights_TK = weights_TK * scale.reshape(-1).to(weights_TK.dtype)[true_TK]
-    return ids_TK, weights_TK, score_TC[:, : spec.num_experts]
+    score_TE = score_TC[:, : spec.num_experts] if spec.num_null_experts else score_TC
+    return ids_TK, weights_TK, score_TE
 
 
 def _biased(score_TC: Tensor, bias: Tensor | None) -> Tensor:
