@@ -95,3 +95,21 @@ def test_a_report_page(capsys, tmp_path):
     )
     assert code == 0
     assert "Where the time goes" in page.read_text()
+
+
+def test_calibrate_feeds_run(capsys, tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "mine"
+    code, _, err = run(
+        capsys, "calibrate", "--device", "cpu-avx512", "--out", str(out), "--dtype", "fp32",
+        "--small",
+    )  # fmt: skip
+    assert code == 0
+    assert "machine.json" in err
+    flags = ("--device", "cpu-avx512", "--measured", str(out), "--format", "json")
+    code, text, _ = run(capsys, "run", "preset:smollm2-135m", "--batch", "1", *flags)
+    assert code == 0
+    assert json.loads(text)["tpot_s"]["p50"] > 0
+    code, _, err = run(capsys, "run", "preset:smollm2-135m", "--measured", str(tmp_path))
+    assert code == 1
+    assert "holds no measured tables" in err

@@ -9,6 +9,7 @@ SUBVERBS = {
     "shape": ("mogul.cli.simulate_shape", "which model shape to train, as Pangu Pro MoE's was"),
     "train": ("mogul.cli.simulate_train", "time, memory, bubbles and MFU of a training step"),
     "serve": ("mogul.cli.simulate_serve", "requests as events: percentiles of TTFT and TPOT"),
+    "calibrate": ("mogul.cli.simulate_calibrate", "measure this machine for the others"),
     "hw": ("mogul.cli.simulate_hw", "the machines mogul knows, with a source a number"),
     "validate": (
         "mogul.cli.simulate_validate",

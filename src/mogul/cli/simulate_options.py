@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
@@ -83,6 +84,9 @@ class Deployment:
     placement: str | None = None
     """placement.json instead of contiguous blocks."""
 
+    measured: Path | None = None
+    """Folder of tables that `mogul simulate calibrate` wrote; they come before all others."""
+
     tables: Literal["own", "aiconfigurator"] = "own"
     """Measured kernels: mogul's own, or AIConfigurator's too (its wheel must be installed)."""
 
@@ -135,6 +139,10 @@ def quant_of(options: Deployment) -> QuantScheme:
 
 
 def _measured(options: Deployment, device: str) -> dict[str, Any]:
+    if options.measured:
+        from mogul.simulate.calibration import with_measured
+
+        return {"calibration": with_measured(options.measured)}
     if options.tables == "own":
         return {}
     from mogul.simulate.aiconfigurator import DEVICES, collective_tables

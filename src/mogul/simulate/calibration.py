@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mogul.core.errors import ArtifactError
 from mogul.simulate import curves, physics
-from mogul.simulate.measurements import KernelTable, load_shipped
+from mogul.simulate.measurements import KernelTable, load_shipped, read_table
 from mogul.simulate.physics import Demand
 from mogul.spec.hardware import Hardware, hardware
 
@@ -172,6 +174,20 @@ def _corrected(plain: Estimate, demand: Demand, slices: Iterable[_Slice], rung: 
 def shipped(engine: str = "") -> Calibration:
     """Mogul's own measurements and constants; kernels of `engine` are preferred."""
     return Calibration(load_shipped(), engine=engine)
+
+
+def with_measured(folder: Path) -> Calibration:
+    """The tables of a folder (`mogul simulate calibrate`) with the shipped ones behind them.
+
+    Raises:
+        ArtifactError: the folder holds no table, or a broken one.
+    """
+    found = tuple(read_table(path) for path in sorted(folder.glob("*.csv")))
+    if not found:
+        raise ArtifactError(
+            f"{folder} holds no measured tables", fix="make them with `mogul simulate calibrate`"
+        )
+    return Calibration((*found, *load_shipped()), engine=found[0].engine)
 
 
 @cache
