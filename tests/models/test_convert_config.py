@@ -112,6 +112,13 @@ def test_interleaved_and_half_split_rotations_are_permutations():
     torch.testing.assert_close(expected.norm(dim=-1), x.norm(dim=-1))
 
 
+@pytest.mark.parametrize("name", ["intern-s1-pro", "openpangu-r-72b"])
+def test_info_counts_the_converted_model(name):
+    """The config as it is saved, model_type "moge", describes every parameter."""
+    model = tiny(name)
+    assert model_spec(model.config.to_dict()).params() == model.num_parameters()
+
+
 def test_fourier_positions_are_refused_unless_told():
     with pytest.raises(ConfigError, match=r"Fourier positions \(fope_init_factor, fope_sep_head\)"):
         moge_config(presets.config("intern-s1-pro"))

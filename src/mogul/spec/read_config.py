@@ -137,6 +137,8 @@ def _attention(reader: ConfigReader, num_layers: int) -> AttentionShape:
 
 
 def _qk_norm(reader: ConfigReader) -> str:
+    if reader.get("use_k_norm_only", False):
+        return "key"
     norm = reader.fact(reader.family.qk_norm)
     return norm if isinstance(norm, str) else ("head" if norm else "none")
 
@@ -160,8 +162,13 @@ def _head_widths(reader: ConfigReader, heads: int) -> dict[str, Any]:
         rows = reader.get("param_sink_number", 0) * reader.get("num_key_value_heads")
         return {"key_dim": key_dim, "value_dim": value_dim, "num_sinks": rows * sink_dim}
     width = reader.get("head_dim", family.head_dim) or reader.get("hidden_size") // heads
-    sinks = heads if family.name == "gpt_oss" else 0
-    return {"key_dim": width, "value_dim": width, "num_sinks": sinks}
+    value_width = reader.get("value_head_dim", width)
+    if family.name == "gpt_oss":  # one learned number a head
+        sinks = heads
+    else:  # learned keys, and with `use_sink_values` values, before the first position
+        sink_dim = width + (value_width if reader.get("use_sink_values", False) else 0)
+        sinks = reader.get("num_sink_keys", 0) * reader.get("num_key_value_heads", heads) * sink_dim
+    return {"key_dim": width, "value_dim": value_width, "num_sinks": sinks}
 
 
 def _window(reader: ConfigReader) -> int | None:

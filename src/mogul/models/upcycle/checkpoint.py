@@ -19,12 +19,14 @@ from mogul.core.files import atomic_folder, check_space
 from mogul.core.log import progress, say
 from mogul.core.units import GB, show_bytes
 from mogul.models.load import find_folder
+from mogul.models.moge.configuration_moge import MogeConfig
 from mogul.models.upcycle.card import COPIED_FILES, WEIGHT_FILES, UpcycleReport, model_card
 from mogul.models.upcycle.jobs import Job, Maker, list_jobs
 from mogul.models.upcycle.plan import UpcyclePlan, moge_config
 from mogul.models.upcycle.source import dense_config, dense_tensors
 from mogul.models.upcycle.tensor_file import header_of, split_in_files
 from mogul.spec.checkpoint import INDEX
+from mogul.spec.families import model_spec
 
 MAX_FILE_BYTES = 2 * GB
 
@@ -71,7 +73,7 @@ def upcycle_checkpoint(
     stored = dense_tensors(source, dense)
     jobs = list(list_jobs(stored, plan))
     config.dtype = next(job.entry.dtype for job in jobs if job.is_routed)
-    report = _report(out, jobs, plan, config.moe_intermediate_size)
+    report = _report(out, jobs, plan, config)
     with atomic_folder(out, force=force) as work, _full_disk_named(report):
         check_space(out, report.num_bytes)
         config.save_pretrained(work)
@@ -109,15 +111,13 @@ def _full_disk_named(report: UpcycleReport) -> Iterator[None]:
         ) from error
 
 
-def _report(out: Path, jobs: list[Job], plan: UpcyclePlan, width: int) -> UpcycleReport:
-    params = sum(prod(job.entry.shape) for job in jobs)
-    routed = sum(prod(job.entry.shape) for job in jobs if job.is_routed)
+def _report(out: Path, jobs: list[Job], plan: UpcyclePlan, config: MogeConfig) -> UpcycleReport:
     return UpcycleReport(
         folder=out,
         plan=plan,
-        expert_width=width,
-        params=params,
-        active_params=params - routed + routed // plan.group_size,
+        expert_width=config.moe_intermediate_size,
+        params=sum(prod(job.entry.shape) for job in jobs),
+        active_params=model_spec(config.to_dict()).active_params(),
         num_bytes=sum(job.entry.num_bytes for job in jobs),
     )
 
