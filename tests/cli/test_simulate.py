@@ -29,6 +29,7 @@ def test_run_prints_a_point_and_json_in_base_units(capsys):
         (("run", "preset:pangu-pro-moe-72b"), "too much; the largest part is weights"),
         (("run", "preset:qwen3-30b-a3b", "--quant", "fp9"), "unknown quantisation 'fp9'"),
         (("run", "preset:qwen3-30b-a3b", "--engine", "vlm"), "unknown engine 'vlm'"),
+        (("sweep", "preset:qwen3-30b-a3b", "--tp", "2"), "--tp does nothing in `mogul simulate sw"),
         (("rum",), "unknown verb 'rum'"),
         (("compare", "preset:qwen3-8b"), "is dense: it has nothing to group"),
     ],

@@ -7,6 +7,8 @@ from mogul.core.errors import ConfigError
 from mogul.simulate.routing import Routing, layer_loads
 from mogul.spec import balance
 from mogul.spec.grouping import Grouping
+from mogul.spec.placement import LayerPlacement, Placement
+from mogul.spec.trace import ModelStamp, Trace, TraceMeta
 
 MOGE = Grouping(num_experts=64, num_groups=8, top_k=8)
 FREE = Grouping(num_experts=64, num_groups=1, top_k=8)
@@ -75,3 +77,42 @@ def test_a_trace_gives_every_layer_its_own_load(tmp_path):
     assert second.rho > 2
     with pytest.raises(ConfigError, match="loads of 2 layers x 64 experts"):
         layer_loads(routing, FREE, 16, 8, 3)
+
+
+def stamp(experts=64, layers=2):
+    return ModelStamp(
+        name="toy", family="qwen3_moe", num_layers=layers, num_experts=experts, top_k=8,
+        hidden_size=64,
+    )  # fmt: skip
+
+
+def test_a_trace_folder_is_read(tmp_path):
+    counts = np.ones((2, 64), dtype=np.int64)
+    counts[0, 60:] = 50
+    Trace(TraceMeta(model=stamp(), layers=(0, 1), num_tokens=10), {"count": counts}).save(tmp_path)
+    routing = Routing(kind="trace", file=str(tmp_path))
+    (_, skewed), (_, even) = layer_loads(routing, FREE, 2048, 8, 2)
+    assert skewed.rho > 2 > 1.1 > even.rho
+
+
+def test_a_placement_moves_and_copies_experts(tmp_path):
+    counts = np.ones((1, 64))
+    counts[0, :8] = 8
+    np.savez(tmp_path / "t.npz", load=counts)
+    spread = [e for d in range(8) for e in (d, *range(8 + 7 * d, 15 + 7 * d))]
+    layer = LayerPlacement(
+        layer=0, expert_of_slot=tuple(spread), method="test", rho=1.0, rho_before=2.0,
+        rho_bound=1.0, gap=0.0,
+    )  # fmt: skip
+    placement = Placement(
+        model=stamp(layers=1), num_devices=8, slots_per_device=8, method="test", layers=(layer,)
+    )
+    placement.save(tmp_path / "placement.json")
+    trace = {"kind": "trace", "file": str(tmp_path / "t.npz")}
+    before = layer_loads(Routing(**trace), FREE, 4096, 8, 1)[0][1]
+    routing = Routing(**trace, placement=str(tmp_path / "placement.json"))
+    after = layer_loads(routing, FREE, 4096, 8, 1)[0][1]
+    assert before.rho > 2
+    assert after.rho < 1.05
+    with pytest.raises(ConfigError, match="on 8 devices; here are 64 experts on 4 ranks"):
+        layer_loads(routing, FREE, 16, 4, 1)

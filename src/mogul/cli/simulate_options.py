@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -89,6 +89,17 @@ class Deployment:
 
     tables: Literal["own", "aiconfigurator"] = "own"
     """Measured kernels: mogul's own, or AIConfigurator's too (its wheel must be installed)."""
+
+
+def refuse_unused(options: Deployment, verb: str, *names: str) -> None:
+    """Raise ConfigError if a flag was given that the verb does not use."""
+    from mogul.core.errors import ConfigError
+
+    defaults = {field.name: field.default for field in fields(Deployment)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} does nothing in `mogul simulate {verb}`", fix="leave it out")
 
 
 def model_of(options: Deployment) -> ModelSpec:

@@ -17,7 +17,7 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Deployment):
-    """Let requests arrive and be scheduled; print percentiles (--batch, --together: unused)."""
+    """Let requests arrive and be scheduled; print percentiles."""
 
     rate: float = 4.0
     """Requests a second (Poisson)."""
@@ -42,10 +42,12 @@ def run(options: Options) -> int:
     """Serve and print."""
     from dataclasses import replace
 
-    from mogul.cli.simulate_options import setting_of
+    from mogul.cli.simulate_options import refuse_unused, setting_of
     from mogul.core.table import Table
     from mogul.simulate.serve import default_limits, poisson, read_arrivals, serve
 
+    load = ("batch", "together", "prefix_hit", "drafts", "max_ttft_ms", "max_tpot_ms")
+    refuse_unused(options, "serve", *load)
     setting = setting_of(options)
     if options.requests_file:
         arrivals = read_arrivals(options.requests_file)

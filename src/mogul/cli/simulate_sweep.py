@@ -19,7 +19,7 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Deployment):
-    """Search layouts, formats and batches; tp, dp, ep, quant and batch flags are ignored here."""
+    """Search layouts, formats and batches: those flags are refused here."""
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Device counts of one copy."""
@@ -39,12 +39,14 @@ class Options(Deployment):
 
 def run(options: Options) -> int:
     """Search and print the front."""
-    from mogul.cli.simulate_options import setting_of, workload_of
+    from mogul.cli.simulate_options import refuse_unused, setting_of, workload_of
     from mogul.core.log import say
     from mogul.simulate.sweep import search
     from mogul.simulate.tables import as_data, front_table
     from mogul.spec.quant import scheme
 
+    searched = ("tp", "dp", "pp", "ep", "moe_tp", "shared_tp", "quant", "batch", "placement")
+    refuse_unused(options, "sweep", *searched)
     base = setting_of(options)
     found = search(
         base.model,

@@ -42,11 +42,13 @@ class Options(Deployment):
 
 def run(options: Options) -> int:
     """Print the step."""
-    from mogul.cli.simulate_options import setting_of
+    from mogul.cli.simulate_options import refuse_unused, setting_of
     from mogul.core.table import Table
     from mogul.simulate.tables import train_tables
     from mogul.simulate.train import TrainPlan, predict_training
 
+    serving = ("input", "output", "batch", "together", "prefix_hit", "drafts", "engine")
+    refuse_unused(options, "train", *serving, "max_ttft_ms", "max_tpot_ms", "shared_tp")
     setting = setting_of(options)
     plan = TrainPlan(
         sequence_tokens=options.sequence,
