@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -115,12 +116,10 @@ def force_split(rows: int) -> None:
     from mogul.kernels.triton.plans import Plan, Tile
 
     n = 256 if rows == 128 else 128
-    tile = Tile(n=n, k=64, group=8, stages=4, split=True, per_sm=1)
-    half = Tile(n=n // 2, k=64, group=8, stages=4, split=True, per_sm=1)
-    grad = Tile(n=128, k=64, group=8, stages=4, split=True, per_sm=1)
-    plan = Plan(
-        rows=rows, up=half, down=tile, down_grad=grad, up_grad=tile, gate_up_weight=tile, down_weight=tile, weight_m=rows
-    )
+    tile = Tile(n=n, k=64, m=rows, stages=4, split=True, per_sm=1)
+    up = replace(tile, n=n // 2, sync=True)
+    grad = replace(tile, n=128)
+    plan = Plan(rows, up, tile, grad, tile, tile, tile)
     layer.plan_for = lambda shape, tokens: plan
 
 

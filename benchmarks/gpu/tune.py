@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import SHAPES, Case, ceilings, floor_ms, make_case, make_tokens, reference, rel, time_graph
 
 from mogul.kernels.triton import launch as launch_module
-from mogul.kernels.triton.layer import Layer, layer_of, max_tiles, sorted_views
+from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.plans import FewPlan, Plan, Tile
 
 START = time.time()
@@ -38,7 +38,8 @@ def log(*words: Any) -> None:
 def layer_for(case: Case) -> Layer:
     """The layer of a case on device 0."""
     experts, width, inner = case.dims
-    return layer_of(experts, case.picks, width, inner, case.down.dtype, 0)
+    dtypes = (case.down.dtype, torch.int64, torch.float32)
+    return layer_of(experts, case.picks, width, inner, dtypes, 0)
 
 
 # ---------------------------------------------------------------- candidates
@@ -84,7 +85,7 @@ def split_tiles(kind: str) -> list[Tile]:
     n, stages = {"up": (128, 4), "up_save": (128, 4), "down": (256, 4), "up_grad": (256, 4), "down_grad": (128, 6)}[kind]
     return [
         Tile(n=n, k=64, group=g, stages=stages, split=True, per_sm=1, sync=sync)
-        for g, sync in ((4, False), (8, False), (8, True), (16, True))
+        for g, sync in ((4, False), (8, True), (16, True))
     ]
 
 
@@ -93,7 +94,7 @@ def weight_split_tiles() -> list[tuple[int, Tile]]:
     return [
         (m, Tile(n=n, k=64, group=g, stages=4, split=True, per_sm=1, sync=sync))
         for m, n in ((128, 256), (256, 128))
-        for g, sync in ((8, False), (8, True), (16, True))
+        for g, sync in ((4, False), (8, False), (8, True))
     ]
 
 
@@ -138,11 +139,6 @@ def few_plans() -> list[FewPlan]:
     ]
 
 
-def dummy(rows: int, **tiles: Tile) -> Plan:
-    """A plan whose tiles are filled by the caller."""
-    return replace(Plan(rows=rows, up=Tile(64, 64), down=Tile(64, 64)), **tiles)
-
-
 # ---------------------------------------------------------------- one product
 
 
@@ -171,35 +167,36 @@ class Parts:
 
     def calls(self, kind: str, rows: int, tile: Tile, m: int = 128) -> list[Any]:
         """One closure an input set."""
-        tiles = max_tiles(self.tokens * self.case.picks, self.case.dims[0], rows)
+        tile = replace(tile, m=m or 128)
+        plan = Plan(rows, tile, tile, down_grad=tile, up_grad=tile)
         return [
-            lambda i=i, s=s: self._call(kind, rows, tile, m, tiles, self.inputs[i], s)
+            lambda i=i, s=s: self._call(kind, plan, self.inputs[i], s)
             for i, s in enumerate(self.sort(rows))
         ]
 
-    def _call(self, kind: str, rows: int, tile: Tile, m: int, tiles: int, inputs: Any, sort: Any) -> Any:
-        layer, case = self.layer, self.case
+    def _call(self, kind: str, plan: Plan, inputs: Any, sort: Any) -> Any:
+        layer, case, tile = self.layer, self.case, plan.up
         x, _, weights = inputs
         if tile.sync:
-            sort.head[case.dims[0] + 2 : case.dims[0] + 10].zero_()  # as a fresh sort leaves them
-        plan = dummy(rows, down_grad=tile, up=tile)
-        plan = replace(plan, weight_m=m)
+            experts = case.dims[0]
+            sort.head[experts + 2 : experts + 10].zero_()  # as a fresh sort leaves them
         if kind in ("up", "up_save"):
-            layer._up(plan, tiles, x, case.gate_up, self.act, self.pre, sort, kind == "up_save")
+            save = kind == "up_save"
+            layer.up(plan, x, case.gate_up, self.act, self.pre, sort, save=save)
             return self.act
         if kind == "down":
-            layer._product(plan, tile, tiles, self.act, case.down, self.y, sort, transposed=False)
+            layer.product(plan, tile, self.act, case.down, self.y, sort, transposed=False)
             return self.y
         if kind == "up_grad":
-            layer._product(plan, tile, tiles, self.dpre, case.gate_up, self.y, sort, transposed=True)
+            layer.product(plan, tile, self.dpre, case.gate_up, self.y, sort, transposed=True)
             return self.y
         if kind == "down_grad":
-            layer._down_grad(plan, tiles, x, case.down, self.pre, weights, self.dpre, self.act, sort)
+            layer.down_grad(plan, x, case.down, self.pre, weights, self.dpre, self.act, sort)
             return self.dpre
         if kind == "gate_up_weight":
-            return layer._weight_grad(plan, tile, self.dpre, x, case.gate_up, sort, gather_left=False)
+            return layer.weight_grad(tile, self.dpre, x, case.gate_up, sort, gather_left=False)
         if kind == "down_weight":
-            return layer._weight_grad(plan, tile, x, self.act, case.down, sort, gather_left=True)
+            return layer.weight_grad(tile, x, self.act, case.down, sort, gather_left=True)
         raise ValueError(kind)
 
 
@@ -289,7 +286,6 @@ def time_jobs(jobs: list[Any], results: list[dict[str, Any]], budget_s: float) -
                 row.update(_time_few(case, tile, sets))
             else:
                 calls = parts.calls(kind, rows, tile, m)
-                parts.fill() if kind == "down_grad" else None
                 out = calls[0]()
                 torch.cuda.synchronize()
                 row["err"] = rel(out, base.setdefault(kind, out.clone()))
@@ -323,8 +319,8 @@ def _time_few(case: Case, plan: FewPlan, sets: int) -> dict[str, Any]:
     err = rel(out, reference(case, x.float(), ids, weights))
     both = time_graph(calls, repeats=7)
     act = torch.randn(case.picks, case.dims[2], device="cuda")
-    up = layer._launches[("few_up", plan)]
-    down = layer._launches[("few_down", plan)]
+    up = layer._launches[(("few_up", plan), id(None))]
+    down = layer._launches[(("few_down", plan), id(None))]
     inner, width = case.dims[2], case.dims[1]
     ups = [lambda q=q: up((-(-inner // plan.up_n), case.picks), 0, q[0], case.gate_up, q[1], act) for q in inputs]
     downs = [

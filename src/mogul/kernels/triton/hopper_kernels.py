@@ -2,7 +2,7 @@
 
 The loader fills a ring of shared-memory stages: weights by TMA, rows by TMA or, where rows are
 fetched by token, by asynchronous copies.  Each multiplier owns one half of the tile's rows and
-skips it when no row of it is live, so a tile of 128 rows costs 64 where only 64 are needed.
+skips it when no row of it is live, so a tile of 128 rows costs 64 where no more are needed.
 The loader runs ahead across tiles: epilogues never starve the next tile of data.
 
 Same results and arguments as row_kernels; used where capability is 9.0.
@@ -119,10 +119,10 @@ def _store(value, out_ptr, row, live, first, N: gl.constexpr, PITCH: gl.constexp
 
 
 @gluon.jit
-def _fetch(ptr, row, live, first, N: gl.constexpr, PITCH: gl.constexpr):
-    """ptr[row, first..] of 64 columns, in the store layout."""
+def _fetch(ptr, row, live, first, COLS: gl.constexpr, N: gl.constexpr, PITCH: gl.constexpr):
+    """ptr[row, first..] of COLS columns, in the store layout."""
     layout: gl.constexpr = row.type.layout.parent
-    cols = first + gl.arange(0, 64, gl.SliceLayout(0, layout))
+    cols = first + gl.arange(0, COLS, gl.SliceLayout(0, layout))
     at = ptr + row[:, None] * PITCH + cols[None, :]
     return gl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0).to(gl.float32)
 
@@ -157,15 +157,15 @@ def _up_columns(gate, up, act_ptr, pre_ptr, row, live, first, F: gl.constexpr, S
 
 @gluon.jit
 def _grad_columns(acc, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F: gl.constexpr):
-    """Backward of SwiGLU for some columns, 64 at a time; adds each row's share of d weight to `part`."""
-    if acc.shape[1] > 64:
+    """Backward of SwiGLU, 4096 elements at a time; adds each row's share of d weight to `part`."""
+    if acc.shape[0] * acc.shape[1] > 4096:
         half: gl.constexpr = acc.shape[1] // 2
         left, right = halves(acc)
         part = _grad_columns(left, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F)
         part = _grad_columns(right, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first + half, F)
     else:
-        g = _fetch(pre_ptr, row, live, first, F, 2 * F)
-        u = _fetch(pre_ptr + F, row, live, first, F, 2 * F)
+        g = _fetch(pre_ptr, row, live, first, acc.shape[1], F, 2 * F)
+        u = _fetch(pre_ptr + F, row, live, first, acc.shape[1], F, 2 * F)
         d = gl.convert_layout(acc, row.type.layout.parent)
         sig = 1.0 / (1.0 + gl.exp(-g))
         silu = g * sig
@@ -192,6 +192,53 @@ def _clear_after(total, num_slots, act_ptr, dpre_ptr, F: gl.constexpr):
 
 
 @gluon.jit
+def _tile_product(
+    ROWS: gl.constexpr, OFFSET: gl.constexpr, start, end, n, step,
+    out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a tile from row OFFSET on: all steps, then the epilogue."""
+    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, wide, 16])
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    row = start + OFFSET + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+    live = row < end
+    row = row.to(gl.int64)
+    if MODE == PRODUCT:
+        row = gl.load(order_ptr + row, mask=live, other=0).to(gl.int64)
+    if MODE == DOWN_GRAD:
+        slot = gl.load(order_ptr + row, mask=live, other=0)
+        weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
+    acc = gl.zeros((ROWS, wide), gl.float32, layout)
+    for k in range(num_k):
+        s = (step + k) % STAGES
+        mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
+        if GATHER:
+            fence_async_shared()
+        a = a_ring.index(s).slice(OFFSET, ROWS)
+        b = b_ring.index(s)
+        if not TRANSPOSED:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        if k > 0:
+            mbarrier.arrive(free.index((step + k - 1) % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(free.index((step + num_k - 1) % STAGES))
+    if MODE == UP:
+        gate, up = halves(acc)
+        _up_columns(gate, up, out_ptr, pre_ptr, row, live, n * BLOCK_N, N, SAVE)
+    elif MODE == PRODUCT:
+        store_columns(acc, out_ptr, row, live, n * BLOCK_N, N)
+    else:
+        share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, out_layout))
+        share = _grad_columns(acc, weight, share, pre_ptr, dpre_ptr, out_ptr, row, live, n * BLOCK_N, N)
+        gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
+
+
+@gluon.jit
 def _multiply(
     PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
     a_ring, b_ring, full, free,
@@ -199,58 +246,26 @@ def _multiply(
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
-    """Multiplier PART (0 or 1): its half of the rows of every tile, then the epilogue."""
+    """Multiplier PART (0 or 1): its half of the rows of every tile."""
     HALF: gl.constexpr = BLOCK_T // 2
-    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, wide, 16])
     num_m = gl.load(head_ptr + E + 1)
     num_n = gl.cdiv(N, BLOCK_N)
     num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    step = 0
     if MODE == DOWN_GRAD and PART == 0:
         if gl.program_id(0) == 0:
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
     num_tiles = num_m * num_n
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    lane = PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, out_layout))
+    step = 0
     e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         next_e, next_start, next_end, next_n = _tile_at(
             tile + gl.num_programs(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP
         )
         if start + PART * HALF < end:
-            live = start + lane < end
-            row = (start + lane).to(gl.int64)
-            if MODE == PRODUCT:
-                row = gl.load(order_ptr + row, mask=live, other=0).to(gl.int64)
-            if MODE == DOWN_GRAD:
-                slot = gl.load(order_ptr + row, mask=live, other=0)
-                weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
-            acc = gl.zeros((HALF, wide), gl.float32, layout)
-            for k in range(num_k):
-                s = (step + k) % STAGES
-                mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
-                if GATHER:
-                    fence_async_shared()
-                a = a_ring.index(s).slice(PART * HALF, HALF)
-                b = b_ring.index(s)
-                if not TRANSPOSED:
-                    b = b.permute((1, 0))
-                acc = warpgroup_mma(a, b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                if k > 0:
-                    mbarrier.arrive(free.index((step + k - 1) % STAGES))
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index((step + num_k - 1) % STAGES))
-            if MODE == UP:
-                gate, up = halves(acc)
-                _up_columns(gate, up, out_ptr, pre_ptr, row, live, n * BLOCK_N, N, SAVE)
-            elif MODE == PRODUCT:
-                store_columns(acc, out_ptr, row, live, n * BLOCK_N, N)
-            else:
-                share = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, out_layout))
-                share = _grad_columns(acc, weight, share, pre_ptr, dpre_ptr, out_ptr, row, live, n * BLOCK_N, N)
-                gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
+            _tile_product(
+                HALF, PART * HALF, start, end, n, step, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots,
+                order_ptr, a_ring, b_ring, full, free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+            )  # fmt: skip
         else:
             for k in range(num_k):
                 s = (step + k) % STAGES
@@ -267,7 +282,8 @@ def row_product(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    SYNC: gl.constexpr, LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
+    SYNC: gl.constexpr,
+    LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: see row_kernels.down_rows_grad.
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 import triton
-from triton.runtime import driver
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""Address of the current stream of a device; without the cost of a torch.cuda.Stream."""
 
 
 class Launch:
@@ -36,7 +39,7 @@ class Launch:
             self._first(grid, args)
             return
         self._run(
-            grid[0], grid[1], 1, driver.active.get_current_stream(device), self._function, self._packed,
+            grid[0], grid[1], 1, current_stream(device), self._function, self._packed,
             None, None, None, *args, *self._tail,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """One expert layer on one device: sort, up, down, ordered sum; and its backward.
 
-Holds the launches of one (shape, dtype, device).  Nothing here waits for the device, so a call can
+Holds the launches of one (shape, dtypes, device).  Nothing here waits for the device, so a call can
 be captured in a CUDA graph.  Keeps for backward only x, the two up products `pre` and the sort.
 """
 
@@ -15,19 +15,37 @@ import torch
 from torch import Tensor
 
 from mogul.kernels.triton import row_kernels, sort_kernels, token_kernels, weight_kernels
-from mogul.kernels.triton.launch import INTERPRETED, Launch, cdiv, descriptor, next_power_of_2, split_descriptor
+from mogul.kernels.triton.launch import (
+    INTERPRETED,
+    Launch,
+    cdiv,
+    descriptor,
+    next_power_of_2,
+    split_descriptor,
+)
 from mogul.kernels.triton.plans import Plan, Shape, Tile, few_plan, plan_for
 
 _COUNTERS = 8
-_COUNTER_OF = {"UP": 1, "DOWN": 2, "DOWN_GRAD": 3, "UP_GRAD": 4, "UP_WEIGHT": 5, "DOWN_WEIGHT": 6}
+_COUNTER_OF = {
+    "UP": 1,
+    "DOWN": 2,
+    "DOWN_GRAD": 3,
+    "UP_GRAD": 4,
+    "UP_WEIGHT": 5,
+    "DOWN_WEIGHT": 6,
+}
 """Counter of the sort's head that keeps the programs of a product in step."""
 _ONE_LAUNCH_SLOTS = 8192
-"""Above this the sort takes three launches (every program of the one-launch sort reads every id)."""
+"""Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
+_SORT_BLOCK = 1024
+_GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
+_TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
+"""Warps and registers of the loader, registers of each multiplier: together the register file."""
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """Slots by expert, see sort_kernels. One int32 buffer, three views."""
+    """Slots by expert, see sort_kernels: one int32 buffer and three views of it."""
 
     order: Tensor
     head: Tensor
@@ -57,302 +75,398 @@ def sorted_views(buffer: Tensor, slots: int, experts: int) -> Sorted:
 
 
 class Layer:
-    """Launches of one layer shape and dtype on one device."""
+    """Launches of one layer shape on one device, made when first needed."""
 
-    def __init__(self, shape: Shape, device: int, *, pdl: bool):
+    def __init__(self, shape: Shape, device: int, *, pdl: bool) -> None:
         self.shape = shape
         self.device = device
         self.pdl = pdl
         self._launches: dict[Any, Launch] = {}
-        experts = shape.experts
-        bins = max(32, next_power_of_2(experts + 1))
-        self._sort_constants = {"E": experts, "BINS": bins}
-        self._dims = {"D": shape.width, "F": shape.inner, "K": shape.picks, "E": experts}
+        self._plans: list[Plan] = []
+        self._bins = max(32, next_power_of_2(shape.experts + 1))
 
-    def _launch(self, key: Any, kernel: Any, constants: dict[str, Any], **options: Any) -> Launch:
-        launch = self._launches.get(key)
+    def _launch(self, key: Any, plan: Plan | None, build: Callable[[], Launch]) -> Launch:
+        """The launch of a key and plan. Plans are told apart by identity: hashing one is slow."""
+        full_key = (key, id(plan))
+        launch = self._launches.get(full_key)
         if launch is None:
-            launch = self._launches[key] = Launch(kernel, constants, **options)
+            launch = self._launches[full_key] = build()
+            if plan is not None:
+                self._plans.append(plan)  # its id stays taken
         return launch
 
-    def _row_grid(self, tile: Tile, tiles: int, width: int) -> tuple[int, int]:
-        work = tiles * cdiv(width, tile.n)
+    def _dims(self) -> dict[str, int]:
+        shape = self.shape
+        return {"D": shape.width, "F": shape.inner, "K": shape.picks, "E": shape.experts}
+
+    def _grid(self, tile: Tile, work: int) -> tuple[int, int]:
         return (min(work, self.shape.sms * tile.per_sm) if tile.per_sm else work, 1)
+
+    def _row_grid(self, plan: Plan, tile: Tile, slots: int, width: int) -> tuple[int, int]:
+        tiles = max_tiles(slots, self.shape.experts, plan.rows)
+        return self._grid(tile, tiles * cdiv(width, tile.n))
 
     # ---- sort
 
     def sort(self, ids: Tensor, rows: int) -> Sorted:
         """Sort the slots of ids [T, K] by expert, with row tiles of `rows`."""
         slots, experts = ids.numel(), self.shape.experts
-        result = sorted_views(torch.empty(sorted_size(slots, experts), dtype=torch.int32, device=ids.device), slots, experts)
-        constants = self._sort_constants
-        if slots <= _ONE_LAUNCH_SLOTS:
-            block = min(2048, max(64, next_power_of_2(slots)))
-            launch = self._launch(
-                ("sort", rows, block),
-                sort_kernels.sort_in_one,
-                {**constants, "BLOCK_S": block, "BLOCK_T": rows, "PDL": self.pdl},
-                warps=4 if block <= 512 else 8,
-                pdl=self.pdl,
-            )
-            launch((experts, 1), self.device, ids, result.order, result.head, result.tiles, slots)
+        size = sorted_size(slots, experts)
+        buffer = torch.empty(size, dtype=torch.int32, device=ids.device)
+        result = sorted_views(buffer, slots, experts)
+        if slots > _ONE_LAUNCH_SLOTS:
+            self._sort_in_three(ids, result, rows)
             return result
-        self._sort_in_three(ids, result, rows)
+        block = min(4096, max(64, next_power_of_2(slots)))
+        warps = 4 if block <= 512 else 8 if block <= 2048 else 16
+        launch = self._launch(
+            ("sort", rows, block),
+            None,
+            lambda: self._sort_launch(sort_kernels.sort_in_one, block, warps, BLOCK_T=rows),
+        )
+        launch((experts, 1), self.device, ids, result.order, result.head, result.tiles, slots)
         return result
 
+    def _sort_launch(self, kernel: Any, block: int, warps: int = 4, **more: int) -> Launch:
+        constants = {"E": self.shape.experts, "BINS": self._bins, "BLOCK_S": block, "PDL": self.pdl}
+        return Launch(kernel, {**constants, **more}, warps=warps, pdl=self.pdl)
+
     def _sort_in_three(self, ids: Tensor, result: Sorted, rows: int) -> None:
-        slots, bins, block = ids.numel(), self._sort_constants["BINS"], 1024
-        blocks = cdiv(slots, block)
-        scratch = torch.empty((2 * blocks + 1, bins), dtype=torch.int32, device=ids.device)
+        slots = ids.numel()
+        blocks = cdiv(slots, _SORT_BLOCK)
+        scratch = torch.empty((2 * blocks + 1, self._bins), dtype=torch.int32, device=ids.device)
         count, before, total = scratch, scratch[blocks:], scratch[2 * blocks :]
-        pdl = {"PDL": self.pdl}
-        sizes = {**self._sort_constants, "BLOCK_S": block}
-        first = self._launch("count", sort_kernels.count_blocks, {**sizes, **pdl}, pdl=self.pdl)
-        first((blocks, 1), self.device, ids, count, slots)
-        scan = self._launch("scan", sort_kernels.scan_blocks, {"BINS": bins, "BLOCK": 1024, **pdl}, pdl=self.pdl)
-        scan((self.shape.experts, 1), self.device, count, before, total, blocks)
-        place = self._launch(
-            ("place", rows), sort_kernels.place_slots, {**sizes, "BLOCK_T": rows, **pdl}, pdl=self.pdl
+        first = self._launch(
+            "count", None, lambda: self._sort_launch(sort_kernels.count_blocks, _SORT_BLOCK)
         )
-        place(
-            (blocks, 1), self.device, ids, count, before, total, result.order, result.head, result.tiles, slots
-        )  # fmt: skip
+        scan_constants = {"BINS": self._bins, "BLOCK": 1024, "PDL": self.pdl}
+        scan = self._launch(
+            "scan", None, lambda: Launch(sort_kernels.scan_blocks, scan_constants, pdl=self.pdl)
+        )
+        place = self._launch(
+            ("place", rows),
+            None,
+            lambda: self._sort_launch(sort_kernels.place_slots, _SORT_BLOCK, BLOCK_T=rows),
+        )
+        first((blocks, 1), self.device, ids, count, slots)
+        scan((self.shape.experts, 1), self.device, count, before, total, blocks)
+        tables = (result.order, result.head, result.tiles)
+        place((blocks, 1), self.device, ids, count, before, total, *tables, slots)
 
     # ---- forward
 
     def few(self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Two launches, no sort: each slot reads its expert on its own."""
-        plan, tokens = few_plan(self.shape), x.shape[0]
-        act = torch.empty((ids.numel(), self.shape.inner), dtype=torch.float32, device=x.device)
+        plan, tokens, slots = few_plan(self.shape), x.shape[0], ids.numel()
+        act = torch.empty((slots, self.shape.inner), dtype=torch.float32, device=x.device)
         out = torch.empty_like(x)
-        common = {**self._dims, "STAGES": plan.stages, "PDL": self.pdl}
+
+        def build(kernel: Any, n: int, k: int) -> Launch:
+            blocks = {"BLOCK_N": n, "BLOCK_K": k, "STAGES": plan.stages, "PDL": self.pdl}
+            return Launch(kernel, {**self._dims(), **blocks}, warps=plan.warps, pdl=self.pdl)
+
         up = self._launch(
-            ("few_up", plan), token_kernels.up_tokens, {**common, "BLOCK_N": plan.up_n, "BLOCK_K": plan.up_k},
-            warps=plan.warps, pdl=self.pdl,
-        )  # fmt: skip
-        up((cdiv(self.shape.inner, plan.up_n), ids.numel()), self.device, x, gate_up, ids, act)
+            ("few_up", plan), None, lambda: build(token_kernels.up_tokens, plan.up_n, plan.up_k)
+        )
         last = self._launch(
-            ("few_down", plan), token_kernels.down_tokens,
-            {**common, "BLOCK_N": plan.down_n, "BLOCK_K": plan.down_k}, warps=plan.warps, pdl=self.pdl,
-        )  # fmt: skip
-        last((cdiv(self.shape.width, plan.down_n), tokens), self.device, act, down, ids, weights, out)
+            ("few_down", plan),
+            None,
+            lambda: build(token_kernels.down_tokens, plan.down_n, plan.down_k),
+        )
+        up((cdiv(self.shape.inner, plan.up_n), slots), self.device, x, gate_up, ids, act)
+        grid = (cdiv(self.shape.width, plan.down_n), tokens)
+        last(grid, self.device, act, down, ids, weights, out)
         return out
 
     def forward(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, *, save: bool = False,
-        plan: Plan | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Output [T, D]; with save also `pre` [S, 2F] and the sort's buffer (else empty)."""
-        plan = plan or plan_for(self.shape, x.shape[0])
-        slots, shape = ids.numel(), self.shape
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [T, D]; with save also `pre` [S, 2F] and the sort's buffer (else of no use)."""
+        plan = plan_for(self.shape, x.shape[0])
+        slots, inner = ids.numel(), self.shape.inner
         sort = self.sort(ids, plan.rows)
-        tiles = max_tiles(slots, shape.experts, plan.rows)
-        act = x.new_empty((slots, shape.inner))
-        pre = x.new_empty((slots, 2 * shape.inner)) if save else act
-        self._up(plan, tiles, x, gate_up, act, pre, sort, save)
-        y = x.new_empty((slots, shape.width))
-        self._product(plan, plan.down, tiles, act, down, y, sort, transposed=False)
-        out = self._sum(plan, y, ids, weights, weighted=True)[0]
-        return out, pre if save else x.new_empty(0), sort.buffer
+        act = x.new_empty((slots, inner))
+        pre = x.new_empty((slots, 2 * inner)) if save else act
+        self.up(plan, x, gate_up, act, pre, sort, save=save)
+        y = x.new_empty((slots, self.shape.width))
+        self.product(plan, plan.down, act, down, y, sort, transposed=False)
+        out = self.sum(plan, y, ids, weights, weighted=True)[0]
+        return out, pre, sort.buffer
 
-    def _up(
-        self, plan: Plan, tiles: int, x: Tensor, gate_up: Tensor, act: Tensor, pre: Tensor, sort: Sorted, save: bool
+    def up(
+        self,
+        plan: Plan,
+        x: Tensor,
+        gate_up: Tensor,
+        act: Tensor,
+        pre: Tensor,
+        sort: Sorted,
+        *,
+        save: bool,
     ) -> None:
-        tile = plan.up
+        """act[row] from x[token]; with save also pre[row]."""
+        tile, inner, width = plan.up, self.shape.inner, self.shape.width
+        grid = self._row_grid(plan, tile, act.shape[0], inner)
+        tables = (sort.order, sort.head, sort.tiles)
         if tile.split:
-            w_desc = split_descriptor(gate_up.view(-1, self.shape.width), [tile.n, tile.k])
-            launch = self._split(
-                plan, tile, "UP", tiles, self.shape.inner, self.shape.width, gather=True, transposed=False, save=save
-            )
-            launch(x, x, w_desc, act, pre, pre, act, act, sort, 0)
+            desc = split_descriptor(gate_up.view(-1, width), [tile.n, tile.k])
+            launch = self._split_product("UP", plan, tile, inner, width, save=save)
+            launch(grid, self.device, x, x, desc, act, pre, pre, act, act, *tables, 0)
             return
+        flags = {"SAVE": save, **_flags(tile), "PDL": self.pdl}
         launch = self._launch(
-            ("up", plan.rows, tile, save), row_kernels.up_rows,
-            {**self._dims, **_blocks(plan, tile), "TMA": tile.tma, "SWAP": tile.swap, "SAVE": save,
-             "FLATTEN": tile.flatten, "STREAM": tile.stream, "PDL": self.pdl},
-            warps=tile.warps, stages=tile.stages, pdl=self.pdl,
-        )  # fmt: skip
-        desc = descriptor(gate_up.view(-1, self.shape.width), [tile.n, tile.k]) if tile.tma else gate_up
-        grid = self._row_grid(tile, tiles, self.shape.inner)
-        launch(grid, self.device, x, gate_up, desc, act, pre, sort.order, sort.head, sort.tiles)
+            ("up", tile.n, save),
+            plan,
+            lambda: Launch(
+                row_kernels.up_rows,
+                {**self._dims(), **_blocks(plan, tile), **flags},
+                warps=tile.warps,
+                stages=tile.stages,
+                pdl=self.pdl,
+            ),
+        )
+        desc = descriptor(gate_up.view(-1, width), [tile.n, tile.k]) if tile.tma else gate_up
+        launch(grid, self.device, x, gate_up, desc, act, pre, *tables)
 
-    def _product(
-        self, plan: Plan, tile: Tile, tiles: int, a: Tensor, weight: Tensor, out: Tensor, sort: Sorted, *,
+    def product(
+        self,
+        plan: Plan,
+        tile: Tile,
+        a: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        sort: Sorted,
+        *,
         transposed: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """out[slot] = a[row] @ weight[expert].T, or @ weight[expert] when transposed."""
         width, contracted = out.shape[1], a.shape[1]
-        launch = self._launch(
-            ("product", plan.rows, tile, transposed), row_kernels.down_rows,
-            {"N": width, "C": contracted, "E": self.shape.experts, **_blocks(plan, tile), "TMA": tile.tma,
-             "SWAP": tile.swap, "TRANSPOSED": transposed, "FLATTEN": tile.flatten, "STREAM": tile.stream,
-             "PDL": self.pdl},
-            warps=tile.warps, stages=tile.stages, pdl=self.pdl,
-        )  # fmt: skip
+        grid = self._row_grid(plan, tile, a.shape[0], width)
+        tables = (sort.order, sort.head, sort.tiles)
+        block = [tile.k, tile.n] if transposed else [tile.n, tile.k]
         if tile.split:
-            block = [tile.k, tile.n] if transposed else [tile.n, tile.k]
+            a_desc = split_descriptor(a, [plan.rows, tile.k])
             w_desc = split_descriptor(weight.view(-1, weight.shape[-1]), block)
-            split = self._split(plan, tile, "PRODUCT", tiles, width, contracted, gather=False, transposed=transposed)
-            split(a, split_descriptor(a, [plan.rows, tile.k]), w_desc, out, out, out, out, out, sort, 0)
+            mode = "UP_GRAD" if transposed else "DOWN"
+            launch = self._split_product(mode, plan, tile, width, contracted)
+            launch(grid, self.device, a, a_desc, w_desc, out, out, out, out, out, *tables, 0)
             return
+        sizes = {"N": width, "C": contracted, "E": self.shape.experts, **_blocks(plan, tile)}
+        flags = {"TRANSPOSED": transposed, **_flags(tile), "PDL": self.pdl}
+        launch = self._launch(
+            ("product", transposed),
+            plan,
+            lambda: Launch(
+                row_kernels.down_rows,
+                {**sizes, **flags},
+                warps=tile.warps,
+                stages=tile.stages,
+                pdl=self.pdl,
+            ),
+        )
         a_desc, w_desc = a, weight
         if tile.tma:
             a_desc = descriptor(a, [plan.rows, tile.k])
-            block = [tile.k, tile.n] if transposed else [tile.n, tile.k]
             w_desc = descriptor(weight.view(-1, weight.shape[-1]), block)
-        grid = self._row_grid(tile, tiles, width)
-        launch(grid, self.device, a, a_desc, weight, w_desc, out, sort.order, sort.head, sort.tiles)
+        launch(grid, self.device, a, a_desc, weight, w_desc, out, *tables)
 
-    def _sum(
-        self, plan: Plan, y: Tensor, ids: Tensor, weights: Tensor, *, weighted: bool, part: Tensor | None = None
+    def sum(
+        self,
+        plan: Plan,
+        y: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        weighted: bool,
+        part: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Ordered sum over picks; with `part` also the gradient of the weights."""
-        shape, tokens = self.shape, ids.shape[0]
+        width, tokens = self.shape.width, ids.shape[0]
         parts = 0 if part is None else part.shape[0]
-        block = min(plan.sum_block, next_power_of_2(shape.width))
-        out = y.new_empty((tokens, shape.width))
+        block = min(plan.sum_block, next_power_of_2(width))
+        out = y.new_empty((tokens, width))
         dweights = weights if part is None else torch.empty_like(weights)
+        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "PARTS": parts, "PDL": self.pdl}
+        dims = {"D": width, "K": self.shape.picks, "E": self.shape.experts}
         launch = self._launch(
-            ("sum", block, plan.sum_warps, weighted, parts), token_kernels.sum_slots,
-            {"D": shape.width, "K": shape.picks, "E": shape.experts, "BLOCK_D": block, "WEIGHTED": weighted,
-             "PARTS": parts, "PDL": self.pdl},
-            warps=plan.sum_warps, pdl=self.pdl,
-        )  # fmt: skip
-        grid = (tokens, cdiv(shape.width, block))
+            ("sum", weighted, parts),
+            plan,
+            lambda: Launch(
+                token_kernels.sum_slots, {**dims, **flags}, warps=plan.sum_warps, pdl=self.pdl
+            ),
+        )
         part = y if part is None else part
+        grid = (tokens, cdiv(width, block))
         launch(grid, self.device, y, ids, weights, part, out, dweights, ids.numel())
         return out, dweights
 
     # ---- backward
 
     def backward(
-        self, dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, pre: Tensor,
-        sort_buffer: Tensor, *, need_input: bool = True, need_weight: bool = True, plan: Plan | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Gradients of x, gate_up, down and the top-k weights."""
-        plan = plan or plan_for(self.shape, x.shape[0])
-        shape, slots = self.shape, ids.numel()
-        sort = sorted_views(sort_buffer, slots, shape.experts)
-        tiles = max_tiles(slots, shape.experts, plan.rows)
+        self,
+        dout: Tensor,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        pre: Tensor,
+        sort_buffer: Tensor,
+        *,
+        need_input: bool = True,
+        need_weight: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x, gate_up, down and the top-k weights; empty where not needed."""
+        plan, shape = plan_for(self.shape, x.shape[0]), self.shape
+        sort = sorted_views(sort_buffer, ids.numel(), shape.experts)
         dpre = torch.empty_like(pre)
-        act = pre.new_empty((slots, shape.inner))
-        part = self._down_grad(plan, tiles, dout, down, pre, weights, dpre, act, sort)
-        none = x.new_empty(0)
-        dgate_up = ddown = none
+        act = pre.new_empty((pre.shape[0], shape.inner))
+        part = self.down_grad(plan, dout, down, pre, weights, dpre, act, sort)
+        dx = dgate_up = ddown = x.new_empty(0)
         if need_weight:
-            ddown = self._weight_grad(plan, _tile(plan.down_weight), dout, act, down, sort, gather_left=True)
+            tile = _tile(plan.down_weight)
+            ddown = self.weight_grad(tile, dout, act, down, sort, gather_left=True)
             del act
-            dgate_up = self._weight_grad(plan, _tile(plan.gate_up_weight), dpre, x, gate_up, sort, gather_left=False)
+            tile = _tile(plan.gate_up_weight)
+            dgate_up = self.weight_grad(tile, dpre, x, gate_up, sort, gather_left=False)
         if not need_input:
             live = (ids >= 0) & (ids < shape.experts)
-            return none, dgate_up, ddown, part.sum(0).view(ids.shape).where(live, 0.0).to(weights.dtype)
-        dx_slots = x.new_empty((slots, shape.width))
-        self._product(plan, _tile(plan.up_grad), tiles, dpre, gate_up, dx_slots, sort, transposed=True)
-        dx, dweights = self._sum(plan, dx_slots, ids, weights, weighted=False, part=part)
+            dweights = part.sum(0).view(ids.shape).where(live, 0.0).to(weights.dtype)
+            return dx, dgate_up, ddown, dweights
+        dx_slots = x.new_empty((pre.shape[0], shape.width))
+        self.product(plan, _tile(plan.up_grad), dpre, gate_up, dx_slots, sort, transposed=True)
+        dx, dweights = self.sum(plan, dx_slots, ids, weights, weighted=False, part=part)
         return dx, dgate_up, ddown, dweights
 
-    def _down_grad(
-        self, plan: Plan, tiles: int, dout: Tensor, down: Tensor, pre: Tensor, weights: Tensor, dpre: Tensor,
-        act: Tensor, sort: Sorted,
-    ) -> Tensor:  # fmt: skip
-        tile, slots = _tile(plan.down_grad), pre.shape[0]
-        part = torch.empty((cdiv(self.shape.inner, tile.n), slots), dtype=torch.float32, device=dout.device)
+    def down_grad(
+        self,
+        plan: Plan,
+        dout: Tensor,
+        down: Tensor,
+        pre: Tensor,
+        weights: Tensor,
+        dpre: Tensor,
+        act: Tensor,
+        sort: Sorted,
+    ) -> Tensor:
+        """Fill dpre and the weighted act; return the parts of d weights [tiles, S]."""
+        tile, slots, inner = _tile(plan.down_grad), pre.shape[0], self.shape.inner
+        part = torch.empty((cdiv(inner, tile.n), slots), dtype=torch.float32, device=pre.device)
+        grid = self._row_grid(plan, tile, slots, inner)
+        tables = (sort.order, sort.head, sort.tiles)
+        block = [tile.k, tile.n]
         if tile.split:
-            w_desc = split_descriptor(down.view(-1, self.shape.inner), [tile.k, tile.n])
-            split = self._split(
-                plan, tile, "DOWN_GRAD", tiles, self.shape.inner, self.shape.width, gather=True, transposed=True
-            )
-            split(dout, dout, w_desc, act, pre, dpre, weights, part, sort, slots)
+            desc = split_descriptor(down.view(-1, inner), block)
+            launch = self._split_product("DOWN_GRAD", plan, tile, inner, self.shape.width)
+            tensors = (dout, dout, desc, act, pre, dpre, weights, part)
+            launch(grid, self.device, *tensors, *tables, slots)
             return part
+        flags = {"TMA": tile.tma, "FLATTEN": tile.flatten}
         launch = self._launch(
-            ("down_grad", plan.rows, tile), row_kernels.down_rows_grad,
-            {**self._dims, **_blocks(plan, tile), "TMA": tile.tma, "FLATTEN": tile.flatten},
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-        desc = descriptor(down.view(-1, self.shape.inner), [tile.k, tile.n]) if tile.tma else down
-        launch(
-            self._row_grid(tile, tiles, self.shape.inner), self.device, dout, down, desc, pre, weights, dpre, act,
-            part, sort.order, sort.head, sort.tiles, slots,
-        )  # fmt: skip
+            "down_grad",
+            plan,
+            lambda: Launch(
+                row_kernels.down_rows_grad,
+                {**self._dims(), **_blocks(plan, tile), **flags},
+                warps=tile.warps,
+                stages=tile.stages,
+            ),
+        )
+        desc = descriptor(down.view(-1, inner), block) if tile.tma else down
+        tensors = (dout, down, desc, pre, weights, dpre, act, part)
+        launch(grid, self.device, *tensors, *tables, slots)
         return part
 
-    def _weight_grad(
-        self, plan: Plan, tile: Tile, left: Tensor, right: Tensor, like: Tensor, sort: Sorted, *, gather_left: bool
+    def weight_grad(
+        self,
+        tile: Tile,
+        left: Tensor,
+        right: Tensor,
+        like: Tensor,
+        sort: Sorted,
+        *,
+        gather_left: bool,
     ) -> Tensor:
-        m, n = like.shape[1:]
+        """[E, M, N] like `like`: left[rows].T @ right[rows] of each expert."""
+        experts, m, n = like.shape
         out = torch.empty_like(like)
-        if tile.split:
-            self._split_weight_grad(plan, tile, left, right, out, sort, gather_left)
-            return out
+        describe = split_descriptor if tile.split else descriptor
+        uses_tma = tile.split or tile.tma
+        left_desc, right_desc = left, right
+        if uses_tma and gather_left:
+            right_desc = describe(right, [tile.k, tile.n])
+        elif uses_tma:
+            left_desc = describe(left, [tile.k, tile.m])
         launch = self._launch(
-            ("weight", tile, plan.weight_m, gather_left), weight_kernels.weight_grad,
-            {"M": m, "N": n, "K": self.shape.picks, "E": self.shape.experts, "BLOCK_M": plan.weight_m,
-             "BLOCK_N": tile.n, "BLOCK_R": tile.k, "BLOCK_GROUP": tile.group, "GATHER_LEFT": gather_left,
-             "TMA": tile.tma},
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-        left_desc = descriptor(left, [tile.k, plan.weight_m]) if tile.tma and not gather_left else left
-        right_desc = descriptor(right, [tile.k, tile.n]) if tile.tma and gather_left else right
-        work = self.shape.experts * cdiv(m, plan.weight_m) * cdiv(n, tile.n)
-        grid = (min(work, self.shape.sms * tile.per_sm) if tile.per_sm else work, 1)
-        launch(grid, self.device, left, left_desc, right, right_desc, out, sort.order, sort.head)
+            ("weight", tile, gather_left), None, lambda: self._weight_launch(tile, m, n, gather_left)
+        )
+        grid = self._grid(tile, experts * cdiv(m, tile.m) * cdiv(n, tile.n))
+        tensors = (left, left_desc, right, right_desc, out, sort.order, sort.head)
+        launch(grid, self.device, *tensors)
         return out
 
+    def _weight_launch(self, tile: Tile, m: int, n: int, gather_left: bool) -> Launch:
+        constants = {
+            "M": m,
+            "N": n,
+            "K": self.shape.picks,
+            "E": self.shape.experts,
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "BLOCK_R": tile.k,
+            "BLOCK_GROUP": tile.group,
+            "GATHER_LEFT": gather_left,
+        }
+        if not tile.split:
+            constants["TMA"] = tile.tma
+            return Launch(
+                weight_kernels.weight_grad, constants, warps=tile.warps, stages=tile.stages
+            )
+        from mogul.kernels.triton.hopper_weight_kernels import split_weight_grad
 
-    # ---- Hopper kernels with split roles
+        counter = _COUNTER_OF["DOWN_WEIGHT" if gather_left else "UP_WEIGHT"]
+        ring = {"STAGES": tile.stages, "SYNC": counter if tile.sync else 0}
+        return Launch(split_weight_grad, {**constants, **ring, **_GATHER_ROLES})
 
-    def _split(
-        self, plan: Plan, tile: Tile, mode: str, tiles: int, width: int, contracted: int, *, gather: bool,
-        transposed: bool, save: bool = False,
-    ) -> Callable[..., None]:  # fmt: skip
-        """A call of hopper_kernels.row_product with everything but its tensors fixed."""
+    def _split_product(
+        self, role: str, plan: Plan, tile: Tile, width: int, contracted: int, *, save: bool = False
+    ) -> Launch:
+        """hopper_kernels.row_product in one of its four roles."""
+        return self._launch(
+            (role, save),
+            plan,
+            lambda: self._split_launch(role, plan, tile, width, contracted, save),
+        )
+
+    def _split_launch(
+        self, role: str, plan: Plan, tile: Tile, width: int, contracted: int, save: bool
+    ) -> Launch:
         from mogul.kernels.triton import hopper_kernels as kernels
 
-        counter = _COUNTER_OF[mode if mode != "PRODUCT" else "UP_GRAD" if transposed else "DOWN"]
-        launch = self._launch(
-            ("split", mode, plan.rows, tile, transposed, save), kernels.row_product,
-            {"MODE": getattr(kernels, mode).value, "N": width, "C": contracted, "K": self.shape.picks,
-             "E": self.shape.experts, **_blocks(plan, tile), "STAGES": tile.stages, "GATHER": gather,
-             "TRANSPOSED": transposed, "SAVE": save, "SYNC": counter if tile.sync else 0, **_roles(gather)},
-        )  # fmt: skip
-        grid = self._row_grid(tile, tiles, width)
-
-        def call(
-            a: Tensor, a_desc: Any, w_desc: Any, out: Tensor, pre: Tensor, dpre: Tensor, weights: Tensor,
-            part: Tensor, sort: Sorted, slots: int,
-        ) -> None:  # fmt: skip
-            launch(
-                grid, self.device, a, a_desc, w_desc, out, pre, dpre, weights, part, sort.order, sort.head, sort.tiles,
-                slots,
-            )  # fmt: skip
-
-        return call
-
-    def _split_weight_grad(
-        self, plan: Plan, tile: Tile, left: Tensor, right: Tensor, out: Tensor, sort: Sorted, gather_left: bool
-    ) -> None:
-        from mogul.kernels.triton import hopper_weight_kernels as kernels
-
-        m, n = out.shape[1:]
-        counter = _COUNTER_OF["DOWN_WEIGHT" if gather_left else "UP_WEIGHT"]
-        launch = self._launch(
-            ("split_weight", tile, plan.weight_m, gather_left), kernels.split_weight_grad,
-            {"M": m, "N": n, "K": self.shape.picks, "E": self.shape.experts, "BLOCK_M": plan.weight_m,
-             "BLOCK_N": tile.n, "BLOCK_R": tile.k, "BLOCK_GROUP": tile.group, "STAGES": tile.stages,
-             "GATHER_LEFT": gather_left, "SYNC": counter if tile.sync else 0, **_roles(True)},
-        )  # fmt: skip
-        left_desc = left if gather_left else split_descriptor(left, [tile.k, plan.weight_m])
-        right_desc = split_descriptor(right, [tile.k, tile.n]) if gather_left else right
-        work = self.shape.experts * cdiv(m, plan.weight_m) * cdiv(n, tile.n)
-        grid = (min(work, self.shape.sms), 1)
-        launch(grid, self.device, left, left_desc, right, right_desc, out, sort.order, sort.head)
-
-
-def _roles(gather: bool) -> dict[str, int]:
-    """Warps and registers of the loader and registers of each multiplier (they sum to the file's 512)."""
-    if gather:
-        return {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
-    return {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
+        gathers = role in ("UP", "DOWN_GRAD")
+        mode = {"UP": kernels.UP, "DOWN_GRAD": kernels.DOWN_GRAD}.get(role, kernels.PRODUCT)
+        constants = {
+            "MODE": mode.value,
+            "N": width,
+            "C": contracted,
+            "K": self.shape.picks,
+            "E": self.shape.experts,
+            **_blocks(plan, tile),
+            "STAGES": tile.stages,
+            "GATHER": gathers,
+            "TRANSPOSED": role in ("DOWN_GRAD", "UP_GRAD"),
+            "SAVE": save,
+            "SYNC": _COUNTER_OF[role] if tile.sync else 0,
+            **(_GATHER_ROLES if gathers else _TMA_ROLES),
+        }
+        return Launch(kernels.row_product, constants)
 
 
 def _tile(tile: Tile | None) -> Tile:
@@ -361,15 +475,27 @@ def _tile(tile: Tile | None) -> Tile:
 
 
 def _blocks(plan: Plan, tile: Tile) -> dict[str, int]:
-    return {"BLOCK_T": plan.rows, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_GROUP": tile.group}
+    return {
+        "BLOCK_T": plan.rows,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "BLOCK_GROUP": tile.group,
+    }
+
+
+def _flags(tile: Tile) -> dict[str, bool]:
+    return {"TMA": tile.tma, "SWAP": tile.swap, "FLATTEN": tile.flatten, "STREAM": tile.stream}
 
 
 @cache
-def layer_of(experts: int, picks: int, width: int, inner: int, dtype: torch.dtype, device: int) -> Layer:
-    """The Layer of a shape, made once. `dtype` only separates launches."""
+def layer_of(
+    experts: int, picks: int, width: int, inner: int, dtypes: tuple[torch.dtype, ...], device: int
+) -> Layer:
+    """The Layer of a shape, made once. `dtypes` only separates the launches."""
     if INTERPRETED or device < 0:
         return Layer(Shape(experts, picks, width, inner, 80, 4), -1, pdl=False)
     properties = torch.cuda.get_device_properties(device)
     capability = properties.major * 10 + properties.minor
-    shape = Shape(experts, picks, width, inner, capability, properties.multi_processor_count)
+    sms = properties.multi_processor_count
+    shape = Shape(experts, picks, width, inner, capability, sms)
     return Layer(shape, device, pdl=capability >= 90)

@@ -22,9 +22,10 @@ _LIB.define(
 )
 
 
-def _layer(x: Tensor, down: Tensor, ids: Tensor) -> Layer:
+def _layer(x: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Layer:
     device = x.device.index if x.is_cuda else -1
-    return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], x.dtype, device)
+    dtypes = (x.dtype, ids.dtype, weights.dtype)
+    return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], dtypes, device)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
     """Forward without anything kept."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    layer = _layer(x, down, ids)
+    layer = _layer(x, down, ids, weights)
     x, ids, weights = _aligned(x), _aligned(ids), _aligned(weights)
     if layer.shape.uses_few(x.shape[0]):
         return layer.few(x, gate_up, down, ids, weights)
@@ -50,7 +51,7 @@ def moe_train(
     """Forward that also returns what backward needs: (out, pre, sort)."""
     if x.shape[0] == 0:
         return torch.empty_like(x), x.new_empty(0, 2 * down.shape[2]), ids.new_empty(0, dtype=torch.int32)
-    layer = _layer(x, down, ids)
+    layer = _layer(x, down, ids, weights)
     return layer.forward(_aligned(x), gate_up, down, _aligned(ids), _aligned(weights), save=True)
 
 
@@ -63,7 +64,7 @@ def moe_grad(
         none = x.new_empty(0)
         grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)
         return torch.zeros_like(x) if need_input else none, *grads, torch.zeros_like(weights)
-    return _layer(x, down, ids).backward(
+    return _layer(x, down, ids, weights).backward(
         _aligned(dout), _aligned(x), gate_up, down, _aligned(ids), _aligned(weights), pre, sort,
         need_input=need_input, need_weight=need_weight,
     )  # fmt: skip

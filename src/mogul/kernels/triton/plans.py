@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class Tile:
 
     n: int
     k: int
+    m: int = 128
+    """Rows of the output, in weight gradients only (`k` is then tokens a step)."""
     group: int = 8
     warps: int = 8
     stages: int = 3
@@ -45,9 +47,7 @@ class Plan:
     down_grad: Tile | None = None
     up_grad: Tile | None = None
     gate_up_weight: Tile | None = None
-    """Weight products: `n` columns by `m` rows, `k` rows of tokens a step."""
     down_weight: Tile | None = None
-    weight_m: int = 128
     sum_block: int = 1024
     sum_warps: int = 4
 
@@ -127,7 +127,8 @@ def _with_backward(plan: Plan, shape: Shape) -> Plan:
             down_weight=tile,
         )
     tile = Tile(n=64, k=32, warps=4, stages=3)
-    return replace(plan, down_grad=tile, up_grad=tile, gate_up_weight=tile, down_weight=tile, weight_m=64)
+    square = replace(tile, m=64)
+    return replace(plan, down_grad=tile, up_grad=tile, gate_up_weight=square, down_weight=square)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def few_plan(shape: Shape) -> FewPlan:
     return FewPlan(up_n=4 if small else 8, down_n=4 if small else 16)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def plan_for(shape: Shape, tokens: int) -> Plan:
     """Table row whose bound holds, else the rule."""
     for entry in _entries(shape):

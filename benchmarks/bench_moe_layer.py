@@ -1,0 +1,221 @@
+"""How far is the experts layer on one GPU from its floor, and from the best peer, at every size?
+
+Contract of all rows: (x [T, D], ids [T, K], weights [T, K]) -> out [T, D]; the sort is inside, the
+router outside. Inputs rotate (16 sets to 8 tokens, 4 to 456) so that the cache stays cold. Times
+are the median over rounds in which the variants take turns; up to 4096 tokens the better of plain
+calls and a CUDA graph of the rotated calls. Every variant is checked against fp32 on 48 tokens.
+The floor is the larger of arithmetic and bytes at the ceilings measured in this run.
+
+    python benchmarks/bench_moe_layer.py --shapes A,C --tokens 1,64,4096 --train 16384 --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import peers
+from common import (
+    Case,
+    ceilings,
+    floor_ms,
+    make_case,
+    make_tokens,
+    reference,
+    rel,
+    time_events,
+    time_graph,
+    train_floor_ms,
+)
+
+GIB = 2**30
+
+
+def variants(args: argparse.Namespace) -> dict[str, Callable[[Case], peers.Forward]]:
+    """Name -> maker, mogul first."""
+    known: dict[str, Callable[[Case], peers.Forward]] = {
+        "mogul": peers.mogul,
+        "vllm_default": peers.vllm(args.vllm_dir, args.moe_c, tuned=False),
+        "vllm_tuned": peers.vllm(args.vllm_dir, args.moe_c, tuned=True),
+        "triton_kernels": peers.triton_kernels,
+        "torch_grouped": peers.torch_grouped,
+        "hf_grouped": peers.hf_grouped,
+    }
+    names = args.peers.split(",") if args.peers else list(known)
+    return {name: known[name] for name in names}
+
+
+def forward_cell(
+    case: Case, tokens: int, forwards: dict[str, peers.Forward], rounds: int
+) -> list[dict[str, Any]]:
+    """Every variant at one number of tokens."""
+    sets = 16 if tokens <= 8 else 4 if tokens <= 456 else 1
+    inputs = [make_tokens(case, tokens) for _ in range(sets)]
+    x, ids, weights = inputs[0]
+    pick = torch.randperm(tokens, device="cuda")[:48]
+    want = reference(case, x[pick].float(), ids[pick], weights[pick])
+    rows: dict[str, dict[str, Any]] = {}
+    for name, forward in list(forwards.items()):
+        row: dict[str, Any] = {"peer": name, "eager": [], "graph": []}
+        try:
+            with torch.no_grad():
+                row["error"] = rel(forward(x, ids, weights)[pick], want)
+            rows[name] = row
+        except Exception as error:
+            print(f"  {name} failed at {tokens}: {type(error).__name__} {str(error)[:200]}")
+    for _ in range(rounds):
+        for name, row in rows.items():
+            calls = [lambda q=q, f=forwards[name]: f(*q) for q in inputs]
+            with torch.no_grad():
+                row["eager"].append(time_events(calls, 0.06))
+                if tokens <= 4096 and row.get("capturable", True):
+                    try:
+                        row["graph"].append(time_graph(calls, 9))
+                    except Exception:
+                        row["capturable"] = False
+                        torch.cuda.synchronize()
+    for row in rows.values():
+        eager, graph = row.pop("eager"), row.pop("graph")
+        row["eager_ms"] = statistics.median(eager)
+        row["graph_ms"] = statistics.median(graph) if graph else None
+        best = graph if graph and statistics.median(graph) < row["eager_ms"] else eager
+        row["ms"], row["spread_ms"] = statistics.median(best), max(best) - min(best)
+    return list(rows.values())
+
+
+def host_us(forward: peers.Forward, inputs: tuple[torch.Tensor, ...]) -> float:
+    """Microseconds of host work a call, with the device far behind."""
+    with torch.no_grad():
+        for _ in range(10):
+            forward(*inputs)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)
+        start = time.perf_counter()
+        for _ in range(50):
+            forward(*inputs)
+        spent = time.perf_counter() - start
+        torch.cuda.synchronize()
+    return spent / 50 * 1e6
+
+
+def train_cell(case: Case, tokens: int, name: str, forward: peers.Forward, rounds: int) -> dict[str, Any]:
+    """One forward + backward, time and memory."""
+    x, ids, weights = make_tokens(case, tokens)
+    for tensor in (x, weights, case.gate_up, case.down):
+        tensor.requires_grad_()
+    leaves = [x, weights, case.gate_up, case.down]
+    dout = torch.randn_like(x)
+    pick = torch.randperm(tokens, device="cuda")[:48]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(forward(x, ids, weights), leaves, dout)
+
+    dx, dweights, _, _ = step()
+    xs = x.detach()[pick].float().requires_grad_()
+    ws = weights.detach()[pick].requires_grad_()
+    want = torch.autograd.grad(reference(case, xs, ids[pick], ws), [xs, ws], dout[pick].float())
+    row: dict[str, Any] = {"peer": name, "error": max(rel(dx[pick], want[0]), rel(dweights[pick], want[1]))}
+    del dx, dweights, want
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = forward(x, ids, weights)
+    torch.cuda.synchronize()
+    row["kept_gib"] = (torch.cuda.memory_allocated() - before) / GIB
+    torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+    row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
+    del out
+    times = [time_events([step], 0.25, 12) for _ in range(rounds)]
+    row["ms"], row["spread_ms"] = statistics.median(times), max(times) - min(times)
+    row["forward_ms"] = time_events([lambda: forward(x, ids, weights)], 0.1, 12)
+    for tensor in (case.gate_up, case.down):
+        tensor.requires_grad_(False)
+    return row
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
+    for row in rows:
+        extra = "".join(
+            f"  {key} {row[key]:.4g}" for key in ("eager_ms", "graph_ms", "kept_gib", "peak_gib", "forward_ms", "host_us")
+            if row.get(key) is not None
+        )  # fmt: skip
+        print(
+            f"{row['shape']} {row['kind']:7} {row['tokens']:6} {row['peer']:14} {row['ms']:9.4f} ms "
+            f"({row['ms'] / row['floor_ms']:.3f})  err {row['error']:.1e}{extra}",
+            flush=True,
+        )
+
+
+def run_shape(name: str, args: argparse.Namespace, peak: dict[str, float], out: list[dict[str, Any]]) -> None:
+    """All cells of one shape."""
+    case = make_case(name)
+    forwards: dict[str, peers.Forward] = {}
+    for peer, make in variants(args).items():
+        try:
+            forwards[peer] = make(case)
+        except Exception as error:
+            print(f"{peer} is not here: {type(error).__name__} {str(error)[:160]}")
+    for tokens in args.tokens:
+        cell = forward_cell(case, tokens, forwards, args.rounds)
+        for row in cell:
+            row.update(shape=name, kind="forward", tokens=tokens, floor_ms=floor_ms(name, tokens, peak))
+            if row["peer"] == "mogul" and tokens <= 4096:
+                row["host_us"] = host_us(forwards["mogul"], make_tokens(case, tokens))
+        out += cell
+        show(cell)
+    for tokens in args.train:
+        for peer in [p for p in forwards if p in args.train_peers.split(",")]:
+            torch.cuda.empty_cache()
+            try:
+                row = train_cell(case, tokens, peer, forwards[peer], args.rounds)
+            except Exception as error:
+                print(f"  {peer} failed in training: {type(error).__name__} {str(error)[:300]}")
+                continue
+            row.update(shape=name, kind="train", tokens=tokens, floor_ms=train_floor_ms(name, tokens, peak))
+            out.append(row)
+            show([row])
+
+
+def numbers(text: str) -> list[int]:
+    """`1,64` -> [1, 64]."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    """Run the cells asked for; write results.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="A,C")
+    parser.add_argument("--tokens", type=numbers, default=numbers("1,8,64,456,4096,16384,32768"))
+    parser.add_argument("--train", type=numbers, default=[])
+    parser.add_argument("--peers", default="")
+    parser.add_argument("--train-peers", default="mogul,torch_grouped,hf_grouped")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm-dir", default=".peers/vllm")
+    parser.add_argument("--moe-c", default=".peers/vllm/_moe_C.abi3.so")
+    parser.add_argument("--out", type=Path, default=Path())
+    args = parser.parse_args()
+    peak = ceilings()
+    print("ceilings", peak, torch.cuda.get_device_name(), torch.__version__, flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in args.shapes.split(","):
+        run_shape(name, args, peak, rows)
+        torch.cuda.empty_cache()
+        text = json.dumps({"peak": peak, "device": torch.cuda.get_device_name(), "rows": rows})
+        (args.out / "results.json").write_text(text)
+    print("ceilings after", ceilings())
+
+
+if __name__ == "__main__":
+    main()

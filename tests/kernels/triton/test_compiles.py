@@ -1,0 +1,137 @@
+"""The kernels compile without a device for the four targets, with the matrix units they should use."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from mogul.kernels.triton import (  # noqa: E402
+    hopper_kernels,
+    hopper_weight_kernels,
+    row_kernels,
+    weight_kernels,
+)
+
+BF16, INT = "*bf16", "*i32"
+WGMMA = re.compile(r"wgmma\.mma_async")
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int
+) -> Any:
+    """Compile for sm_`arch`; every pointer counts as 16-byte aligned."""
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"
+    }
+    constexprs = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    program = source(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(program, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def up_types(weight: str) -> dict[str, str]:
+    return {
+        "x_ptr": BF16,
+        "w_ptr": BF16,
+        "w_desc": weight,
+        "act_ptr": BF16,
+        "pre_ptr": BF16,
+        "order_ptr": INT,
+        "head_ptr": INT,
+        "tiles_ptr": INT,
+    }
+
+
+def up_constants(**changes: Any) -> dict[str, Any]:
+    constants = {"D": 256, "F": 128, "K": 8, "E": 64, "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+    flags = dict.fromkeys(("TMA", "SWAP", "SAVE", "FLATTEN", "STREAM", "PDL"), False)
+    return {**constants, "BLOCK_GROUP": 8, **flags, **changes}
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_up_compiles_without_tma(arch: int) -> None:
+    done = compiled(
+        row_kernels.up_rows, up_types(BF16), up_constants(), arch, num_warps=4, num_stages=2
+    )
+    assert done.metadata.shared < 100_000
+    assert bool(WGMMA.search(done.asm["ptx"])) == (arch == 90)
+
+
+def test_weight_gradient_compiles_for_ampere() -> None:
+    types = dict.fromkeys(("left_ptr", "left_desc", "right_ptr", "right_desc", "out_ptr"), BF16)
+    sizes = {"M": 256, "N": 128, "K": 8, "E": 64, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32}
+    constants = {**sizes, "BLOCK_GROUP": 8, "GATHER_LEFT": False, "TMA": False}
+    done = compiled(
+        weight_kernels.weight_grad,
+        {**types, "order_ptr": INT, "head_ptr": INT},
+        constants,
+        80,
+        num_warps=4,
+        num_stages=2,
+    )
+    assert "mma.sync" in done.asm["ptx"]
+
+
+def test_swapped_product_uses_the_warp_group_unit() -> None:
+    constants = up_constants(BLOCK_T=16, BLOCK_K=128, SWAP=True, STREAM=True, PDL=True)
+    done = compiled(
+        row_kernels.up_rows, up_types(BF16), constants, 90, num_warps=4, num_stages=3
+    )
+    assert "m64n16k16" in done.asm["ptx"]
+    assert "griddepcontrol.wait" in done.asm["ptx"]
+
+
+def tile_type(block: list[int]) -> str:
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return f"tensordesc<bf16[{block[0]},{block[1]}],{layout!r}>"
+
+
+ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
+
+
+def test_split_product_fits_hopper() -> None:
+    pointers = ("a_ptr", "a_desc", "out_ptr", "pre_ptr", "dpre_ptr")
+    types = {
+        **dict.fromkeys(pointers, BF16),
+        **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), INT),
+        "w_desc": tile_type([128, 64]),
+        "weights_ptr": "*fp32",
+        "part_ptr": "*fp32",
+        "num_slots": "i32",
+    }
+    constants = {
+        **{"MODE": 0, "N": 1344, "C": 512, "K": 8, "E": 64, "BLOCK_T": 128, "BLOCK_K": 64},
+        **{"BLOCK_N": 128, "STAGES": 4, "BLOCK_GROUP": 8},
+        **{"GATHER": True, "TRANSPOSED": False, "SAVE": False, "SYNC": 1},
+        **ROLES,
+    }
+    done = compiled(hopper_kernels.row_product, types, constants, 90, num_warps=4)
+    assert done.metadata.shared <= 232_448
+    assert "m64n256k16" in done.asm["ptx"]
+    assert "cp.async.bulk.tensor" in done.asm["ptx"]
+
+
+def test_split_weight_gradient_fits_hopper() -> None:
+    types = {
+        **dict.fromkeys(("left_ptr", "right_ptr", "right_desc", "out_ptr"), BF16),
+        **{"order_ptr": INT, "head_ptr": INT, "left_desc": tile_type([64, 128])},
+    }
+    constants = {
+        **{"M": 2688, "N": 512, "K": 8, "E": 64, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_R": 64},
+        **{"BLOCK_GROUP": 8, "STAGES": 4, "GATHER_LEFT": False, "SYNC": 0},
+        **ROLES,
+    }
+    done = compiled(hopper_weight_kernels.split_weight_grad, types, constants, 90, num_warps=4)
+    assert done.metadata.shared <= 232_448
+    assert "m64n256k16" in done.asm["ptx"]

@@ -1,0 +1,60 @@
+"""Plans: the table is read as written, every shape has one, and forbidden tiles never appear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mogul.kernels import ExpertLayout, choose_backend
+from mogul.kernels.triton import why_not_triton
+from mogul.kernels.triton.plans import Shape, few_plan, plan_for, table
+
+PANGU = Shape(experts=64, picks=8, width=5120, inner=1344)
+CUDA = torch.device("cuda", 0)
+
+
+def test_known_shapes_come_from_the_table() -> None:
+    bounds = [entry.tokens for entry in table()[(64, 8, 5120, 1344)]]
+    assert bounds == sorted(bounds)
+    assert plan_for(PANGU, 64).up.swap
+    assert plan_for(PANGU, 16384).up.split
+    assert few_plan(PANGU).up_k == 1024
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 8, 100, 3000, 65536])
+def test_every_shape_has_a_plan_with_a_backward(capability: int, tokens: int) -> None:
+    for experts, picks, width, inner in ((8, 2, 4096, 14336), (256, 8, 7168, 2048), (32, 8, 576, 192)):
+        plan = plan_for(Shape(experts, picks, width, inner, capability), tokens)
+        assert plan.down_grad
+        assert plan.up_grad
+        assert plan.gate_up_weight
+        assert plan.down_weight
+        assert plan.rows >= 16
+        if capability != 90:
+            assert not plan.up.split
+            assert not plan.up.tma
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"device": torch.device("cpu")}, "not on an NVIDIA GPU"),
+        ({"dtype": torch.float32}, "bfloat16 and float16"),
+        ({"layout": ExpertLayout(is_transposed=True)}, "concatenated"),
+        ({"layout": ExpertLayout(activation="gelu")}, "SiLU"),
+        ({"has_bias": True}, "biases"),
+        ({"hidden_size": 100}, "hidden size 100"),
+        ({"expert_width": 12}, "expert width 12"),
+    ],
+)
+def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch, facts: dict, words: str) -> None:
+    monkeypatch.setattr("mogul.kernels.triton._device_reason", lambda index: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    call = {"device": CUDA, "dtype": torch.bfloat16, "hidden_size": 64, "expert_width": 64}
+    assert why_not_triton(**call) is None
+    assert words in (why_not_triton(**{**call, **facts}) or "")
+
+
+def test_processors_never_choose_it() -> None:
+    assert choose_backend("cpu", torch.bfloat16) != "triton"
