@@ -93,8 +93,3 @@ def engine(name: str) -> Engine:
     if name not in _ENGINES:
         raise ConfigError(f"unknown engine {name!r}", fix=nearest(name, _ENGINES))
     return _ENGINES[name]
-
-
-def engine_names() -> tuple[str, ...]:
-    """Names `engine` knows."""
-    return tuple(_ENGINES)

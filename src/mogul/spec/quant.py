@@ -97,8 +97,3 @@ def scheme(name: str) -> QuantScheme:
     if name not in _NAMED:
         raise ConfigError(f"unknown quantisation {name!r}", fix=nearest(name, _NAMED))
     return _NAMED[name]
-
-
-def scheme_names() -> tuple[str, ...]:
-    """Names `scheme` knows."""
-    return tuple(_NAMED)
