@@ -21,6 +21,7 @@ VERBS = {
     "trace": ("mogul.cli.trace", "record once what the experts of a model do"),
     "report": ("mogul.cli.report", "see which experts the devices wait for"),
     "place": ("mogul.cli.place", "choose which device holds which expert"),
+    "regroup": ("mogul.cli.regroup", "turn a top-k model into grouped experts"),
     "simulate": ("mogul.cli.simulate", "predict time, memory and price of a model on machines"),
     "demo": ("mogul.cli.demo", "see on this machine what grouping does, in five minutes"),
 }

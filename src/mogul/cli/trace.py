@@ -116,7 +116,10 @@ def _trace(options: Options) -> TraceRun:
         seed=options.seed,
     )
     model = load_model(
-        folder, dtype=options.dtype, experts=options.experts, device=options.device or _device()
+        folder,
+        dtype=options.dtype,
+        experts=options.experts,
+        device=options.device or default_device(),
     )
     settings = TraceSettings(
         level=options.level, batch=options.batch, per_token=options.per_token, seed=options.seed
@@ -139,7 +142,8 @@ def read_sources(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     return sources
 
 
-def _device() -> str:
+def default_device() -> str:
+    """The accelerator, else the CPU."""
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

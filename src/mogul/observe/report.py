@@ -224,6 +224,7 @@ def _device_charts(trace: Trace, found: Placements) -> list[Chart]:
                     for name, side, color in sides
                 ],
                 reference=(0.0, "balanced") if value == "imbalance" else (1.0, "balanced"),
+                y_from_zero=True,
                 caption=caption,
             )
         )

@@ -1,0 +1,186 @@
+"""A top-k model becomes a MoGE: the same with one group, close with more, closer when healed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mogul.core.errors import ConfigError
+from mogul.models.heal import Healing
+from mogul.models.load import load_model
+from mogul.models.regroup import find_groups, order_of, regroup
+from mogul.observe.agreement import agreement, kept_of_layer
+from mogul.observe.recorder import record_routing
+from mogul.observe.tracer import Tracer
+from mogul.place.coactivation import swap_for_affinity
+from mogul.train.loop import train
+from mogul.train.optimizer import TrainSettings
+
+SMALL = {
+    "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 24, "moe_intermediate_size": 16,
+    "num_experts": 16, "num_local_experts": 16, "num_experts_per_tok": 4,
+    "tie_word_embeddings": False, "norm_topk_prob": True, "router_weighting": "renormalised",
+    "output_router_logits": False, "router_aux_loss_coef": 0.0,
+}  # fmt: skip
+
+
+def tiny(kind="qwen3_moe", **changes):
+    known = AutoConfig.for_model(kind).to_dict()
+    values = {k: v for k, v in {**SMALL, **changes}.items() if k in known}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **values)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".gate.weight" in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def topics(num_rows, length=24, seed=0):
+    """Sequences of four languages: each a random walk on its own table of successors."""
+    table = np.random.default_rng(7).integers(0, 48, (4, 48, 3))
+    rng = np.random.default_rng(seed)
+    rows = np.empty((num_rows, length), dtype=np.int64)
+    for row in rows:
+        language, row[0] = rng.integers(4), rng.integers(48)
+        for position in range(1, length):
+            row[position] = table[language, row[position - 1], rng.integers(3)]
+    return torch.from_numpy(rows)
+
+
+def batches(seed, size=16):
+    rng = np.random.default_rng(seed)
+    while True:
+        yield topics(size, seed=int(rng.integers(1 << 30)))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A top-k model trained, without a balance loss, until its routing is skewed."""
+    model = tiny()
+    train(model, batches(0), TrainSettings(lr=5e-3, max_steps=120, weight_decay=0.0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def trace(trained):
+    with Tracer(trained) as tracer, torch.no_grad():
+        trained(topics(80, seed=1))
+    return tracer.trace()
+
+
+HELD_OUT = topics(40, seed=2)
+
+
+def test_training_skewed_the_routing(trace):
+    assert (trace.count.max(1) / trace.count.mean(1)).min() > 1.3
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "moge"])
+def test_one_group_is_the_identical_model(kind):
+    model = tiny(kind)
+    order = {layer: np.zeros(16, dtype=int) for layer in (0, 1)}
+    with torch.no_grad():
+        before = model(HELD_OUT).logits
+        after = regroup(model, order, 1)(HELD_OUT).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert before.abs().max() > 0.3
+
+
+def test_grouped_picks_are_the_best_of_each_group(trained, trace):
+    groups = find_groups(trace, 4)
+    grouped = regroup(trained, groups, 4)
+    with record_routing(grouped) as recording, torch.no_grad():
+        grouped(HELD_OUT)
+    ids = recording.ids()
+    assert (np.sort(ids // 4, axis=-1) == np.arange(4)).all()
+    with record_routing(trained) as original, torch.no_grad():
+        trained(HELD_OUT)
+    first = original.forwards(0)[0]
+    position = np.argsort(order_of(groups[0]))  # new position of every old expert
+    share = (
+        np.mean([len(set(position[a]) & set(b)) for a, b in zip(first, ids[0], strict=True)]) / 4
+    )
+    measured = agreement(trained, grouped, [HELD_OUT], groups, 4)
+    weights = torch.ones(first.shape)
+    kept, _ = kept_of_layer(torch.from_numpy(first), weights, torch.from_numpy(groups[0]), 4)
+    assert share == pytest.approx(float(kept))  # layer 0 sees the same inputs in both
+    assert 0 < measured.kept <= 1
+
+
+def test_kept_mass_by_hand():
+    ids = torch.tensor([[0, 1, 2], [0, 2, 8]])
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.6, 0.0]])
+    kept, mass = kept_of_layer(ids, weights, torch.tensor([0, 0, 1, 2]), 3)
+    assert float(kept) == pytest.approx(4 / 5)  # 8 is a null pick
+    assert float(mass) == pytest.approx((0.5 + 0.2 + 0.4 + 0.6) / 2.0)
+
+
+def test_mass_beats_random_and_contiguous_groups_on_20_of_20_seeds(trained, trace):
+    plain = {layer: np.arange(16) // 4 for layer in (0, 1)}
+    seen = {}
+    with torch.no_grad():
+        from mogul.observe.hooks import watch
+
+        with watch(trained, lambda picks: seen.update({picks.layer: picks})):
+            trained(HELD_OUT)
+
+    def mass(groups):
+        found = [
+            kept_of_layer(seen[i].ids, seen[i].weights, torch.from_numpy(groups[i]), 4)[1]
+            for i in (0, 1)
+        ]
+        return float(sum(found)) / 2
+
+    contiguous = mass(plain)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        shuffled = {layer: rng.permutation(group) for layer, group in plain.items()}
+        found = mass(find_groups(trace, 4, seed=seed))
+        assert found > mass(shuffled)
+        assert found > contiguous
+
+
+def test_healing_lowers_the_held_out_loss_and_moves_only_routers(trained, trace):
+    # Groups of experts that are picked together lose most: there healing has something to mend.
+    groups = {
+        i: swap_for_affinity(trace.arrays["coactivation"][i], np.arange(16) // 4, num_parts=4)
+        for i in (0, 1)
+    }
+    grouped = regroup(trained, groups, 4)
+    held_out = [topics(200, seed=5)]
+    before = agreement(trained, grouped, held_out, groups, 4)
+    others = {n: p.clone() for n, p in grouped.named_parameters() if ".gate." not in n}
+    settings = TrainSettings(lr=3e-4, max_steps=100, weight_decay=0.0, schedule="cosine")
+    train(Healing(grouped, trained), batches(3), settings)
+    after = agreement(trained, grouped, held_out, groups, 4)
+    assert before.loss_after > before.loss_before
+    assert after.loss_after < before.loss_after
+    assert after.kl < before.kl
+    assert all(torch.equal(dict(grouped.named_parameters())[n], p) for n, p in others.items())
+
+
+def test_the_written_checkpoint_is_the_grouped_model(trained, trace, tmp_path):
+    grouped = regroup(trained, find_groups(trace, 2), 2)
+    grouped.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config.router_n_groups == 2
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(HELD_OUT).logits, grouped(HELD_OUT).logits, rtol=0, atol=1e-5
+        )
+
+
+def test_families_and_groups_that_cannot_be_are_named(trained, trace):
+    with pytest.raises(ConfigError, match="family 'olmoe' has layers a MoGE does not have"):
+        regroup(tiny("olmoe"), {}, 2)
+    with pytest.raises(ConfigError, match="it has 4 groups already"):
+        regroup(tiny("moge", router_n_groups=4), {}, 2)
+    with pytest.raises(ConfigError, match="4 picks a token cannot be shared equally by 8 groups"):
+        find_groups(trace, 8)
+    with pytest.raises(ConfigError, match=r"no groups for the layers \[0, 1\]"):
+        regroup(trained, {}, 2)
