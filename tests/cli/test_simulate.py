@@ -96,6 +96,19 @@ def test_a_report_page(capsys, tmp_path):
     )
     assert code == 0
     assert "Where the time goes" in page.read_text()
+    other = tmp_path / "other.html"
+    for args in (
+        ("validate", "--sets", "vllm"),
+        ("sweep", "preset:qwen3-30b-a3b", "--device", "h200", "--devices", "1"),
+        ("compare", "preset:qwen3-30b-a3b", "--tp", "4", "--batch", "8"),
+        ("serve", "preset:qwen3-30b-a3b", "--device", "h200", "--requests", "5", "--output", "9"),
+        ("train", "preset:qwen3-30b-a3b", "--dp", "8", "--device", "gb300"),
+        ("shape", "--candidates", "2", "--targets", "ascend-910b:4:60"),
+    ):
+        code, _, err = run(capsys, *args, "--html", str(other))
+        assert code == 0, err
+        assert "</html>" in other.read_text()
+        other.unlink()
 
 
 def test_calibrate_feeds_run(capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mogul.cli.simulate_options import Deployment
@@ -28,16 +29,20 @@ class Options(Deployment):
     groups: int | None = None
     """Groups of the grouped twin; by default the model's own, or its picks."""
 
+    html: Path | None = None
     format: Literal["table", "json", "csv"] = "table"
 
 
 def run(options: Options) -> int:
     """Print the comparison."""
+    from mogul.cli.simulate_options import write_page
     from mogul.simulate.tables import compare_table
 
     points = _equal_tpot(options) if options.others else _grouped(options)
     what = f"at most {options.max_tpot_ms} ms a token" if options.others else "at equal load"
-    compare_table(points, f"Compared {what}").show(options.format)
+    table = compare_table(points, f"Compared {what}")
+    table.show(options.format)
+    write_page(options.html, table.title, [table])
     return 0
 
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mogul.core.table import Table
     from mogul.simulate.run import Setting
     from mogul.spec.model import ModelSpec
     from mogul.spec.quant import QuantScheme
@@ -185,3 +188,13 @@ def workload_of(options: Deployment) -> Workload:
         max_ttft_s=options.max_ttft_ms and options.max_ttft_ms * 1e-3,
         max_tpot_s=options.max_tpot_ms and options.max_tpot_ms * 1e-3,
     )
+
+
+def write_page(path: Path | None, title: str, tables: Sequence[Table]) -> None:
+    """Write a page of tables where one was asked for."""
+    if path is None:
+        return
+    from mogul.core.log import say
+    from mogul.simulate.report import tables_page
+
+    say(f"wrote {tables_page(title, tables).write(path)}")

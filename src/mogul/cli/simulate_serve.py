@@ -35,6 +35,7 @@ class Options(Deployment):
     """Most requests running at once on a copy."""
 
     seed: int = 0
+    html: Path | None = None
     format: Literal["table", "json"] = "table"
 
 
@@ -42,7 +43,7 @@ def run(options: Options) -> int:
     """Serve and print."""
     from dataclasses import replace
 
-    from mogul.cli.simulate_options import refuse_unused, setting_of
+    from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
     from mogul.core.table import Table
     from mogul.simulate.serve import default_limits, poisson, read_arrivals, serve
 
@@ -79,4 +80,5 @@ def run(options: Options) -> int:
     data |= {"preemptions": served.num_preemptions, "end_s": served.end_s}
     table = Table("Served", ("", "p50", "p90", "p99"), rows, notes, data=data)
     table.show(options.format)
+    write_page(options.html, f"{options.model} served", [table])
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ class Options:
 
     candidates: int = 200
     seed: int = 0
+    html: Path | None = None
     format: Literal["table", "json", "csv"] = "table"
 
 
 def run(options: Options) -> int:
     """Study and print."""
+    from mogul.cli.simulate_options import write_page
     from mogul.core.table import Table
     from mogul.simulate.shape import Ranges, study
 
@@ -76,7 +79,9 @@ def run(options: Options) -> int:
         "equivalent FLOP: dense compute of equal loss by efficiency leverage, extrapolated",
     )
     extra = {"percentile": found.percentile, "at_quality": found.percentile_at_quality}
-    Table("Shapes, fastest first", columns, rows, notes, extra=extra).show(options.format)
+    table = Table("Shapes, fastest first", columns, rows, notes, extra=extra)
+    table.show(options.format)
+    write_page(options.html, "Model shapes", [table])
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mogul.cli.simulate_options import Deployment
@@ -37,12 +38,13 @@ class Options(Deployment):
     tokens: float | None = None
     """Training tokens: also prints the days."""
 
+    html: Path | None = None
     format: Literal["table", "json"] = "table"
 
 
 def run(options: Options) -> int:
     """Print the step."""
-    from mogul.cli.simulate_options import refuse_unused, setting_of
+    from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
     from mogul.core.table import Table
     from mogul.simulate.tables import train_tables
     from mogul.simulate.train import TrainPlan, predict_training
@@ -85,4 +87,5 @@ def run(options: Options) -> int:
     else:
         for table in train_tables(found, options.tokens):
             table.show()
+    write_page(options.html, f"Training {options.model}", train_tables(found, options.tokens))
     return 0 if found.memory.fits else 1

@@ -67,5 +67,5 @@ def run(options: Options) -> int:
     if options.html:
         from mogul.simulate.report import validation_page
 
-        say(f"wrote {validation_page([s.table for s in found], summary).write(options.html)}")
+        say(f"wrote {validation_page(found, summary).write(options.html)}")
     return 0 if all(bar.holds for bar in bars) else 1

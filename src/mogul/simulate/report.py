@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mogul.core.table import Table
@@ -11,6 +13,7 @@ from mogul.draw.page import Page
 from mogul.simulate.run import Prediction
 from mogul.simulate.sweep import Searched
 from mogul.simulate.tables import front_table, memory_table, point_tables
+from mogul.simulate.validate.scoreboard import Score
 
 KNOBS = ("memory bandwidth", "peak arithmetic", "link bandwidth", "launch and host time")
 
@@ -149,10 +152,35 @@ def _front_chart(found: Searched) -> Chart:
     )
 
 
-def validation_page(tables: list[Table], bars: Table) -> Page:
+def validation_page(scores: Sequence[Score], bars: Table) -> Page:
     """The page of a validation run."""
     page = Page("Predicted against measured", "Every accuracy table with its bar.")
     page.table(bars)
+    for score in scores:
+        page.section(score.table.title)
+        if score.ratios:
+            page.figure(_ratio_chart(score))
+        page.table(score.table)
+    return page
+
+
+def _ratio_chart(score: Score) -> Chart:
+    names = [name for name, _ in score.ratios]
+    values = [value for _, value in score.ratios]
+    return Chart(
+        title="Predicted over measured",
+        x_label="row",
+        y_label="ratio",
+        series=(Series(name="predicted / measured", x=names, y=values, kind="dots"),),
+        caption="1 is a perfect prediction.",
+        y_from_zero=True,
+        reference=(1.0, "measured"),
+    )
+
+
+def tables_page(title: str, tables: Sequence[Table]) -> Page:
+    """The page of a run whose result is its tables."""
+    page = Page(title)
     for table in tables:
         page.table(table)
     return page

@@ -38,6 +38,8 @@ class Score:
 
     table: Table
     bars: tuple[Bar, ...] = field(default=())
+    ratios: tuple[tuple[str, float], ...] = field(default=())
+    """Predicted over measured by row, for a chart."""
 
 
 def scores(names: tuple[str, ...], *, silicon_rows: int | None = None) -> list[Score]:
@@ -87,7 +89,8 @@ def _vllm() -> Score:
     columns = ("table", "batch", "measured ms", "fitted ms", "zero-shot", "fitted", "")
     notes = ("fitted: one constant from the other table's rows",)
     bar = Bar("vllm", "median error, fitted, without cliffs", _median(errors), 0.15)
-    return Score(Table("vLLM 0.22.1, decode step (own runs)", columns, rows, notes), (bar,))
+    ratios = tuple((f"{p.table}, {p.batch}", p.fitted_s / p.measured_s) for p in vllm.points())
+    return Score(Table("vLLM 0.22.1, decode step (own runs)", columns, rows, notes), (bar,), ratios)
 
 
 def _published() -> Score:
@@ -112,7 +115,8 @@ def _published() -> Score:
         *skipped,
     )
     bar = Bar("published", "median error, zero-shot", _median(errors), 0.20)
-    return Score(Table("Published serving numbers (V1-V6)", columns, rows, notes), (bar,))
+    ratios = tuple((str(row[0]), 1 + error) for row, error in zip(rows, errors, strict=True))
+    return Score(Table("Published serving numbers (V1-V6)", columns, rows, notes), (bar,), ratios)
 
 
 def _pangu() -> Score:
@@ -162,7 +166,8 @@ def _training() -> Score:
         Bar("training", "median error, zero-shot", _median(zero), 0.15),
         Bar("training", "median error, fitted, other rows", _median(held), 0.15),
     )
-    return Score(Table("Published training speeds (T2-T5)", columns, rows, notes), bars)
+    ratios = tuple((one.name, one.zero_shot / one.measured) for one in found)
+    return Score(Table("Published training speeds (T2-T5)", columns, rows, notes), bars, ratios)
 
 
 def _balance() -> Score:
