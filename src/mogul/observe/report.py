@@ -16,6 +16,7 @@ from mogul.core.table import Table
 from mogul.draw.chart import BLUE, GREY, ORANGE, Chart, HeatMap, Series
 from mogul.draw.page import Page
 from mogul.observe import numbers
+from mogul.observe.uniform import imbalance_chart
 from mogul.place.solve import Wish, place
 from mogul.spec.placement import Placement
 from mogul.spec.trace import Trace
@@ -123,6 +124,8 @@ def page_of(trace: Trace, found: Placements) -> Page:
     for figure in _device_charts(trace, found):
         page.figure(figure)
     page.figure(_distinct_chart(trace))
+    if figure := _uniform_chart(trace, list(found)[-1]):
+        page.figure(figure)
     page.section("Does the router choose?")
     _entropy(page, trace)
     page.table(_layer_table(trace))
@@ -229,6 +232,16 @@ def _device_charts(trace: Trace, found: Placements) -> list[Chart]:
             )
         )
     return charts
+
+
+def _uniform_chart(trace: Trace, devices: int) -> Chart | None:
+    """What chance alone does on these devices; None where no grouping has as many groups."""
+    model = trace.meta.model
+    if devices == 1 or model.num_experts % devices or model.top_k % devices:
+        return None
+    return imbalance_chart(
+        num_experts=model.num_experts, top_k=model.top_k, num_devices=devices, draws=4000
+    )
 
 
 def _distinct_chart(trace: Trace) -> Chart:
