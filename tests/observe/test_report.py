@@ -117,7 +117,7 @@ def test_imbalance_figure_shows_the_papers_mean_and_a_single_bar():
     chart = imbalance_chart(draws=4000)
     top_k, moge = chart.series
     assert float(top_k.name.split()[-1]) == pytest.approx(0.667, abs=0.012)
-    assert moge.name == "MoGE, mean 0.000"
+    assert moge.name == "MoGE, mean IS 0.000"
     assert moge.y[0] == 100.0
     assert sum(top_k.y) == pytest.approx(100.0)
 
@@ -131,17 +131,10 @@ def test_page_is_drawn_in_chromium(tmp_path):
     page = tmp_path / "report.html"
     page_of(trace, placements(trace, (2, 4))).write(page)
     flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--virtual-time-budget=8000",
-        "--window-size=900,3000",
-    ]
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--virtual-time-budget=8000", "--window-size=900,3000",
+    ]  # fmt: skip
     done = subprocess.run(
         [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}",
          f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", page.as_uri()],

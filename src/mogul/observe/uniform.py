@@ -29,14 +29,14 @@ def imbalance_chart(
         )
         sides.append((name, color, np.round(scores * num_tokens).astype(int)))
     largest = max(int(rows.max()) for _, _, rows in sides)
-    names = [f"{rows / num_tokens:g}" for rows in range(largest + 1)]
+    names = [str(rows) for rows in range(largest + 1)]
     return Chart(
         title=f"Imbalance of uniform routing, {num_tokens} tokens on {num_devices} devices",
-        x_label="imbalance score (max - min rows) / tokens",
+        x_label=f"rows of the busiest device minus rows of the idlest ({num_tokens} x IS)",
         y_label="% of batches",
         series=[
             Series(
-                name=f"{name}, mean {rows.mean() / num_tokens:.3f}",
+                name=f"{name}, mean IS {rows.mean() / num_tokens:.3f}",
                 x=names,
                 y=(100 * np.bincount(rows, minlength=largest + 1) / draws).tolist(),
                 color=color,
