@@ -23,10 +23,12 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import mogul.models.experts
+from mogul.bench import ledger
 from mogul.core.table import Table
 
 STOCK = ("eager", "grouped_mm")
 Clock = Callable[[], float]
+Times = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -59,32 +61,60 @@ def main() -> None:
         "--cpu-time", action="store_true", help="one thread's CPU time, for a busy machine"
     )
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
+    parser.add_argument("--record", action="store_true", help="append to the ledger")
     options = parser.parse_args()
     mogul.models.experts.register()
     clock = time.perf_counter
     if options.cpu_time:
         torch.set_num_threads(1)
         clock = time.thread_time
-    rows = []
-    for name in options.shape or SHAPES:
-        for dtype in options.dtype or ["float32"]:
-            rows += bench_shape(name, getattr(torch, dtype), options, clock)
+    kind = "one thread's CPU time" if options.cpu_time else "wall time"
+    kind += f", {torch.get_num_threads()} threads" + (", with backward" if options.train else "")
+    results = [
+        result
+        for name in options.shape or SHAPES
+        for dtype in options.dtype or ["float32"]
+        for result in bench_shape(name, getattr(torch, dtype), options, clock)
+    ]
     columns = ["shape", "dtype", "tokens", "mogul ms", "eager ms", "grouped_mm ms", "dense ms",
                "floor ms", "mogul / best stock", "mogul / floor"]  # fmt: skip
-    kind = "CPU time" if options.cpu_time else "wall time"
-    notes = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kind}, medians"]
-    if options.train:
-        notes.append("forward and backward of all gradients")
+    rows = [table_row(*result) for result in results]
+    notes = [f"torch {torch.__version__}, medians of {kind}"]
     Table("Experts layer on the processor", columns, rows, notes).show(options.format)
+    if options.record:
+        ledger.append(ledger_row(*result, kind) for result in results)
+
+
+def table_row(case: str, dtype: str, num_tokens: int, times_ms: Times, floor_ms: float) -> list:
+    best_stock_ms = min(times_ms[implementation] for implementation in STOCK)
+    dense_ms = f"{times_ms['dense']:.3f}" if "dense" in times_ms else ""
+    return [
+        case, dtype, num_tokens, *(f"{times_ms[key]:.3f}" for key in ("mogul", *STOCK)), dense_ms,
+        f"{floor_ms:.3f}", f"{times_ms['mogul'] / best_stock_ms:.2f}",
+        f"{times_ms['mogul'] / floor_ms:.2f}",
+    ]  # fmt: skip
+
+
+def ledger_row(
+    case: str, dtype: str, num_tokens: int, times_ms: Times, floor_ms: float, kind: str
+) -> dict[str, object]:
+    peers = {name: round(value, 4) for name, value in times_ms.items() if name != "mogul"}
+    return ledger.row(
+        bench="cpu_moe_layer", case=f"{case} {dtype}, {num_tokens} tokens, {kind}",
+        metric="median time", unit="ms", value=round(times_ms["mogul"], 4), runs="interleaved",
+        floor=round(floor_ms, 4), peers=peers,
+        ratio=round(times_ms["mogul"] / min(peers[name] for name in STOCK), 3),
+    )  # fmt: skip
 
 
 def bench_shape(
     name: str, dtype: torch.dtype, options: argparse.Namespace, clock: Clock
-) -> list[list[object]]:
+) -> list[tuple[str, str, int, Times, float]]:
+    """For each number of tokens: its medians and floor in milliseconds."""
     shape = SHAPES[name]
     experts = build_experts(shape, dtype)
     bytes_per_s, flop_per_s = measure_limits(dtype, clock)
-    rows = []
+    results = []
     for num_tokens in options.tokens or shape.tokens:
         cases = make_cases(shape, num_tokens, dtype)
         functions = {
@@ -98,15 +128,9 @@ def bench_shape(
         times_s = interleaved_medians_s(functions, options.seconds, clock)
         floor_s = layer_floor_s(shape, cases, dtype, bytes_per_s, flop_per_s)
         floor_s *= 3 if options.train else 1
-        best_stock_s = min(times_s[implementation] for implementation in STOCK)
-        dense_ms = f"{times_s['dense'] * 1e3:.3f}" if "dense" in times_s else ""
-        rows.append(
-            [name, str(dtype)[6:], num_tokens]
-            + [f"{times_s[key] * 1e3:.3f}" for key in ("mogul", *STOCK)]
-            + [dense_ms, f"{floor_s * 1e3:.3f}"]
-            + [f"{times_s['mogul'] / best_stock_s:.2f}", f"{times_s['mogul'] / floor_s:.2f}"]
-        )
-    return rows
+        times_ms = {key: 1e3 * seconds for key, seconds in times_s.items()}
+        results.append((name, str(dtype)[6:], num_tokens, times_ms, 1e3 * floor_s))
+    return results
 
 
 def build_experts(shape: Shape, dtype: torch.dtype) -> list[Qwen3MoeExperts]:

@@ -176,8 +176,6 @@ def test_equals_deepseek_v3_router():
     torch.nn.init.normal_(theirs.weight)
     theirs.e_score_correction_bias.normal_(std=0.3)
     x = torch.randn(65, 8)
-    if not hasattr(theirs, "routed_scaling_factor"):
-        pytest.skip("this Transformers routes outside of its router class")
     logits, weights, ids = theirs(x)
     spec = RouterSpec(
         32, 4, 8, "sigmoid", "renormalised", scaling_factor=theirs.routed_scaling_factor,
