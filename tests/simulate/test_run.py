@@ -112,3 +112,14 @@ def test_collectives_grow_with_ranks_and_bytes():
     assert collective("all_to_all", 16, 2**24, H100).seconds > (
         collective("all_to_all", 8, 2**24, H100).seconds
     )
+
+
+def test_what_binds():
+    setting = Setting(QWEN, H100)
+    one = predict(setting, Workload(batch=1, input_tokens=8192, prefill_batch=1))
+    many = predict(setting, Workload(batch=64, input_tokens=512))
+    assert one.prefill.binding == "arithmetic"
+    assert many.decode.binding == "memory"
+    tiny = predict(Setting(model_spec(config("smollm2-135m")), H100), Workload(batch=1))
+    assert tiny.decode.binding == "launches"
+    assert sum(tiny.decode.limits().values()) == pytest.approx(sum(tiny.decode.parts().values()))

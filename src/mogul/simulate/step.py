@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from mogul.simulate import physics
+from mogul.simulate import curves, physics
 from mogul.simulate.calibration import Calibration, Estimate
 from mogul.simulate.collectives import CollectiveTables, collective, point_to_point_s
 from mogul.simulate.operators import Layout, Operator, Step, step_operators
@@ -122,13 +122,14 @@ def _is_exchange(one: Operator) -> bool:
 
 
 def _limit(one: Operator, estimate: Estimate, device: Hardware) -> str:
+    """What most of an operator's time goes to, at the efficiencies its curve knows."""
     demand = physics.demand(one.kind, one.dims)
-    memory_s = float(demand.moved_bytes) / device.memory_bytes_per_s
-    peak = device.peak(ARITHMETIC.get(one.dtype, one.dtype))
-    arithmetic_s = float(demand.flop) / peak
-    if max(memory_s, arithmetic_s) < 0.33 * estimate.seconds:
+    curve = curves.curve(device.architecture, one.kind, one.dtype)
+    if curve.floor_s > 0.5 * estimate.seconds:
         return "launches"
-    return "memory" if memory_s >= arithmetic_s else "arithmetic"
+    memory_s = float(demand.moved_bytes) / (curve.memory * device.memory_bytes_per_s)
+    peak = device.peak(ARITHMETIC.get(one.dtype, one.dtype))
+    return "memory" if memory_s >= float(demand.flop) / (curve.compute * peak) else "arithmetic"
 
 
 def _sigma(priced: tuple[OperatorTime, ...], seconds: float) -> float:
