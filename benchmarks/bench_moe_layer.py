@@ -107,7 +107,9 @@ def host_us(forward: peers.Forward, inputs: tuple[torch.Tensor, ...]) -> float:
     return spent / 50 * 1e6
 
 
-def train_cell(case: Case, tokens: int, name: str, forward: peers.Forward, rounds: int) -> dict[str, Any]:
+def train_cell(
+    case: Case, tokens: int, name: str, forward: peers.Forward, rounds: int
+) -> dict[str, Any]:
     """One forward + backward, time and memory."""
     x, ids, weights = make_tokens(case, tokens)
     for tensor in (x, weights, case.gate_up, case.down):
@@ -123,7 +125,10 @@ def train_cell(case: Case, tokens: int, name: str, forward: peers.Forward, round
     xs = x.detach()[pick].float().requires_grad_()
     ws = weights.detach()[pick].requires_grad_()
     want = torch.autograd.grad(reference(case, xs, ids[pick], ws), [xs, ws], dout[pick].float())
-    row: dict[str, Any] = {"peer": name, "error": max(rel(dx[pick], want[0]), rel(dweights[pick], want[1]))}
+    row: dict[str, Any] = {
+        "peer": name,
+        "error": max(rel(dx[pick], want[0]), rel(dweights[pick], want[1])),
+    }
     del dx, dweights, want
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -147,18 +152,19 @@ def train_cell(case: Case, tokens: int, name: str, forward: peers.Forward, round
 def show(rows: list[dict[str, Any]]) -> None:
     """One line a row."""
     for row in rows:
-        extra = "".join(
-            f"  {key} {row[key]:.4g}" for key in ("eager_ms", "graph_ms", "kept_gib", "peak_gib", "forward_ms", "host_us")
-            if row.get(key) is not None
-        )  # fmt: skip
+        more = ("eager_ms", "graph_ms", "kept_gib", "peak_gib", "forward_ms", "host_us")
+        extra = "".join(f"  {key} {row[key]:.4g}" for key in more if row.get(key) is not None)
+        cell = f"{row['shape']} {row['kind']:7} {row['tokens']:6} {row['peer']:14}"
         print(
-            f"{row['shape']} {row['kind']:7} {row['tokens']:6} {row['peer']:14} {row['ms']:9.4f} ms "
-            f"({row['ms'] / row['floor_ms']:.3f})  err {row['error']:.1e}{extra}",
+            f"{cell} {row['ms']:9.4f} ms ({row['ms'] / row['floor_ms']:.3f})  "
+            f"err {row['error']:.1e}{extra}",
             flush=True,
         )
 
 
-def run_shape(name: str, args: argparse.Namespace, peak: dict[str, float], out: list[dict[str, Any]]) -> None:
+def run_shape(
+    name: str, args: argparse.Namespace, peak: dict[str, float], out: list[dict[str, Any]]
+) -> None:
     """All cells of one shape."""
     case = make_case(name)
     forwards: dict[str, peers.Forward] = {}
@@ -170,7 +176,9 @@ def run_shape(name: str, args: argparse.Namespace, peak: dict[str, float], out: 
     for tokens in args.tokens:
         cell = forward_cell(case, tokens, forwards, args.rounds)
         for row in cell:
-            row.update(shape=name, kind="forward", tokens=tokens, floor_ms=floor_ms(name, tokens, peak))
+            row.update(
+                shape=name, kind="forward", tokens=tokens, floor_ms=floor_ms(name, tokens, peak)
+            )
             if row["peer"] == "mogul" and tokens <= 4096:
                 row["host_us"] = host_us(forwards["mogul"], make_tokens(case, tokens))
         out += cell
@@ -183,7 +191,9 @@ def run_shape(name: str, args: argparse.Namespace, peak: dict[str, float], out: 
             except Exception as error:
                 print(f"  {peer} failed in training: {type(error).__name__} {str(error)[:300]}")
                 continue
-            row.update(shape=name, kind="train", tokens=tokens, floor_ms=train_floor_ms(name, tokens, peak))
+            row.update(
+                shape=name, kind="train", tokens=tokens, floor_ms=train_floor_ms(name, tokens, peak)
+            )
             out.append(row)
             show([row])
 

@@ -1,6 +1,6 @@
 """Correctness of the Triton expert layer on the device here: numbers, graphs, compile, determinism.
 
-    python benchmarks/gpu/check.py [--shapes A,C] [--tokens 1,8,64,456,4096]
+python benchmarks/gpu/check.py [--shapes A,C] [--tokens 1,8,64,456,4096]
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def expect(name: str, error: float, limit: float = LIMIT) -> None:
         FAILED.append(name)
 
 
-def inputs_of(case: Case, tokens: int, kind: str):  # noqa: ANN201
-    """Inputs that are random, skewed (one expert in 90 % of rows), half empty, or with null picks."""
+def inputs_of(case: Case, tokens: int, kind: str):
+    """Inputs: random, skewed (one expert in 90 % of tokens), half empty, or with null picks."""
     x, ids, weights = make_tokens(case, tokens)
     experts = case.dims[0]
     if kind == "skewed":
@@ -66,7 +66,9 @@ def check_grad(case: Case, tokens: int, kind: str) -> None:
     pick = torch.randperm(tokens, device="cuda")[:64]
     xs = x[pick].float().requires_grad_()
     ws = weights[pick].requires_grad_()
-    want_x, want_w = torch.autograd.grad(reference(case, xs, ids[pick], ws), [xs, ws], dout[pick].float())
+    want_x, want_w = torch.autograd.grad(
+        reference(case, xs, ids[pick], ws), [xs, ws], dout[pick].float()
+    )
     expect(f"dx {case.name} {tokens} {kind}", rel(dx[pick], want_x))
     expect(f"dweights {case.name} {tokens} {kind}", rel(dweights[pick], want_w))
     for e in (3, int(ids[0, 1].clamp(0, case.dims[0] - 1))):
@@ -129,29 +131,46 @@ def main() -> int:
     parser.add_argument("--shapes", default="C,A")
     parser.add_argument("--tokens", default="1,2,8,64,456,4096")
     parser.add_argument("--grad-tokens", default="1,200,4096")
-    parser.add_argument("--split", type=int, default=0, help="row tile: force the Hopper kernels with split roles")
+    parser.add_argument(
+        "--split", type=int, default=0, help="row tile: force the Hopper kernels with split roles"
+    )
     args = parser.parse_args()
     if args.split:
         force_split(args.split)
     for name in args.shapes.split(","):
         case = make_case(name)
         for tokens in map(int, args.tokens.split(",")):
-            for kind in ("random", "skewed", "empty", "null") if tokens in (64, 4096) else ("random",):
+            for kind in (
+                ("random", "skewed", "empty", "null") if tokens in (64, 4096) else ("random",)
+            ):
                 try:
                     check_forward(case, tokens, kind)
                 except Exception as error:
-                    expect(f"forward {name} {tokens} {kind}: {type(error).__name__} {str(error)[:300]}", 9.0)
+                    expect(
+                        f"{name} {tokens} {kind}: {type(error).__name__} {str(error)[:300]}",
+                        9.0,
+                    )
         for tokens in map(int, args.grad_tokens.split(",")):
             for kind in ("random", "skewed", "empty", "null") if tokens == 4096 else ("random",):
                 try:
                     check_grad(case, tokens, kind)
                 except Exception as error:
-                    expect(f"grad {name} {tokens} {kind}: {type(error).__name__} {str(error)[:300]}", 9.0)
-        for check, tokens in ((check_graph_and_compile, 1), (check_graph_and_compile, 64), (check_compiled_grad, 300)):
+                    expect(
+                        f"grad {name} {tokens} {kind}: {type(error).__name__} {str(error)[:300]}",
+                        9.0,
+                    )
+        for check, tokens in (
+            (check_graph_and_compile, 1),
+            (check_graph_and_compile, 64),
+            (check_compiled_grad, 300),
+        ):
             try:
                 check(case, tokens)
             except Exception as error:
-                expect(f"{check.__name__} {name} {tokens}: {type(error).__name__} {str(error)[:400]}", 9.0)
+                expect(
+                    f"{check.__name__} {name} {tokens}: {type(error).__name__} {str(error)[:400]}",
+                    9.0,
+                )
         del case
         torch.cuda.empty_cache()
     print("FAILED:", FAILED)

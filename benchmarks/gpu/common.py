@@ -17,7 +17,7 @@ SHAPES = {
     "C": (2048, 768, 128, 8, 1),
     "D": (1536, 256, 128, 8, 1),
 }
-"""Width, inner width, experts, picks, groups: Pangu Pro MoE grouped / top-k, Qwen3-30B-A3B, fine-grained."""
+"""Width, inner, experts, picks, groups: Pangu Pro MoE, it ungrouped, Qwen3-30B-A3B, fine ones."""
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Case:
 
     @property
     def picks(self) -> int:
+        """Picks a token."""
         return SHAPES[self.name][3]
 
 
@@ -98,7 +99,10 @@ def time_events(calls: list[Callable[[], object]], seconds: float = 0.1, most: i
     calls[0]()
     torch.cuda.synchronize()
     count = int(max(5, min(most, seconds / max(time.perf_counter() - start, 1e-5))))
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(count)
+    ]
     for i, (a, b) in enumerate(pairs):
         a.record()
         calls[i % len(calls)]()
@@ -147,7 +151,7 @@ def ceilings() -> dict[str, float]:
 
 
 def floor_ms(name: str, tokens: int, peak: dict[str, float]) -> float:
-    """Forward floor: the larger of arithmetic and bytes, with the expected number of distinct experts."""
+    """Forward floor: the larger of arithmetic and bytes, with the expected distinct experts."""
     width, inner, experts, picks, _ = SHAPES[name]
     flop = 6 * tokens * picks * width * inner
     distinct = experts * (1 - (1 - picks / experts) ** tokens)

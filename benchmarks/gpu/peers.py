@@ -1,4 +1,4 @@
-"""Other people's expert layers behind one call: (x, ids, weights) -> out. Nothing of theirs is here.
+"""Other people's expert layers behind one call: (x, ids, weights) -> out. None of their code.
 
 A peer that is missing raises at construction; the benchmark prints why and goes on.
 `vllm` needs a folder with vLLM's fused_moe.py, moe_align_block_size.py and configs/, and its
@@ -61,7 +61,7 @@ def _sorted(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def torch_grouped(case: Case) -> Forward:
-    """torch's grouped_mm with plain torch around it; differentiable."""
+    """Torch's grouped_mm with plain torch around it; differentiable."""
     experts, _, _ = case.dims
     grouped = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -167,7 +167,7 @@ def _module(name: str, **members: Any) -> None:
 
 
 def _vllm_module(folder: Path, library: Path, chosen: dict[str, Any]) -> Any:
-    """vLLM's fused_moe.py behind stand-ins for what it imports."""
+    """VLLM's fused_moe.py behind stand-ins for what it imports."""
     torch.ops.load_library(str(library))
     base = "vllm.model_executor.layers.fused_moe"
 
@@ -180,7 +180,7 @@ def _vllm_module(folder: Path, library: Path, chosen: dict[str, Any]) -> Any:
 
     class Modular:
         @staticmethod
-        def adjust_N_for_activation(n: int, _activation: str) -> int:  # noqa: N802
+        def adjust_N_for_activation(n: int, _activation: str) -> int:
             return n // 2
 
     _module("vllm")
@@ -209,7 +209,7 @@ def _vllm_module(folder: Path, library: Path, chosen: dict[str, Any]) -> Any:
     _module(
         base + ".utils",
         disable_inplace=lambda: False,
-        moe_kernel_quantize_input=lambda a, scale, **kwargs: (a, None),
+        moe_kernel_quantize_input=lambda A, A_scale, **kwargs: (A, None),
     )
     _module("vllm.platforms", current_platform=_Anything())
     _module("vllm.triton_utils", tl=tl, triton=triton)
@@ -244,7 +244,11 @@ _VLLM_TILES = {
     8: [_tile(16, 64, 128, 1, 4, 4), _tile(16, 128, 128, 1, 4, 3), _tile(16, 32, 256, 1, 4, 3)],
     64: [_tile(16, 64, 128, 1, 4, 4), _tile(16, 128, 128, 1, 4, 3), _tile(32, 128, 64, 1, 4, 4)],
     456: [_tile(64, 128, 64, 1, 4, 4), _tile(64, 256, 64, 1, 8, 3), _tile(32, 128, 64, 1, 4, 4)],
-    1 << 30: [_tile(128, 256, 64, 16, 8, 3), _tile(64, 256, 64, 16, 4, 3), _tile(128, 256, 64, 8, 8, 4)],
+    1 << 30: [
+        _tile(128, 256, 64, 16, 8, 3),
+        _tile(64, 256, 64, 16, 4, 3),
+        _tile(128, 256, 64, 8, 8, 4),
+    ],
 }
 
 
@@ -273,7 +277,10 @@ def vllm(folder: str, library: str, *, tuned: bool) -> Callable[[Case], Forward]
             tokens = x.shape[0]
             if tuned and tokens not in best:
                 tiles = next(t for bound, t in _VLLM_TILES.items() if tokens <= bound)
-                timed = [(time_events([lambda t=t: call(x, ids, weights, t)], 0.03), i) for i, t in enumerate(tiles)]
+                timed = [
+                    (time_events([lambda t=t: call(x, ids, weights, t)], 0.03), i)
+                    for i, t in enumerate(tiles)
+                ]
                 best[tokens] = tiles[min(timed)[1]]
             return call(x, ids, weights, best.get(tokens))
 

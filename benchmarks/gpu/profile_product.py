@@ -1,6 +1,6 @@
 """Runs the up product in a few variants, for a profiler around it (bytes, cache hits, unit use).
 
-    ncu --clock-control none --metrics ... python benchmarks/gpu/profile_product.py --cell A:16384
+ncu --clock-control none --metrics ... python benchmarks/gpu/profile_product.py --cell A:16384
 """
 
 from __future__ import annotations

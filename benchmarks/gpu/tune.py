@@ -21,7 +21,17 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import SHAPES, Case, ceilings, floor_ms, make_case, make_tokens, reference, rel, time_graph
+from common import (
+    SHAPES,
+    Case,
+    ceilings,
+    floor_ms,
+    make_case,
+    make_tokens,
+    reference,
+    rel,
+    time_graph,
+)
 
 from mogul.kernels.triton import launch as launch_module
 from mogul.kernels.triton.layer import Layer, layer_of
@@ -49,13 +59,20 @@ def small_tiles(rows: int, tma: bool) -> list[Tile]:
     """Memory-bound candidates."""
     out = []
     swaps = [False, True] if rows <= 64 else [False]
-    for n, k, stages, warps, swap in itertools.product((32, 64, 128), (64, 128, 256), (3, 5), (4, 8), swaps):
+    for n, k, stages, warps, swap in itertools.product(
+        (32, 64, 128), (64, 128, 256), (3, 5), (4, 8), swaps
+    ):
         size = (2 * n + rows) * k * 2 * stages
         if size > 200_000 or n * k * 2 < 8192 or (swap and n < 64) or (warps == 8 and n < 128):
             continue
         out.append(Tile(n=n, k=k, group=1, warps=warps, stages=stages, swap=swap, stream=True))
     if tma:
-        out += [replace(t, tma=True, per_sm=p) for t in out if t.stages == 3 and t.warps == 4 and t.k <= 128 for p in (0,)]
+        out += [
+            replace(t, tma=True, per_sm=p)
+            for t in out
+            if t.stages == 3 and t.warps == 4 and t.k <= 128
+            for p in (0,)
+        ]
     return out
 
 
@@ -76,13 +93,30 @@ def large_tiles(kind: str, rows: int) -> list[Tile]:
             continue
         for s in stages:
             per = per_sm * (2 if warps == 4 and per_sm else 1)
-            out.append(Tile(n=n, k=64, group=group, warps=warps, stages=s, tma=True, flatten=flatten, per_sm=per))
+            out.append(
+                Tile(
+                    n=n,
+                    k=64,
+                    group=group,
+                    warps=warps,
+                    stages=s,
+                    tma=True,
+                    flatten=flatten,
+                    per_sm=per,
+                )
+            )
     return out
 
 
 def split_tiles(kind: str) -> list[Tile]:
     """Candidates of the Hopper kernels with split roles, row tile 128."""
-    n, stages = {"up": (128, 4), "up_save": (128, 4), "down": (256, 4), "up_grad": (256, 4), "down_grad": (128, 6)}[kind]
+    n, stages = {
+        "up": (128, 4),
+        "up_save": (128, 4),
+        "down": (256, 4),
+        "up_grad": (256, 4),
+        "down_grad": (128, 6),
+    }[kind]
     return [
         Tile(n=n, k=64, group=g, stages=stages, split=True, per_sm=1, sync=sync)
         for g, sync in ((4, False), (8, True), (16, True))
@@ -148,7 +182,7 @@ class Parts:
     def __init__(self, case: Case, tokens: int, sets: int):
         self.case, self.layer, self.tokens = case, layer_for(case), tokens
         self.inputs = [make_tokens(case, tokens) for _ in range(sets)]
-        experts, width, inner = case.dims
+        _, width, inner = case.dims
         slots = tokens * case.picks
         new = case.down.new_empty
         self.act, self.pre = new(slots, inner), new(slots, 2 * inner)
@@ -161,6 +195,7 @@ class Parts:
             tensor.normal_(0, 0.5)
 
     def sort(self, rows: int) -> list[Any]:
+        """A sort of every input set."""
         if rows not in self.sorts:
             self.sorts[rows] = [self.layer.sort(ids, rows) for _, ids, _ in self.inputs]
         return self.sorts[rows]
@@ -247,7 +282,11 @@ def forward_jobs(name: str, tokens: int) -> list[tuple[str, int, str, int, Any, 
     jobs = []
     for kind in ("up", "down"):
         if mean <= 12:
-            pool = [(rows, t) for rows in ((16,) if mean < 2 else (16, 32)) for t in small_tiles(rows, True)]
+            pool = [
+                (rows, t)
+                for rows in ((16,) if mean < 2 else (16, 32))
+                for t in small_tiles(rows, True)
+            ]
         elif mean <= 100:
             pool = [(rows, t) for rows in (32, 64) for t in small_tiles(rows, True) if t.k <= 128]
             pool += [(rows, t) for rows in (64, 128) for t in large_tiles(kind, rows)]
@@ -261,7 +300,9 @@ def train_jobs(name: str, tokens: int) -> list[tuple[str, int, str, int, Any, in
     """Candidates of the backward products."""
     jobs: list[tuple[str, int, str, int, Any, int]] = []
     for kind in ("down_grad", "up_grad"):
-        jobs += [(name, tokens, kind, rows, t, 0) for rows in (128, 256) for t in large_tiles(kind, rows)]
+        jobs += [
+            (name, tokens, kind, rows, t, 0) for rows in (128, 256) for t in large_tiles(kind, rows)
+        ]
     for kind in ("gate_up_weight", "down_weight"):
         jobs += [(name, tokens, kind, 128, t, m) for m, t in weight_tiles()]
     return jobs
@@ -280,7 +321,14 @@ def time_jobs(jobs: list[Any], results: list[dict[str, Any]], budget_s: float) -
         if time.time() > end:
             log("out of budget", name, tokens)
             break
-        row = {"shape": name, "tokens": tokens, "kind": kind, "rows": rows, "m": m, "tile": asdict(tile)}
+        row = {
+            "shape": name,
+            "tokens": tokens,
+            "kind": kind,
+            "rows": rows,
+            "m": m,
+            "tile": asdict(tile),
+        }
         try:
             if kind == "few":
                 row.update(_time_few(case, tile, sets))
@@ -301,7 +349,16 @@ def time_jobs(jobs: list[Any], results: list[dict[str, Any]], budget_s: float) -
         log("BEST", name, tokens, kind, f"of {len(mine)}")
         for r in sorted(mine, key=lambda r: r[key])[:4]:
             short = {k: v for k, v in r["tile"].items() if v is not False}
-            log("   ", round(r[key], 4), "rows", r["rows"], "m", r["m"], "err %.1e" % r.get("err", 0), short)
+            log(
+                "   ",
+                round(r[key], 4),
+                "rows",
+                r["rows"],
+                "m",
+                r["m"],
+                f"err {r.get('err', 0):.1e}",
+                short,
+            )
     del parts, base
     torch.cuda.empty_cache()
 
@@ -322,9 +379,13 @@ def _time_few(case: Case, plan: FewPlan, sets: int) -> dict[str, Any]:
     up = layer._launches[(("few_up", plan), id(None))]
     down = layer._launches[(("few_down", plan), id(None))]
     inner, width = case.dims[2], case.dims[1]
-    ups = [lambda q=q: up((-(-inner // plan.up_n), case.picks), 0, q[0], case.gate_up, q[1], act) for q in inputs]
+    ups = [
+        lambda q=q: up((-(-inner // plan.up_n), case.picks), 0, q[0], case.gate_up, q[1], act)
+        for q in inputs
+    ]
     downs = [
-        lambda q=q: down((-(-width // plan.down_n), 1), 0, act, case.down, q[1], q[2], out) for q in inputs
+        lambda q=q: down((-(-width // plan.down_n), 1), 0, act, case.down, q[1], q[2], out)
+        for q in inputs
     ]
     return {"err": err, "ms": both, "up_ms": time_graph(ups, 7), "down_ms": time_graph(downs, 7)}
 
@@ -346,7 +407,9 @@ def main() -> None:
     parser.add_argument("--cell-budget", type=float, default=25)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    groups = [forward_jobs(*cell) for cell in cells(args.jobs)] + [train_jobs(*cell) for cell in cells(args.train)]
+    groups = [forward_jobs(*cell) for cell in cells(args.jobs)] + [
+        train_jobs(*cell) for cell in cells(args.train)
+    ]
     groups += [split_jobs(*cell, False) for cell in cells(args.split)]
     groups += [split_jobs(*cell, True) for cell in cells(args.split_train)]
     log("candidates", [len(g) for g in groups])

@@ -77,7 +77,10 @@ def errors(tensors: list[Tensor], *, grad: bool) -> dict[str, float]:
     out = ops.run(*leaves[:3], ids, leaves[3])
     found["out_train"] = relative(out, want)
     for name, got, ref in zip(
-        ("dx", "dgate_up", "ddown", "dweights"), torch.autograd.grad(out, leaves, dout), want_grads, strict=True
+        ("dx", "dgate_up", "ddown", "dweights"),
+        torch.autograd.grad(out, leaves, dout),
+        want_grads,
+        strict=True,
     ):
         found[name] = relative(got, ref)
     return found
@@ -98,7 +101,9 @@ def main() -> None:
         layer.plan_for = lambda shape, tokens, plan=plan: plan
         layer._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 8192
         tokens, experts = (2, 16) if name == "few" else (21, 4)
-        print(json.dumps({"case": name, **errors(make(tokens, 64, 40, experts, 2, kind), grad=grad)}))
+        print(
+            json.dumps({"case": name, **errors(make(tokens, 64, 40, experts, 2, kind), grad=grad)})
+        )
 
 
 if __name__ == "__main__":

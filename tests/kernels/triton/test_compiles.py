@@ -1,4 +1,4 @@
-"""The kernels compile without a device for the four targets, with the matrix units they should use."""
+"""The kernels compile for four targets without a device, with the matrix units they should use."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def test_weight_gradient_compiles_for_ampere() -> None:
 
 def test_swapped_product_uses_the_warp_group_unit() -> None:
     constants = up_constants(BLOCK_T=16, BLOCK_K=128, SWAP=True, STREAM=True, PDL=True)
-    done = compiled(
-        row_kernels.up_rows, up_types(BF16), constants, 90, num_warps=4, num_stages=3
-    )
+    done = compiled(row_kernels.up_rows, up_types(BF16), constants, 90, num_warps=4, num_stages=3)
     assert "m64n16k16" in done.asm["ptx"]
     assert "griddepcontrol.wait" in done.asm["ptx"]
 

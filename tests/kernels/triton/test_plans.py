@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from mogul.core.errors import BackendError
 from mogul.kernels import ExpertLayout, choose_backend
 from mogul.kernels.triton import why_not_triton
 from mogul.kernels.triton.plans import Shape, few_plan, plan_for, table
@@ -24,7 +26,11 @@ def test_known_shapes_come_from_the_table() -> None:
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 @pytest.mark.parametrize("tokens", [1, 8, 100, 3000, 65536])
 def test_every_shape_has_a_plan_with_a_backward(capability: int, tokens: int) -> None:
-    for experts, picks, width, inner in ((8, 2, 4096, 14336), (256, 8, 7168, 2048), (32, 8, 576, 192)):
+    for experts, picks, width, inner in (
+        (8, 2, 4096, 14336),
+        (256, 8, 7168, 2048),
+        (32, 8, 576, 192),
+    ):
         plan = plan_for(Shape(experts, picks, width, inner, capability), tokens)
         assert plan.down_grad
         assert plan.up_grad
@@ -58,3 +64,38 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch, facts: dict, 
 
 def test_processors_never_choose_it() -> None:
     assert choose_backend("cpu", torch.bfloat16) != "triton"
+
+
+def test_weights_that_are_views_are_refused_by_name() -> None:
+    ops = pytest.importorskip("mogul.kernels.triton.ops")
+    gate_up, down = torch.zeros(4, 16, 32).mT, torch.zeros(4, 16, 16)
+    ids = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(BackendError, match="gate_up with strides") as caught:
+        ops.moe(torch.zeros(3, 16), gate_up, down, ids, torch.ones(3, 2))
+    assert caught.value.__notes__[0].startswith("fix: pass gate_up.contiguous()")
+    with pytest.raises(BackendError, match="down with strides"):
+        ops.moe_train(torch.zeros(3, 16), gate_up.contiguous(), down.mT[..., ::2], ids, ids)
+
+
+def test_no_tokens_are_no_work() -> None:
+    ops = pytest.importorskip("mogul.kernels.triton.ops")
+    x = torch.zeros(0, 16, requires_grad=True)
+    gate_up, down = torch.zeros(4, 32, 16, requires_grad=True), torch.zeros(4, 16, 16)
+    ids = torch.zeros(0, 2, dtype=torch.int64)
+    out = ops.run(x, gate_up, down, ids, torch.ones(0, 2))
+    out.sum().backward()
+    assert out.shape == (0, 16)
+    assert gate_up.grad is not None
+    assert not gate_up.grad.any()
+
+
+def test_shapes_are_known_without_running() -> None:
+    ops = pytest.importorskip("mogul.kernels.triton.ops")
+    with FakeTensorMode():
+        x, gate_up, down = torch.empty(5, 16), torch.empty(4, 32, 16), torch.empty(4, 16, 16)
+        ids, weights = torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2)
+        out, pre, sort = torch.ops.mogul.moe_train(x, gate_up, down, ids, weights)
+        assert ops.run(x, gate_up, down, ids, weights).shape == (5, 16)
+    assert out.shape == (5, 16)
+    assert pre.shape == (10, 32)
+    assert sort.dtype == torch.int32

@@ -26,7 +26,10 @@ DOWN_GRAD = gl.constexpr(2)
 
 @gluon.jit
 def _tile_at(tile, num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP: gl.constexpr):
-    """Expert, first row, end row, column tile; of the last tile past the end (it is asked for ahead of time)."""
+    """Expert, first row, end row, column tile.
+
+    Asked for ahead of time: past the end, the answer is that of the last tile.
+    """
     tile = gl.maximum(gl.minimum(tile, num_tiles - 1), 0)
     span = BLOCK_GROUP * num_n
     first = (tile // span) * BLOCK_GROUP
@@ -57,7 +60,7 @@ def _load(
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
 ):  # fmt: skip
-    """Loader: weights [N columns x BLOCK_K] and rows [BLOCK_T x BLOCK_K] of every step of every tile."""
+    """Load weights [columns, BLOCK_K] and rows [BLOCK_T, BLOCK_K], every step of every tile."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     num_m = gl.load(head_ptr + E + 1)
     num_n = gl.cdiv(N, BLOCK_N)
@@ -86,7 +89,9 @@ def _load(
             mbarrier.expect(ready, wide * BLOCK_K * 2 + row_bytes)
             b = b_ring.index(s)
             if MODE == UP:
-                tma.async_copy_global_to_shared(w_desc, [e * 2 * N + n * BLOCK_N, k], ready, b.slice(0, BLOCK_N))
+                tma.async_copy_global_to_shared(
+                    w_desc, [e * 2 * N + n * BLOCK_N, k], ready, b.slice(0, BLOCK_N)
+                )
                 tma.async_copy_global_to_shared(
                     w_desc, [e * 2 * N + N + n * BLOCK_N, k], ready, b.slice(BLOCK_N, BLOCK_N)
                 )
@@ -105,6 +110,7 @@ def _load(
 
 @gluon.jit
 def halves(acc):
+    """Left and right half of the columns; in registers only."""
     return acc.reshape((acc.shape[0], 2, acc.shape[1] // 2)).permute((0, 2, 1)).split()
 
 
@@ -162,7 +168,9 @@ def _grad_columns(acc, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, firs
         half: gl.constexpr = acc.shape[1] // 2
         left, right = halves(acc)
         part = _grad_columns(left, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F)
-        part = _grad_columns(right, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first + half, F)
+        part = _grad_columns(
+            right, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first + half, F
+        )
     else:
         g = _fetch(pre_ptr, row, live, first, acc.shape[1], F, 2 * F)
         u = _fetch(pre_ptr + F, row, live, first, acc.shape[1], F, 2 * F)
@@ -194,8 +202,10 @@ def _clear_after(total, num_slots, act_ptr, dpre_ptr, F: gl.constexpr):
 @gluon.jit
 def _tile_product(
     ROWS: gl.constexpr, OFFSET: gl.constexpr, start, end, n, step,
-    out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free,
-    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full,
+    free,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile from row OFFSET on: all steps, then the epilogue."""
@@ -234,13 +244,16 @@ def _tile_product(
         store_columns(acc, out_ptr, row, live, n * BLOCK_N, N)
     else:
         share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, out_layout))
-        share = _grad_columns(acc, weight, share, pre_ptr, dpre_ptr, out_ptr, row, live, n * BLOCK_N, N)
+        share = _grad_columns(
+            acc, weight, share, pre_ptr, dpre_ptr, out_ptr, row, live, n * BLOCK_N, N
+        )
         gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
 
 
 @gluon.jit
 def _multiply(
-    PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
+    PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+    head_ptr, tiles_ptr,
     a_ring, b_ring, full, free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
@@ -251,20 +264,22 @@ def _multiply(
     num_m = gl.load(head_ptr + E + 1)
     num_n = gl.cdiv(N, BLOCK_N)
     num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    if MODE == DOWN_GRAD and PART == 0:
+    if MODE == DOWN_GRAD and PART == 0:  # noqa: SIM102 (decided when compiled)
         if gl.program_id(0) == 0:
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
     num_tiles = num_m * num_n
     step = 0
-    e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
+    _, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        next_e, next_start, next_end, next_n = _tile_at(
+        _, next_start, next_end, next_n = _tile_at(
             tile + gl.num_programs(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP
         )
         if start + PART * HALF < end:
             _tile_product(
-                HALF, PART * HALF, start, end, n, step, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots,
-                order_ptr, a_ring, b_ring, full, free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+                HALF, PART * HALF, start, end, n, step, out_ptr, pre_ptr, dpre_ptr, weights_ptr,
+                part_ptr, num_slots,
+                order_ptr, a_ring, b_ring, full, free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES,
+                GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         else:
             for k in range(num_k):
@@ -272,12 +287,13 @@ def _multiply(
                 mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
                 mbarrier.arrive(free.index(s))
         step += num_k
-        e, start, end, n = next_e, next_start, next_end, next_n
+        start, end, n = next_start, next_end, next_n
 
 
 @gluon.jit(do_not_specialize=["num_slots"])
 def row_product(
-    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr, head_ptr, tiles_ptr,
+    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr, head_ptr,
+    tiles_ptr,
     num_slots,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
@@ -285,7 +301,7 @@ def row_product(
     SYNC: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
-    """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: see row_kernels.down_rows_grad.
+    """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
 
     Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
     SYNC > 0 keeps the programs in step by counter SYNC of the sort's head, see wait_for_wave.
@@ -296,7 +312,7 @@ def row_product(
     b_shape: gl.constexpr = [BLOCK_K, wide] if TRANSPOSED else [wide, BLOCK_K]
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_shape, dtype)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], a_layout)
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -306,17 +322,22 @@ def row_product(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                head_ptr, tiles_ptr,
+                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP,
+                STAGES, GATHER,
                 TRANSPOSED, SAVE,
             )),
             (_multiply, (
-                1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                head_ptr, tiles_ptr,
+                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP,
+                STAGES, GATHER,
                 TRANSPOSED, SAVE,
             )),
             (_load, (
-                a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free, MODE, N, C, K, E,
+                a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
+                MODE, N, C, K, E,
                 BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SYNC,
             )),
         ],

@@ -28,12 +28,19 @@ def _place(tile, head_ptr, NUM_M: gl.constexpr, NUM_N: gl.constexpr, BLOCK_GROUP
     first = (place // span) * BLOCK_GROUP
     height = gl.minimum(NUM_M - first, BLOCK_GROUP)
     inside = place % span
-    return e, first + inside % height, inside // height, gl.load(head_ptr + e), gl.load(head_ptr + e + 1)
+    return (
+        e,
+        first + inside % height,
+        inside // height,
+        gl.load(head_ptr + e),
+        gl.load(head_ptr + e + 1),
+    )
 
 
 @gluon.jit
 def _load(
-    left_ptr, left_desc, right_ptr, right_desc, order_ptr, head_ptr, left_ring, right_ring, full, free,
+    left_ptr, left_desc, right_ptr, right_desc, order_ptr, head_ptr, left_ring, right_ring, full,
+    free,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr,
@@ -47,7 +54,7 @@ def _load(
     lane = gl.arange(0, BLOCK_R, gl.SliceLayout(1, layout))
     step = 0
     for tile in range(gl.program_id(0), E * NUM_M * NUM_N, gl.num_programs(0)):
-        e, m, n, start, end = _place(tile, head_ptr, NUM_M, NUM_N, BLOCK_GROUP)
+        _, m, n, start, end = _place(tile, head_ptr, NUM_M, NUM_N, BLOCK_GROUP)
         if SYNC > 0:
             wait_for_wave(head_ptr + E + 1 + SYNC, tile // gl.num_programs(0), E * NUM_M * NUM_N)
         cols = (m if GATHER_LEFT else n) * wide + gl.arange(0, wide, gl.SliceLayout(0, layout))
@@ -64,10 +71,14 @@ def _load(
             mbarrier.expect(ready, tma_bytes)
             keep = live[:, None] & (cols < pitch)[None, :]
             if GATHER_LEFT:
-                tma.async_copy_global_to_shared(right_desc, [row, n * BLOCK_N], ready, right_ring.index(s))
+                tma.async_copy_global_to_shared(
+                    right_desc, [row, n * BLOCK_N], ready, right_ring.index(s)
+                )
                 async_copy.async_copy_global_to_shared(left_ring.index(s), at, mask=keep)
             else:
-                tma.async_copy_global_to_shared(left_desc, [row, m * BLOCK_M], ready, left_ring.index(s))
+                tma.async_copy_global_to_shared(
+                    left_desc, [row, m * BLOCK_M], ready, left_ring.index(s)
+                )
                 async_copy.async_copy_global_to_shared(right_ring.index(s), at, mask=keep)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
@@ -130,15 +141,18 @@ def split_weight_grad(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, out_ptr, head_ptr, left_ring, right_ring, full, free, M, N, E, BLOCK_M, BLOCK_N, BLOCK_R,
+                0, out_ptr, head_ptr, left_ring, right_ring, full, free, M, N, E, BLOCK_M, BLOCK_N,
+                BLOCK_R,
                 BLOCK_GROUP, STAGES,
             )),
             (_multiply, (
-                1, out_ptr, head_ptr, left_ring, right_ring, full, free, M, N, E, BLOCK_M, BLOCK_N, BLOCK_R,
+                1, out_ptr, head_ptr, left_ring, right_ring, full, free, M, N, E, BLOCK_M, BLOCK_N,
+                BLOCK_R,
                 BLOCK_GROUP, STAGES,
             )),
             (_load, (
-                left_ptr, left_desc, right_ptr, right_desc, order_ptr, head_ptr, left_ring, right_ring, full, free,
+                left_ptr, left_desc, right_ptr, right_desc, order_ptr, head_ptr, left_ring,
+                right_ring, full, free,
                 M, N, K, E, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_GROUP, STAGES, GATHER_LEFT, SYNC,
             )),
         ],

@@ -11,21 +11,28 @@ import os
 from typing import Any
 
 import torch
-import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Address of the current stream of a device; without the cost of a torch.cuda.Stream."""
 
 
 class Launch:
-    """One kernel with its constants and launch options fixed; call it with a grid and the run-time arguments."""
+    """One kernel with its constants fixed; call it with a grid and the run-time arguments."""
 
     __slots__ = ("_function", "_packed", "_run", "_tail", "constants", "kernel", "options")
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], *, warps: int = 4, stages: int = 2, pdl: bool = False):
+    def __init__(
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        *,
+        warps: int = 4,
+        stages: int = 2,
+        pdl: bool = False,
+    ):
         self.kernel = kernel
         self.constants = constants
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
@@ -34,7 +41,7 @@ class Launch:
         self._run: Any = None
 
     def __call__(self, grid: tuple[int, int], device: int, *args: Any) -> None:
-        """Launch on the current stream of `device`. `args` are all arguments before the constants."""
+        """Launch on the current stream of `device`; `args` are those before the constants."""
         if self._run is None:
             self._first(grid, args)
             return
@@ -51,16 +58,11 @@ class Launch:
             return
         names = self.kernel.arg_names[len(args) :]
         self._tail = tuple(self.constants[name] for name in names)
-        self._function, self._packed, self._run = compiled.function, compiled.packed_metadata, compiled.run
-
-
-def has_descriptors() -> bool:
-    """True where this Triton can pass tensor descriptors from the host."""
-    try:
-        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        self._function, self._packed, self._run = (
+            compiled.function,
+            compiled.packed_metadata,
+            compiled.run,
+        )
 
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
@@ -74,20 +76,28 @@ def split_descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
     """TMA descriptor for the Gluon kernels, which also fix the layout in shared memory."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, _shared_layout(block, matrix.dtype))
+    return TensorDescriptor(
+        matrix,
+        list(matrix.shape),
+        list(matrix.stride()),
+        block,
+        _shared_layout(block, matrix.dtype),
+    )
 
 
 def _shared_layout(block: list[int], dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for(block, {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype])
+    return gl.NVMMASharedLayout.get_default_for(
+        block, {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    )
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """A / b rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
     """Smallest power of two >= n."""
-    return triton.next_power_of_2(n)
+    return 1 << max(0, n - 1).bit_length()

@@ -7,7 +7,6 @@ be captured in a CUDA graph.  Keeps for backward only x, the two up products `pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,8 +23,8 @@ from mogul.kernels.triton.launch import (
     split_descriptor,
 )
 from mogul.kernels.triton.plans import Plan, Shape, Tile, few_plan, plan_for
+from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_size, sorted_views
 
-_COUNTERS = 8
 _COUNTER_OF = {
     "UP": 1,
     "DOWN": 2,
@@ -41,37 +40,6 @@ _SORT_BLOCK = 1024
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Slots by expert, see sort_kernels: one int32 buffer and three views of it."""
-
-    order: Tensor
-    head: Tensor
-    tiles: Tensor
-    buffer: Tensor
-
-
-def sorted_size(slots: int, experts: int) -> int:
-    """Length of the int32 buffer behind Sorted, for any row tile of 16 or more."""
-    return _padded(slots) + _padded(experts + 2 + _COUNTERS) + 4 * (experts + slots // 16)
-
-
-def max_tiles(slots: int, experts: int, rows: int) -> int:
-    """Most row tiles that `slots` rows over `experts` experts can make."""
-    return min(slots, experts) + slots // rows
-
-
-def _padded(n: int) -> int:
-    return (n + 3) // 4 * 4
-
-
-def sorted_views(buffer: Tensor, slots: int, experts: int) -> Sorted:
-    """Views of a buffer of sorted_size."""
-    head = _padded(slots)
-    tiles = head + _padded(experts + 2 + _COUNTERS)
-    return Sorted(buffer, buffer[head:], buffer[tiles:], buffer)
 
 
 class Layer:
@@ -405,7 +373,9 @@ class Layer:
         elif uses_tma:
             left_desc = describe(left, [tile.k, tile.m])
         launch = self._launch(
-            ("weight", tile, gather_left), None, lambda: self._weight_launch(tile, m, n, gather_left)
+            ("weight", tile, gather_left),
+            None,
+            lambda: self._weight_launch(tile, m, n, gather_left),
         )
         grid = self._grid(tile, experts * cdiv(m, tile.m) * cdiv(n, tile.n))
         tensors = (left, left_desc, right, right_desc, out, sort.order, sort.head)

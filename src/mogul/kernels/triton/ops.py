@@ -6,19 +6,27 @@ activation checkpointing see one node.  Outside of tracing and autograd `run` sk
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mogul.kernels.triton.layer import Layer, layer_of, sorted_size
+from mogul.core.errors import BackendError
+from mogul.kernels.triton.layer import Layer, layer_of
+from mogul.kernels.triton.sorting import sorted_size
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define("moe(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) -> Tensor")
 _LIB.define(
-    "moe_train(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) -> (Tensor, Tensor, Tensor)"
+    "moe_train(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
-    "moe_grad(Tensor dout, Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor pre, "
-    "Tensor sort, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)"
+    "moe_grad(Tensor dout, Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, "
+    "Tensor pre, Tensor sort, bool need_input, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -34,8 +42,33 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def _check_weights(gate_up: Tensor, down: Tensor) -> None:
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if not weight.is_contiguous() or weight.data_ptr() % 16:
+            raise BackendError(
+                f"{name} with strides {weight.stride()} at address {weight.data_ptr():#x} is not "
+                "contiguous on a 16-byte boundary, as the Triton kernels need",
+                fix=f"pass {name}.contiguous() or backend='reference'",
+            )
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run with the first tensor's device as the current one, as Triton's launcher expects."""
+
+    @wraps(function)
+    def call(tensor: Tensor, *args: Any) -> Any:
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                return function(tensor, *args)
+        return function(tensor, *args)
+
+    return call
+
+
+@_on_its_device
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Forward without anything kept."""
+    _check_weights(gate_up, down)
     if x.shape[0] == 0:
         return torch.empty_like(x)
     layer = _layer(x, down, ids, weights)
@@ -45,29 +78,52 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
     return layer.forward(x, gate_up, down, ids, weights)[0]
 
 
+@_on_its_device
 def moe_train(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward that also returns what backward needs: (out, pre, sort)."""
+    _check_weights(gate_up, down)
     if x.shape[0] == 0:
-        return torch.empty_like(x), x.new_empty(0, 2 * down.shape[2]), ids.new_empty(0, dtype=torch.int32)
+        return (
+            torch.empty_like(x),
+            x.new_empty(0, 2 * down.shape[2]),
+            ids.new_empty(0, dtype=torch.int32),
+        )
     layer = _layer(x, down, ids, weights)
     return layer.forward(_aligned(x), gate_up, down, _aligned(ids), _aligned(weights), save=True)
 
 
+@_on_its_device
 def moe_grad(
-    dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, pre: Tensor, sort: Tensor,
-    need_input: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    pre: Tensor,
+    sort: Tensor,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weights; an empty tensor for one not needed."""
     if x.shape[0] == 0:
         none = x.new_empty(0)
         grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)
         return torch.zeros_like(x) if need_input else none, *grads, torch.zeros_like(weights)
     return _layer(x, down, ids, weights).backward(
-        _aligned(dout), _aligned(x), gate_up, down, _aligned(ids), _aligned(weights), pre, sort,
-        need_input=need_input, need_weight=need_weight,
-    )  # fmt: skip
+        _aligned(dout),
+        _aligned(x),
+        gate_up,
+        down,
+        _aligned(ids),
+        _aligned(weights),
+        pre,
+        sort,
+        need_input=need_input,
+        need_weight=need_weight,
+    )
 
 
 for _name, _fn in (("moe", moe), ("moe_train", moe_train), ("moe_grad", moe_grad)):
@@ -81,7 +137,9 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) ->
 
 
 @torch.library.register_fake("mogul::moe_train", lib=_LIB)
-def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     slots = ids.shape[0] * ids.shape[1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     sort = ids.new_empty((sorted_size(slots, down.shape[0]),), dtype=torch.int32)
@@ -90,16 +148,24 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) ->
 
 @torch.library.register_fake("mogul::moe_grad", lib=_LIB)
 def _(
-    dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, pre: Tensor, sort: Tensor,
-    need_input: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    pre: Tensor,
+    sort: Tensor,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = x.new_empty(0)
     empty = torch.empty_like
     grads = (empty(gate_up), empty(down)) if need_weight else (none, none)
     return empty(x) if need_input else none, *grads, empty(weights)
 
 
-def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup(ctx, inputs, output) -> None:
     x, gate_up, down, ids, weights = inputs
     _, pre, sort = output
     ctx.save_for_backward(x, gate_up, down, ids, weights, pre, sort)
@@ -107,7 +173,7 @@ def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, _dpre, _dsort):  # noqa: ANN001, ANN202
+def _backward(ctx, dout, _dpre, _dsort):
     if dout is None:
         return None, None, None, None, None
     x, gate_up, down, ids, weights, pre, sort = ctx.saved_tensors
@@ -135,6 +201,10 @@ def run(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
     )
     if wants_grad:
         return torch.ops.mogul.moe_train(x, gate_up, down, ids, weights)[0]
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         return torch.ops.mogul.moe(x, gate_up, down, ids, weights)
     return moe(x, gate_up, down, ids, weights)

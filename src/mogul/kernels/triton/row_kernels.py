@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (an `if` on a constant is decided when compiled; a ternary is not)
 """Grouped products over rows sorted by expert: up with SwiGLU, down, and their backward twins.
 
 Each program walks row tiles x column tiles (persistent when the grid is smaller than the work).
@@ -61,7 +62,7 @@ def _load_turned(ptr, k, cols, K_LEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K
 
 @triton.jit
 def _dot(rows, weight, acc, SWAP: tl.constexpr):
-    """acc += rows @ weight.T, kept transposed when SWAP."""
+    """Add rows @ weight.T to acc, which is kept transposed when SWAP."""
     if SWAP:
         acc = tl.dot(weight, rows.T, acc)
     else:
@@ -74,7 +75,8 @@ def up_rows(
     x_ptr, w_ptr, w_desc, act_ptr, pre_ptr, order_ptr, head_ptr, tiles_ptr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_GROUP: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr, SAVE: tl.constexpr, FLATTEN: tl.constexpr, STREAM: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, SAVE: tl.constexpr, FLATTEN: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """act[row] = silu(x[token] @ gate.T) * (x[token] @ up.T); SAVE also keeps both products."""
@@ -127,7 +129,8 @@ def down_rows(
     a_ptr, a_desc, w_ptr, w_desc, out_ptr, order_ptr, head_ptr, tiles_ptr,
     N: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_GROUP: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, FLATTEN: tl.constexpr, STREAM: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, FLATTEN: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out[slot] = a[row] @ w[expert], contraction width C.
@@ -166,7 +169,9 @@ def down_rows(
                 if TMA:
                     weight = w_desc.load([e * N + n * BLOCK_N, k])
                 else:
-                    weight = _load_weight(w_at + (cols % N)[:, None] * C + ks[None, :], k, C, BLOCK_K, STREAM)
+                    weight = _load_weight(
+                        w_at + (cols % N)[:, None] * C + ks[None, :], k, C, BLOCK_K, STREAM
+                    )
                 acc = _dot(rows_TK, weight, acc, SWAP)
         slot = tl.load(order_ptr + rows, mask=live, other=0).to(tl.int64)
         result = acc.to(out_ptr.dtype.element_ty)
@@ -186,7 +191,7 @@ def _halves(acc):
 
 @triton.jit
 def _swiglu_grad(acc, weight_T, row64, live, first, pre_ptr, dpre_ptr, act_ptr, F: tl.constexpr):
-    """Write d pre and the weighted activation of some columns; return each row's share of d weight."""
+    """Write d pre and the weighted act of some columns; return each row's share of d weight."""
     cols = first + tl.arange(0, acc.shape[1])
     keep = live[:, None] & (cols < F)[None, :]
     at = row64[:, None] * (2 * F) + cols[None, :]
@@ -196,7 +201,11 @@ def _swiglu_grad(acc, weight_T, row64, live, first, pre_ptr, dpre_ptr, act_ptr, 
     silu = g * sig
     act = silu * u
     part = tl.sum(acc * act, 1)
-    tl.store(act_ptr + row64[:, None] * F + cols[None, :], (act * weight_T[:, None]).to(act_ptr.dtype.element_ty), mask=keep)
+    tl.store(
+        act_ptr + row64[:, None] * F + cols[None, :],
+        (act * weight_T[:, None]).to(act_ptr.dtype.element_ty),
+        mask=keep,
+    )
     acc = acc * weight_T[:, None]
     tl.store(dpre_ptr + at + F, (acc * silu).to(dpre_ptr.dtype.element_ty), mask=keep)
     dgate = acc * u * (sig + silu * (1.0 - sig))
@@ -206,7 +215,8 @@ def _swiglu_grad(acc, weight_T, row64, live, first, pre_ptr, dpre_ptr, act_ptr, 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def down_rows_grad(
-    dout_ptr, w_ptr, w_desc, pre_ptr, weights_ptr, dpre_ptr, act_ptr, part_ptr, order_ptr, head_ptr, tiles_ptr,
+    dout_ptr, w_ptr, w_desc, pre_ptr, weights_ptr, dpre_ptr, act_ptr, part_ptr, order_ptr,
+    head_ptr, tiles_ptr,
     num_slots,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_GROUP: tl.constexpr,
@@ -243,7 +253,13 @@ def down_rows_grad(
         base = n * BLOCK_N
         row64 = rows.to(tl.int64)
         part = _swiglu_grad(a, weight_T, row64, live, base, pre_ptr, dpre_ptr, act_ptr, F)
-        part += _swiglu_grad(b, weight_T, row64, live, base + BLOCK_N // 4, pre_ptr, dpre_ptr, act_ptr, F)
-        part += _swiglu_grad(c, weight_T, row64, live, base + BLOCK_N // 2, pre_ptr, dpre_ptr, act_ptr, F)
-        part += _swiglu_grad(d, weight_T, row64, live, base + BLOCK_N // 4 * 3, pre_ptr, dpre_ptr, act_ptr, F)
+        part += _swiglu_grad(
+            b, weight_T, row64, live, base + BLOCK_N // 4, pre_ptr, dpre_ptr, act_ptr, F
+        )
+        part += _swiglu_grad(
+            c, weight_T, row64, live, base + BLOCK_N // 2, pre_ptr, dpre_ptr, act_ptr, F
+        )
+        part += _swiglu_grad(
+            d, weight_T, row64, live, base + BLOCK_N // 4 * 3, pre_ptr, dpre_ptr, act_ptr, F
+        )
         tl.store(part_ptr + n.to(tl.int64) * num_slots + slot, part, mask=live)

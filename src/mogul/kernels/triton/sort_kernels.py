@@ -2,7 +2,8 @@
 
 Slot `t * K + k` is pick k of token t.  The result is
 `order` [S] the slots sorted by expert (stable, null picks left out),
-`head` [E + 10] the first row of each expert, the number of rows, the number of row tiles, 8 zeros (counters),
+`head` [E + 10] the first row of each expert, the number of rows, the number of row tiles,
+8 zeros (counters),
 `tiles` [n, 4] per row tile: expert, first row, end row of the expert, 0.
 One launch up to a few thousand slots (every program counts all ids itself), three above.
 No atomics: the order never depends on timing.
@@ -33,7 +34,9 @@ def _write_tiles(e, start, count, first_tile, tiles_ptr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _write_expert(e, count_E, tiles_ptr, head_ptr, E: tl.constexpr, BINS: tl.constexpr, BLOCK_T: tl.constexpr):
+def _write_expert(
+    e, count_E, tiles_ptr, head_ptr, E: tl.constexpr, BINS: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """Write head and tiles of expert e; return its first row."""
     bins = tl.arange(0, BINS)
     tiles_E = (count_E + BLOCK_T - 1) // BLOCK_T
@@ -52,7 +55,8 @@ def _write_expert(e, count_E, tiles_ptr, head_ptr, E: tl.constexpr, BINS: tl.con
 @triton.jit(do_not_specialize=["num_slots"])
 def sort_in_one(
     ids_ptr, order_ptr, head_ptr, tiles_ptr, num_slots,
-    E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e counts every slot, then writes the rows of expert e."""
     if PDL:
@@ -75,20 +79,24 @@ def sort_in_one(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def count_blocks(
-    ids_ptr, count_ptr, num_slots, E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    ids_ptr, count_ptr, num_slots, E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Histogram of each block of slots: count [blocks, BINS]."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     block = tl.program_id(0)
-    count_E = tl.histogram(_bins(ids_ptr, block * BLOCK_S + tl.arange(0, BLOCK_S), num_slots, E), BINS)
+    count_E = tl.histogram(
+        _bins(ids_ptr, block * BLOCK_S + tl.arange(0, BLOCK_S), num_slots, E), BINS
+    )
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), count_E)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def scan_blocks(
-    count_ptr, before_ptr, total_ptr, num_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    count_ptr, before_ptr, total_ptr, num_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e: rows of expert e before each block, and in all."""
     if PDL:
@@ -99,7 +107,11 @@ def scan_blocks(
     for base in range(0, num_blocks, BLOCK):
         blocks = base + tl.arange(0, BLOCK)
         count = tl.load(count_ptr + blocks * BINS + e, mask=blocks < num_blocks, other=0)
-        tl.store(before_ptr + blocks * BINS + e, total + tl.cumsum(count, 0) - count, mask=blocks < num_blocks)
+        tl.store(
+            before_ptr + blocks * BINS + e,
+            total + tl.cumsum(count, 0) - count,
+            mask=blocks < num_blocks,
+        )
         total += tl.sum(count)
     tl.store(total_ptr + e, total)
 
@@ -107,7 +119,8 @@ def scan_blocks(
 @triton.jit(do_not_specialize=["num_slots"])
 def place_slots(
     ids_ptr, count_ptr, before_ptr, total_ptr, order_ptr, head_ptr, tiles_ptr, num_slots,
-    E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Each block sorts its slots by (expert, slot) and writes them where they belong."""
     if PDL:

@@ -1,4 +1,4 @@
-"""Kernels that walk tokens: the ordered sum over picks, and the two-launch path for very few tokens."""
+"""Kernels that walk tokens: the ordered sum over picks, and two launches for very few tokens."""
 
 import triton
 import triton.language as tl
@@ -24,12 +24,14 @@ def sum_slots(
     for k in tl.static_range(K):
         e = tl.load(ids_ptr + t * K + k)
         live = (e >= 0) & (e < E)
-        y = tl.load(y_ptr + (t * K + k) * D + cols, mask=live & (cols < D), other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + (t * K + k) * D + cols, mask=live & (cols < D), other=0.0).to(
+            tl.float32
+        )
         if WEIGHTED:
             y *= tl.load(weights_ptr + t * K + k, mask=live, other=0.0).to(tl.float32)
         acc += y
     tl.store(out_ptr + t * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
-    if PARTS > 0:
+    if PARTS > 0:  # noqa: SIM102 (decided when compiled)
         if tl.program_id(1) == 0:
             for k in tl.static_range(K):
                 e = tl.load(ids_ptr + t * K + k)
@@ -65,8 +67,18 @@ def up_tokens(
             live = k + ks < D
             x = tl.load(x_at + k, mask=live, other=0.0).to(tl.float32)[None, :]
             keep = live[None, :] | (cols < 0)[:, None]
-            gate += tl.load(gate_at + k, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32) * x
-            up += tl.load(up_at + k, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32) * x
+            gate += (
+                tl.load(gate_at + k, mask=keep, other=0.0, eviction_policy="evict_first").to(
+                    tl.float32
+                )
+                * x
+            )
+            up += (
+                tl.load(up_at + k, mask=keep, other=0.0, eviction_policy="evict_first").to(
+                    tl.float32
+                )
+                * x
+            )
         g = tl.sum(gate, 1)
         tl.store(act_ptr + slot * F + cols, g * tl.sigmoid(g) * tl.sum(up, 1), mask=cols < F)
 
@@ -95,5 +107,12 @@ def down_tokens(
         a = tl.load(act_ptr + slot * F + at, mask=live, other=0.0) * weight
         w_at = w_ptr + e.to(tl.int64) * (D * F) + (cols % D)[:, None] * F + at[None, :]
         keep = live[None, :] | (cols < 0)[:, None]
-        acc += tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32) * a[None, :]
-    tl.store(out_ptr + t.to(tl.int64) * D + cols, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=cols < D)
+        acc += (
+            tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            * a[None, :]
+        )
+    tl.store(
+        out_ptr + t.to(tl.int64) * D + cols,
+        tl.sum(acc, 1).to(out_ptr.dtype.element_ty),
+        mask=cols < D,
+    )

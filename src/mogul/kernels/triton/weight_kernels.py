@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (an `if` on a constant is decided when compiled; a ternary is not)
 """Weight gradients: per expert the product of two row blocks over that expert's rows.
 
 d gate_up[e] = d pre[rows].T @ x[tokens], d down[e] = dout[tokens].T @ (weighted activation)[rows].
@@ -79,4 +80,6 @@ def weight_grad(
         ms = m * BLOCK_M + tl.arange(0, BLOCK_M)
         ns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         out_at = out_ptr + e.to(tl.int64) * (M * N) + ms[:, None] * N + ns[None, :]
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
+        tl.store(
+            out_at, acc.to(out_ptr.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :]
+        )
