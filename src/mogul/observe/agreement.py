@@ -63,6 +63,47 @@ def kept_of_layer(
     )
 
 
+class _Sums:
+    """Running sums over batches."""
+
+    def __init__(self, groups: Mapping[int, np.ndarray], num_groups: int, device: Any) -> None:
+        self.group_of = {layer: torch.from_numpy(g).to(device) for layer, g in groups.items()}
+        self.num_groups = num_groups
+        self.num_seen = self.num_predicted = 0
+        self.kept = self.mass = self.kl = self.same = self.before = self.after = 0.0
+
+    def see(self, picks: Picks) -> None:
+        """Count what one layer of the original would keep."""
+        weights = torch.ones_like(picks.ids, dtype=torch.float32)
+        weights = weights if picks.weights is None else picks.weights
+        kept, mass = kept_of_layer(picks.ids, weights, self.group_of[picks.layer], self.num_groups)
+        share = len(picks.ids) / len(self.group_of)
+        self.kept += float(kept) * share
+        self.mass += float(mass) * share
+
+    def compare(self, before_BLV: Tensor, after_BLV: Tensor, target_BL: Tensor) -> None:
+        """Count how the next-token distributions differ."""
+        self.kl += float(F.kl_div(after_BLV, before_BLV, reduction="sum", log_target=True))
+        self.same += float((before_BLV.argmax(-1) == after_BLV.argmax(-1)).sum())
+        self.before -= float(before_BLV.gather(-1, target_BL[..., None]).sum())
+        self.after -= float(after_BLV.gather(-1, target_BL[..., None]).sum())
+        self.num_predicted += target_BL.numel()
+
+    def means(self) -> Agreement:
+        """The means so far."""
+        if not self.num_predicted:
+            raise ConfigError("there is no text to compare the models on", fix="give more data")
+        return Agreement(
+            num_tokens=self.num_predicted,
+            kept=self.kept / self.num_seen,
+            mass=self.mass / self.num_seen,
+            kl=max(0.0, self.kl / self.num_predicted),
+            same_top1=self.same / self.num_predicted,
+            loss_before=self.before / self.num_predicted,
+            loss_after=self.after / self.num_predicted,
+        )
+
+
 @torch.no_grad()
 def agreement(
     original: nn.Module,
@@ -77,43 +118,16 @@ def agreement(
         ConfigError: No batch was given.
     """
     device = next(original.parameters()).device
-    group_of = {layer: torch.from_numpy(g).to(device) for layer, g in groups.items()}
-    sums: dict[str, float] = dict.fromkeys(("kept", "mass", "kl", "same", "before", "after"), 0.0)
-    num_predicted = num_seen = 0
-
-    def see(picks: Picks) -> None:
-        weights = torch.ones_like(picks.ids, dtype=torch.float32)
-        weights = weights if picks.weights is None else picks.weights
-        shares = kept_of_layer(picks.ids, weights, group_of[picks.layer], num_groups)
-        for name, share in zip(("kept", "mass"), shares, strict=True):
-            sums[name] += float(share) * len(picks.ids) / len(group_of)
-
+    sums = _Sums(groups, num_groups, device)
     with progress("comparing with the original") as bar:
         for ids_BL in batches:
             ids = ids_BL.to(device)
-            with watch(original, see):
+            with watch(original, sums.see):
                 before_BLV = _log_probabilities(original, ids)
-            after_BLV = _log_probabilities(regrouped, ids)
-            target_BL = ids[:, 1:]
-            predicted = target_BL.numel()
-            sums["kl"] += float(F.kl_div(after_BLV, before_BLV, reduction="sum", log_target=True))
-            sums["same"] += float((before_BLV.argmax(-1) == after_BLV.argmax(-1)).sum())
-            for name, log_BLV in (("before", before_BLV), ("after", after_BLV)):
-                sums[name] -= float(log_BLV.gather(-1, target_BL[..., None]).sum())
-            num_predicted += predicted
-            num_seen += ids.numel()
+            sums.num_seen += ids.numel()
+            sums.compare(before_BLV, _log_probabilities(regrouped, ids), ids[:, 1:])
             bar.advance(ids.numel())
-    if not num_predicted:
-        raise ConfigError("there is no text to compare the models on", fix="give more data")
-    return Agreement(
-        num_tokens=num_predicted,
-        kept=sums["kept"] / num_seen,
-        mass=sums["mass"] / num_seen,
-        kl=max(0.0, sums["kl"] / num_predicted),
-        same_top1=sums["same"] / num_predicted,
-        loss_before=sums["before"] / num_predicted,
-        loss_after=sums["after"] / num_predicted,
-    )
+    return sums.means()
 
 
 def _log_probabilities(model: nn.Module, ids_BL: Tensor) -> Tensor:

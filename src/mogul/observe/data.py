@@ -104,7 +104,7 @@ def calibration(
     Args:
         sources: (task, text) of every document, by the name of its file.
         encode: the tokenizer.
-        length: tokens a window.
+        length: tokens of a window.
         max_tokens: real tokens in all.
         seed: seed of the shuffle.
 

@@ -46,18 +46,9 @@ def trace_of_picks(
     arrays = {name: np.stack([one[name] for one in per_layer]) for name in per_layer[0]}
     for name in ("distinct_hist", "busiest_hist"):
         arrays[name] = np.ascontiguousarray(np.swapaxes(arrays[name], 0, 1))
-    one_hot = [_one_hot(ids[:, layer], model.num_experts) for layer in range(num_layers)]
-    arrays["transition"] = np.zeros((max(num_layers - 1, 0),) + (model.num_experts,) * 2, np.int64)
-    for layer in range(num_layers - 1):
-        arrays["transition"][layer] = one_hot[layer].T @ one_hot[layer + 1]
+    arrays["transition"] = _transitions(ids, model.num_experts)
     arrays["task_count"] = arrays["count"][None].copy()
-    key_T = np.random.default_rng(seed).integers(0, 2**62, num_tokens, dtype=np.uint64)
-    kept = np.argsort(key_T)[:sample_limit]
-    arrays |= {
-        "sample_key": key_T[kept],
-        "sample_ids": ids[kept].astype(np.int64),
-        "sample_task": np.zeros(len(kept), dtype=np.int64),
-    }
+    arrays |= _sample(ids, sample_limit, seed)
     meta = TraceMeta(
         model=model,
         layers=layers or tuple(range(num_layers)),
@@ -68,6 +59,25 @@ def trace_of_picks(
         seed=seed,
     )
     return Trace(meta, arrays)
+
+
+def _transitions(ids_TLK: np.ndarray, num_experts: int) -> np.ndarray:
+    num_layers = ids_TLK.shape[1]
+    hot = [_one_hot(ids_TLK[:, layer], num_experts) for layer in range(num_layers)]
+    found = np.zeros((num_layers - 1, num_experts, num_experts), dtype=np.int64)
+    for layer in range(num_layers - 1):
+        found[layer] = hot[layer].T @ hot[layer + 1]
+    return found
+
+
+def _sample(ids_TLK: np.ndarray, limit: int, seed: int) -> dict[str, np.ndarray]:
+    key_T = np.random.default_rng(seed).integers(0, 2**62, len(ids_TLK), dtype=np.uint64)
+    kept = np.argsort(key_T)[:limit]
+    return {
+        "sample_key": key_T[kept],
+        "sample_ids": ids_TLK[kept].astype(np.int64),
+        "sample_task": np.zeros(len(kept), dtype=np.int64),
+    }
 
 
 def _one_hot(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
