@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mogul.core.errors import ConfigError
 from mogul.place.greedy import greedy
+from mogul.place.nodes import by_node
 from mogul.place.problem import (
     Problem,
     contiguous,
@@ -94,6 +95,34 @@ def test_at_least_as_good_as_eplb(seed):
     problem = Problem(load_E, devices, (experts + spare) // devices)
     ours = device_load(solve_for_load(problem), load_E).max()
     assert ours <= eplb(load_E, devices, experts + spare) * (1 + 1e-9)
+
+
+def eplb_by_node(load_E, num_groups, num_nodes, num_devices, num_slots):
+    """The same in two levels: groups to nodes, heaviest first, then as above inside each node."""
+    load_G = load_E.reshape(num_groups, -1).sum(1)
+    total, count, node_G = [0.0] * num_nodes, [0] * num_nodes, [0] * num_groups
+    for group in sorted(range(num_groups), key=lambda g: -load_G[g]):
+        open_nodes = [n for n in range(num_nodes) if count[n] < num_groups // num_nodes]
+        node_G[group] = node = min(open_nodes, key=lambda n: total[n])
+        total[node] += load_G[group]
+        count[node] += 1
+    node_E = np.repeat(node_G, len(load_E) // num_groups)
+    devices, slots = num_devices // num_nodes, num_slots // num_nodes
+    return max(eplb(load_E[node_E == node], devices, slots) for node in range(num_nodes))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_at_least_as_good_as_eplb_on_nodes(seed):
+    rng = np.random.default_rng(seed)
+    experts, groups, nodes, devices, spare = [
+        (64, 8, 2, 8, 8), (64, 4, 2, 16, 16), (128, 8, 4, 16, 0), (64, 8, 4, 8, 0)
+    ][seed % 4]  # fmt: skip
+    load_E = skewed_loads(experts, seed, alpha=rng.uniform(0, 1.2), sigma=rng.uniform(0.1, 0.8))
+    slots = (experts + spare) // devices
+    problem = Problem(load_E, devices, slots, num_nodes=nodes, node_groups=groups)
+    ours = device_load(by_node(problem), load_E).max()
+    theirs = eplb_by_node(load_E, groups, nodes, devices, experts + spare)
+    assert ours <= theirs * (1 + 1e-9)
 
 
 def test_large_model_is_near_the_bound():

@@ -135,6 +135,15 @@ def whole_rho(
     return float(np.mean(found)), float(np.max(found))
 
 
+def worst_layer(trace: Trace, num_devices: int) -> tuple[int, np.ndarray]:
+    """Position of the layer with the largest contiguous rho, and its rows of every device [D]."""
+    experts = trace.meta.model.num_experts
+    plain = np.arange(experts) * num_devices // experts
+    rows = [np.bincount(plain, weights=row_E, minlength=num_devices) for row_E in trace.count]
+    worst = int(np.argmax([balance.rho(rows_D) for rows_D in rows]))
+    return worst, rows[worst]
+
+
 def pair_probability(trace: Trace, index: int) -> np.ndarray:
     """Share of all tokens that pick both experts of a pair [E, E]; the diagonal is 0."""
     pair_EE = trace.arrays["coactivation"][index] / max(1, trace.meta.num_tokens)

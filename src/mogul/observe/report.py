@@ -17,6 +17,7 @@ from mogul.draw.chart import BLUE, GREY, ORANGE, Chart, HeatMap, Series
 from mogul.draw.page import Page
 from mogul.observe import numbers
 from mogul.observe.uniform import imbalance_chart
+from mogul.place.problem import device_load
 from mogul.place.solve import Wish, place
 from mogul.spec.placement import Placement
 from mogul.spec.trace import Trace
@@ -121,6 +122,7 @@ def page_of(trace: Trace, found: Placements) -> Page:
     page.figure(_busiest_chart(trace))
     page.section("What do devices wait for?")
     page.table(device_table(trace, found))
+    page.figure(_rows_chart(trace, found))
     for figure in _device_charts(trace, found):
         page.figure(figure)
     page.figure(_distinct_chart(trace))
@@ -232,6 +234,30 @@ def _device_charts(trace: Trace, found: Placements) -> list[Chart]:
             )
         )
     return charts
+
+
+def _rows_chart(trace: Trace, found: Placements) -> Chart:
+    """Rows of every device in the layer that is worst without a placement."""
+    devices, placement = list(found.items())[-1]
+    worst, rows_D = numbers.worst_layer(trace, devices)
+    names = [str(device) for device in range(devices)]
+    sides = [("contiguous", rows_D, ORANGE)]
+    if placement:
+        slots_DS = placement.slots_of(trace.meta.layers[worst])
+        sides.append(("placed", device_load(slots_DS, trace.count[worst]), BLUE))
+    return Chart(
+        title=f"Rows of every device, layer {trace.meta.layers[worst]}, {devices} devices",
+        x_label="device",
+        y_label="rows over the mean",
+        series=[
+            Series(name=name, x=names, y=(rows / rows_D.mean()).tolist(), color=color, kind="bars")
+            for name, rows, color in sides
+        ],
+        reference=(1.0, "even"),
+        y_from_zero=True,
+        caption="The layer that is most uneven without a placement. All devices wait for the "
+        "tallest bar.",
+    )
 
 
 def _uniform_chart(trace: Trace, devices: int) -> Chart | None:
