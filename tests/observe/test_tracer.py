@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import mogul.models  # noqa: F401  (registers our architectures)
 from mogul.core.errors import BackendError, MogulError
+from mogul.observe.numbers import layer_numbers
 from mogul.observe.recorder import record_routing
 from mogul.observe.tracer import Batch, Tracer
 from mogul.spec.families import FAMILIES
@@ -167,7 +168,8 @@ def test_sample_is_of_all_tokens_and_bounded(model):
 
 def test_recomputed_layers_are_counted_once():
     model = tiny()
-    model.gradient_checkpointing_enable()
+    old = "gradient_checkpointing_enable"
+    getattr(model, "activation_checkpointing_enable", getattr(model, old, None))()
     model.train()
     with Tracer(model) as tracer:
         model(IDS, labels=IDS).loss.backward()
@@ -205,6 +207,17 @@ def test_activations_against_each_expert(model):
         )
     np.testing.assert_allclose(trace.arrays["input_absmax"][0], x_TD.abs().amax(0), rtol=1e-6)
     assert "forward" not in vars(experts)
+
+
+def test_null_picks_are_no_rows():
+    model = tiny("moge", router_n_groups=2, num_null_experts=6)
+    with record_routing(model) as recording, Tracer(model) as tracer, torch.no_grad():
+        model(IDS)
+    trace = tracer.trace()
+    rows = (recording.ids() < 8).sum((1, 2))
+    assert (rows < IDS.numel() * 2).all()
+    np.testing.assert_array_equal(trace.count.sum(1), rows)
+    np.testing.assert_allclose(layer_numbers(trace).null_share, 1 - rows / (IDS.numel() * 2))
 
 
 def test_nan_scores_are_named():

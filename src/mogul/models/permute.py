@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,28 @@ from mogul.spec.fingerprint import stamp_of_folder
 from mogul.spec.placement import Placement
 from mogul.spec.trace import ModelStamp
 
-Orders = Mapping[int, np.ndarray]
-"""Layer -> old expert at every new position [E]."""
+
+@dataclass(frozen=True)
+class Renumbering:
+    """What happens to the experts of a checkpoint."""
+
+    family: Family
+    orders: Mapping[int, np.ndarray]
+    """Layer -> old expert at every new position [E]."""
+    num_groups: int = 1
+
+    def row_order(self, layer: int, num_rows: int) -> np.ndarray:
+        """Old row at every new position of a tensor with a row an expert, then null experts.
+
+        Null experts belong to the groups in equal parts, so they move with their group.
+        """
+        order_E = self.orders[layer]
+        size, nulls = len(order_E) // self.num_groups, num_rows - len(order_E)
+        group_M = order_E.reshape(self.num_groups, size)[:, 0] // size
+        null_MN = group_M[:, None] * (nulls // self.num_groups) + np.arange(
+            nulls // self.num_groups
+        )
+        return np.concatenate([order_E, len(order_E) + null_MN.ravel()])
 
 
 def orders_of(placement: Placement) -> dict[int, np.ndarray]:
@@ -80,13 +101,14 @@ def permute_checkpoint(
     if checkpoint is None:
         raise ArtifactError(f"{folder} has no safetensors files", fix="check the path")
     family = family_of(read_json(folder / "config.json"))
+    change = Renumbering(family, orders, placement.model.num_groups)
     check_space(Path(out), checkpoint.num_bytes)
     with atomic_folder(out, force=force) as work:
         _copy_others(folder, work, checkpoint)
         weight_map: dict[str, str] = {}
         with progress("writing shards", total=len(checkpoint.files)) as bar:
             for name in checkpoint.files:
-                weight_map |= _write_shard(checkpoint, name, work / name, family, orders)
+                weight_map |= _write_shard(checkpoint, name, work / name, change)
                 bar.advance(1, name)
         if (folder / INDEX).exists():
             index = {**read_json(folder / INDEX), "weight_map": weight_map}
@@ -101,7 +123,7 @@ def _copy_others(folder: Path, work: Path, checkpoint: Checkpoint) -> None:
 
 
 def _write_shard(
-    checkpoint: Checkpoint, name: str, target: Path, family: Family, orders: Orders
+    checkpoint: Checkpoint, name: str, target: Path, change: Renumbering
 ) -> dict[str, str]:
     """Write one shard; returns the file of every tensor by its new name."""
     entries = sorted(
@@ -109,7 +131,7 @@ def _write_shard(
     )
     head: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    new_names = [new_name(t.name, family, orders) for t in entries]
+    new_names = [new_name(t.name, change) for t in entries]
     for entry, new in zip(entries, new_names, strict=True):
         head[new] = {
             "dtype": entry.dtype,
@@ -123,16 +145,16 @@ def _write_shard(
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             source.seek(entry.first_byte)
-            file.write(_reordered(source.read(entry.num_bytes), entry, family, orders))
+            file.write(_reordered(source.read(entry.num_bytes), entry, change))
     return dict.fromkeys(new_names, name)
 
 
-def new_name(tensor: str, family: Family, orders: Orders) -> str:
+def new_name(tensor: str, change: Renumbering) -> str:
     """The name of a tensor after renumbering: only tensors of one expert change theirs."""
-    found = re.search(family.tensors.expert, tensor) if family.is_moe else None
+    found = re.search(change.family.tensors.expert, tensor)
     if found is None or "expert" not in found.groupdict():
         return tensor
-    order_E = orders.get(int(found["layer"]))
+    order_E = change.orders.get(int(found["layer"]))
     if order_E is None:
         return tensor
     position = int(np.flatnonzero(order_E == int(found["expert"]))[0])
@@ -140,23 +162,22 @@ def new_name(tensor: str, family: Family, orders: Orders) -> str:
     return f"{tensor[:start]}{position}{tensor[end:]}"
 
 
-def _reordered(data: bytes, entry: TensorEntry, family: Family, orders: Orders) -> bytes:
+def _reordered(data: bytes, entry: TensorEntry, change: Renumbering) -> bytes:
     """The bytes of a tensor, its blocks of experts reordered where an axis counts experts."""
-    patterns = (family.tensors.expert, family.tensors.router)
+    patterns = (change.family.tensors.expert, change.family.tensors.router)
     found = next((f for p in patterns if (f := re.search(p, entry.name))), None)
     if found is None or found.groupdict().get("expert") is not None:
         return data
-    order_E = orders.get(int(found["layer"]))
-    if order_E is None:
+    layer, shape = int(found["layer"]), entry.shape
+    if layer not in change.orders:
         return data
-    experts, shape = len(order_E), entry.shape
     if shape[:1] == (1,) and len(shape) > 1:
         shape = shape[1:]  # Pangu Pro stores its scales as [1, E]
+    experts = len(change.orders[layer])
     if not shape or shape[0] < experts:
         raise ArtifactError(
             f"{entry.name} has shape {list(entry.shape)}; its first axis should count the "
             f"{experts} experts"
         )
-    blocks = np.frombuffer(data, dtype=np.uint8).reshape(shape[0], -1).copy()
-    blocks[:experts] = blocks[order_E]  # rows beyond the experts are null experts: they stay
-    return blocks.tobytes()
+    blocks = np.frombuffer(data, dtype=np.uint8).reshape(shape[0], -1)
+    return blocks[change.row_order(layer, shape[0])].tobytes()

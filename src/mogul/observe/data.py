@@ -122,7 +122,8 @@ def calibration(
         digest = hashlib.sha256()
         for task, text in documents:
             digest.update(text.encode())
-            stream[task] += encode(text)
+            if max_tokens is None or len(stream[task]) < max_tokens:  # more could not be used
+                stream[task] += encode(text)
         names.append(f"{name}:{digest.hexdigest()[:12]}")
     tasks = tuple(stream)
     windows = [

@@ -23,7 +23,7 @@ from mogul.spec.placement import Placement
 from mogul.spec.trace import Trace
 
 BATCHES = (1, 4, 16, 64, 256)
-_MAX_EXPERTS_SHOWN = 24
+_MAX_EXPERTS_SHOWN = 32
 _MAX_TASKS_SHOWN = 6
 
 _DEVICE_NOTE = (
@@ -428,7 +428,12 @@ def _share_chart(trace: Trace, position: int, tasks: Sequence[int]) -> Chart:
     share_UE = 100 * numbers.task_shares(trace, position)
     chosen = list(range(model.num_experts))
     which = "every expert"
-    if model.num_experts > _MAX_EXPERTS_SHOWN:
+    if model.num_groups > 1:
+        size = model.num_experts // model.num_groups
+        shown = max(1, min(model.num_groups, _MAX_EXPERTS_SHOWN // size))
+        chosen = chosen[: shown * size]
+        which = f"the first {shown} groups of {size} experts"
+    elif model.num_experts > _MAX_EXPERTS_SHOWN:
         total_E = trace.count[position]
         chosen = np.sort(np.argsort(-total_E, kind="stable")[:_MAX_EXPERTS_SHOWN]).tolist()
         which = f"the {_MAX_EXPERTS_SHOWN} busiest experts"
