@@ -108,6 +108,20 @@ def test_scores_weights_and_entropy_against_the_router(model):
         np.testing.assert_allclose(trace.arrays["score_sum"][position], share_TE.sum(0), rtol=1e-5)
 
 
+def test_long_forwards_keep_no_logits_and_count_the_same(model, monkeypatch):
+    from mogul.observe import tracer as module
+
+    traces = []
+    for limit in (2**22, 0):
+        monkeypatch.setattr(module, "_MAX_KEPT_LOGITS", limit)
+        with Tracer(model) as tracer, torch.no_grad():
+            tracer.next_batch = Batch(np.arange(0, 160, 2), np.zeros(80, dtype=np.int64))
+            model(IDS[:2])
+        traces.append(tracer.trace())
+    for name, array in traces[0].arrays.items():
+        np.testing.assert_allclose(traces[1].arrays[name], array, rtol=1e-12, err_msg=name)
+
+
 def test_parts_merge_to_the_whole(model):
     parts = []
     with Tracer(model) as tracer, torch.no_grad():

@@ -1,8 +1,11 @@
 """The certificate: against exhaustive search, and fast at the size that matters."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from mogul.core.errors import BackendError
 from mogul.place import ilp
 from mogul.place.greedy import greedy
 from mogul.place.nodes import by_node
@@ -54,3 +57,11 @@ def test_a_worse_solver_answer_is_not_taken():
     proven = ilp.certify(start, problem, limit_s=0.0)
     top = device_load(proven.slots_DS, problem.load_E).max()
     assert top <= device_load(start, problem.load_E).max()
+
+
+def test_without_the_solver_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    problem = Problem(loads(8, 0), 2, 4)
+    with pytest.raises(BackendError, match="highspy is not installed") as caught:
+        ilp.certify(contiguous(problem), problem)
+    assert "mogul[place]" in caught.value.__notes__[0]

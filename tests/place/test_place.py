@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mogul.core.errors import ConfigError
-from mogul.place.coactivation import affinity_inside, gather, swap_for_affinity
+from mogul.place.coactivation import gather, swap_for_affinity
 from mogul.place.predict import balance_of, draw_counts
 from mogul.place.problem import Problem, contiguous, device_load
 from mogul.place.search import solve_for_load
@@ -15,6 +15,12 @@ from mogul.spec import balance
 from mogul.spec.grouping import Grouping
 from mogul.spec.picks import trace_of_picks
 from mogul.spec.trace import ModelStamp
+
+
+def affinity_inside(affinity_EE, part_E):
+    """Sum of the affinities of all pairs that share a part."""
+    same_EE = part_E[:, None] == part_E[None, :]
+    return float((affinity_EE * same_EE).sum() - np.trace(affinity_EE)) / 2
 
 
 def stamp(experts=32, top_k=4, layers=3, **changes):

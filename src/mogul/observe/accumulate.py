@@ -125,7 +125,7 @@ class RoutingCounts:
         self.weight_sum.scatter_add_(1, flat, weight)
         self.weight_sqsum.scatter_add_(1, flat, weight.square())
 
-    def _scores(self, logits_LTE: Tensor) -> None:
+    def _scores(self, logits_LTE: Tensor, layers: slice = slice(None)) -> None:
         self.has_logits = True
         if self.score == "softmax":
             log_LTE = logits_LTE.float().log_softmax(-1)
@@ -134,8 +134,14 @@ class RoutingCounts:
             share_LTE = logits_LTE.float().sigmoid()
             share_LTE = share_LTE / share_LTE.sum(-1, keepdim=True).clamp_min(1e-30)
             log_LTE = share_LTE.clamp_min(1e-30).log()
-        self.score_sum += share_LTE.sum(1, dtype=self.float_type)
-        self.entropy_sum -= (share_LTE * log_LTE).sum((1, 2), dtype=self.float_type)
+        self.score_sum[layers] += share_LTE.sum(1, dtype=self.float_type)
+        self.entropy_sum[layers] -= (share_LTE * log_LTE).sum((1, 2), dtype=self.float_type)
+
+    def add_scores(self, position: int, logits: Float[Tensor, "T E"]) -> None:
+        """Count the scores of one layer alone."""
+        part = slice(position, position + 1)
+        for piece_TE in logits[:, : self.num_experts].split(2**22 // self.num_experts):
+            self._scores(piece_TE[None], part)
 
     def bad_layers(self) -> list[int]:
         """Positions of the layers whose scores or weights are not finite (waits for the device)."""

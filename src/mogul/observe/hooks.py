@@ -25,7 +25,6 @@ class MoeBlock:
     """A block with experts."""
 
     layer: int
-    name: str
     router: nn.Module | None
     experts: nn.Module
 
@@ -56,7 +55,7 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
                 routers = [c for c in block.children() if "Router" in type(c).__name__]
                 number = _LAYER.search(name)
                 layer = int(number[1]) if number else len(found)
-                found.append(MoeBlock(layer, name, routers[0] if routers else None, child))
+                found.append(MoeBlock(layer, routers[0] if routers else None, child))
     if not found:
         raise BackendError(
             f"{type(model).__name__} has no experts to record",

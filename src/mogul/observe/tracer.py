@@ -7,7 +7,7 @@ A layer that runs again outside a forward (gradient checkpointing) is not counte
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -26,6 +26,9 @@ from mogul.spec.picks import BATCH_SIZES, SAMPLE_LIMIT
 from mogul.spec.trace import ModelStamp, Trace, TraceMeta
 
 Level = Literal["routing", "activations"]
+
+_MAX_KEPT_LOGITS = 2**22
+"""Above so many router logits a layer and forward, they are counted at once, not kept."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,19 @@ class Tracer:
         self._seen.clear()
         self._is_open = True
 
+    @torch.no_grad()
     def _see(self, picks: Picks) -> None:
-        if self._is_open:
-            self._seen[picks.layer] = picks
+        if not self._is_open:
+            return
+        if picks.logits is not None and picks.logits.numel() > _MAX_KEPT_LOGITS:
+            # A long prefill: count the scores at once, so that no layer's logits are kept.
+            logits_TE = picks.logits
+            if self.next_batch is not None:
+                row_N = torch.from_numpy(self.next_batch.order).to(logits_TE.device)
+                logits_TE = logits_TE[row_N]
+            self.counts.add_scores(self.layers.index(picks.layer), logits_TE)
+            picks = replace(picks, ids=picks.ids.to(torch.int16), logits=None)
+        self._seen[picks.layer] = picks
 
     def _see_rows(
         self, position: int, x_TD: Tensor, ids_R: Tensor, weight_R: Tensor, y_RD: Tensor

@@ -14,12 +14,6 @@ from mogul.place.problem import Problem, device_load
 _MAX_SWAPS = 5_000
 
 
-def affinity_inside(affinity_EE: np.ndarray, part_E: np.ndarray) -> float:
-    """Sum of the affinities of all pairs that share a part."""
-    same_EE = part_E[:, None] == part_E[None, :]
-    return float((affinity_EE * same_EE).sum() - np.trace(affinity_EE)) / 2
-
-
 def swap_for_affinity(
     affinity_EE: np.ndarray,
     part_E: np.ndarray,
