@@ -36,10 +36,10 @@ def multiply_into(
     out_RB: Tensor, left_RA: Tensor, right_EAB: Tensor, blocks: Sequence[Block]
 ) -> None:
     """The same for consecutive blocks into rows that exist; row 0 is the first block's first."""
-    first = blocks[0].start if blocks else 0
-    for expert, start, stop in blocks:
-        rows = slice(start - first, stop - first)
-        torch.mm(left_RA[rows], right_EAB[expert], out=out_RB[rows])
+    sizes = [block.stop - block.start for block in blocks]
+    right = right_EAB.unbind()
+    for block, left, out in zip(blocks, left_RA.split(sizes), out_RB.split(sizes), strict=True):
+        torch.mm(left, right[block.expert], out=out)
 
 
 def add_bias(out_RB: Tensor, bias_EB: Tensor, blocks: Sequence[Block]) -> None:

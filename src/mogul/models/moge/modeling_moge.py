@@ -235,8 +235,7 @@ class MogeRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        wide = F.rms_norm(x.float(), self.weight.shape, eps=self.variance_epsilon)
         return self.weight * wide.to(x.dtype)
 
 

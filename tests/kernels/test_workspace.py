@@ -1,0 +1,64 @@
+"""Buffers kept between calls must never show."""
+
+import threading
+
+import torch
+
+from mogul.kernels import moe_forward
+from mogul.kernels.cpu import workspace
+
+TOKENS, HIDDEN, WIDTH, EXPERTS, PICKS = 300, 16, 8, 8, 4  # more rows than one chunk
+
+
+def case(seed, tokens=TOKENS):
+    rng = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(tokens, HIDDEN, generator=rng),
+        torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=rng),
+        torch.randn(EXPERTS, HIDDEN, WIDTH, generator=rng),
+        torch.randint(0, EXPERTS, (tokens, PICKS), generator=rng),
+        torch.rand(tokens, PICKS, generator=rng),
+    )
+
+
+def test_a_later_call_leaves_earlier_results_alone():
+    first = moe_forward(*case(0), backend="cpu")
+    kept = first.clone()
+    moe_forward(*case(1), backend="cpu")
+    moe_forward(*case(2, tokens=2 * TOKENS), backend="cpu")
+    assert torch.equal(first, kept)
+    assert torch.equal(moe_forward(*case(0), backend="cpu"), kept)
+
+
+def test_training_works_after_inference_mode():
+    with torch.inference_mode():
+        want = moe_forward(*case(0), backend="cpu")
+    x, *rest = case(0)
+    got = moe_forward(x.requires_grad_(), *rest, backend="cpu")
+    got.sum().backward()
+    torch.testing.assert_close(got, want.clone(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_thread_has_buffers_of_its_own():
+    want = [moe_forward(*case(seed), backend="cpu") for seed in range(4)]
+    wrong = []
+
+    def run(seed):
+        results = (moe_forward(*case(seed), backend="cpu") for _ in range(20))
+        wrong.extend(seed for result in results if not torch.equal(result, want[seed]))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_large_request_is_not_kept(monkeypatch):
+    monkeypatch.setattr(workspace, "MAX_KEPT_BYTES", 64)
+    made = workspace.Workspace()
+    like = torch.empty(0)
+    assert made.take("x", (4, 4), like).data_ptr() == made.take("x", (4, 4), like).data_ptr()
+    assert made.take("x", (5, 4), like) is not made.take("x", (5, 4), like)
+    assert [tensor.numel() for tensor in made._kept.values()] == [16]
