@@ -98,25 +98,24 @@ def _one_token(
     """A matrix-vector product for each pick: reads every weight once, copies none."""
     up_EFD, down_EDF = (gate_up.mT, down.mT) if layout.is_transposed else (gate_up, down)
     num_experts, num_hidden = up_EFD.shape[:2]
-    id_K, weight_K = ids_1K[0], weights_1K[0]
-    experts = id_K.tolist()
+    (experts,) = ids_1K.tolist()
     if min(experts, default=0) < 0 or max(experts, default=0) >= num_experts:
-        is_real_K = (id_K >= 0) & (id_K < num_experts)
-        id_K, weight_K = id_K[is_real_K], weight_K[is_real_K]
-        experts = id_K.tolist()
+        is_real_1K = (ids_1K >= 0) & (ids_1K < num_experts)
+        ids_1K, weights_1K = ids_1K[is_real_1K][None], weights_1K[is_real_1K][None]
+        (experts,) = ids_1K.tolist()
     x_D = x_1D[0]
     hidden_KF = x_1D.new_empty(len(experts), num_hidden)
     for expert, out_F in zip(experts, hidden_KF.unbind(), strict=True):
         torch.mv(up_EFD[expert], x_D, out=out_F)
     if up_bias_EF is not None:
-        hidden_KF += up_bias_EF[id_K]
+        hidden_KF += up_bias_EF[ids_1K[0]]
     active_KF = layout.activate(hidden_KF)
     out_KD = x_1D.new_empty(len(experts), x_D.shape[0])
     for expert, in_F, out_D in zip(experts, active_KF.unbind(), out_KD.unbind(), strict=True):
         torch.mv(down_EDF[expert], in_F, out=out_D)
     if down_bias_ED is not None:
-        out_KD += down_bias_ED[id_K]
-    return weight_K.to(out_KD.dtype)[None] @ out_KD
+        out_KD += down_bias_ED[ids_1K[0]]
+    return torch.mm(weights_1K.to(out_KD.dtype), out_KD)
 
 
 def rows(

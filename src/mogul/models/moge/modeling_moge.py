@@ -283,15 +283,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     Pairs are (i, i + R/2), or (2i, 2i + 1) when `interleaved`.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+        return torch.cat((_rotate_all(turned, cos, sin, interleaved), rest), dim=-1)
+    return _rotate_all(x, cos, sin, interleaved)
+
+
+def _rotate_all(turned: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if interleaved:
         cos, sin = (a.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for a in (cos, sin))
         partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     else:
         first, second = turned.chunk(2, dim=-1)
         partner = torch.cat((-second, first), dim=-1)
-    turned = turned * cos + partner * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    return turned * cos + partner * sin
 
 
 def eager_attention_forward(
