@@ -36,7 +36,7 @@ def commands():
 def test_every_flag_of_a_command_is_in_its_help(command, capsys):
     verb, *words = shlex.split(command)[1:]
     assert verb in VERBS
-    assert main([verb, "--help"]) == 0
+    assert main([verb, *words, "--help"]) == 0
     shown = capsys.readouterr().out
     for flag in (word for word in words if word.startswith("--")):
         assert flag in shown
