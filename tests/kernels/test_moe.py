@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mogul.core.errors import BackendError, ConfigError
 from mogul.kernels import MOE_FORWARD, ExpertLayout, choose_backend, moe, moe_forward
 from mogul.kernels.cpu import moe as cpu_moe
+from mogul.kernels.cpu import rows as cpu_rows
 
 TOLERANCE = {  # relative to the largest value
     torch.float64: 1e-10,
@@ -155,7 +156,7 @@ def test_rows_in_chunks_and_tokens_as_columns_change_nothing(name, num_tokens, m
     case = make_case(num_tokens, *LAYOUTS[name], seed=5)
     whole, grads = case.run("cpu"), case.gradients("cpu")
     with monkeypatch.context() as chunked:
-        chunked.setattr(cpu_moe, "CHUNK_ROWS", 5)
+        chunked.setattr(cpu_rows, "CHUNK_ROWS", 5)
         torch.testing.assert_close(case.run("cpu"), whole, rtol=1e-12, atol=1e-12)
         for key, grad in case.gradients("cpu").items():
             torch.testing.assert_close(grad, grads[key], rtol=1e-12, atol=1e-12)

@@ -139,16 +139,17 @@ def _report(verb: str, error: Exception) -> None:
 
 def _run_verb(verb: str, args: list[str]) -> int:
     module = import_module(VERBS[verb][0])
-    if subverbs := getattr(module, "SUBVERBS", None):
-        return _run_subverb(verb, args, subverbs)
+    if hasattr(module, "SUBVERBS"):
+        return _run_subverb(verb, args, module)
     return module.run(_parse(module, verb, args))
 
 
-def _run_subverb(verb: str, args: list[str], subverbs: dict[str, tuple[str, str]]) -> int:
+def _run_subverb(verb: str, args: list[str], module: Any) -> int:
     """Run a verb that has verbs of its own: `mogul simulate run ...`."""
+    subverbs: dict[str, tuple[str, str]] = module.SUBVERBS
     if not args or args[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in subverbs.items())
-        usage = f"usage: mogul {verb} VERB [OPTIONS]\n\nverbs:\n{lines}\n"
+        usage = f"usage: mogul {verb} VERB [OPTIONS]\n\nverbs:\n{lines}\n{module.EXAMPLES}"
         return _show(usage, failed=not args)
     if args[0] not in subverbs:
         from mogul.core.errors import nearest
@@ -156,8 +157,8 @@ def _run_subverb(verb: str, args: list[str], subverbs: dict[str, tuple[str, str]
         sys.stderr.write(f"mogul {verb}: unknown verb {args[0]!r}\n")
         sys.stderr.write(f"fix: {nearest(args[0], subverbs)}\n")
         return 2
-    module = import_module(subverbs[args[0]][0])
-    return module.run(_parse(module, f"{verb} {args[0]}", args[1:]))
+    chosen = import_module(subverbs[args[0]][0])
+    return chosen.run(_parse(chosen, f"{verb} {args[0]}", args[1:]))
 
 
 def _parse(module: Any, verb: str, args: list[str]) -> Any:

@@ -16,3 +16,10 @@ SUBVERBS = {
         "predictions against measurements; fails below bars",
     ),
 }
+
+EXAMPLES = """
+examples:
+  mogul simulate hw
+  mogul simulate run preset:qwen3-30b-a3b --device h100 --batch 16
+  mogul simulate sweep --help              options and examples of one verb
+"""

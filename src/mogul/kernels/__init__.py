@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.moe import MOE_FORWARD, choose_backend, moe_forward
-from mogul.kernels.route import ROUTE, RouterSpec, Routing, route
+from mogul.kernels.route import ROUTE, Routing, route
+from mogul.kernels.router_spec import RouterSpec
 
 __all__ = [
     "MOE_FORWARD",

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mogul.kernels.cpu.blocks import combine, multiply_blocks
-from mogul.kernels.cpu.moe import right_operands, rows
 from mogul.kernels.cpu.order import Order, order_by_expert
+from mogul.kernels.cpu.rows import right_operands, rows
 from mogul.kernels.layout import ExpertLayout
 
 

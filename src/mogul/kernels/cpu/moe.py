@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogul.kernels.cpu.blocks import add_bias, combine, multiply_blocks, multiply_into
+from mogul.kernels.cpu.blocks import combine
+from mogul.kernels.cpu.grad import Experts
 from mogul.kernels.cpu.order import Order, order_by_expert
-from mogul.kernels.cpu.workspace import WORKSPACE
+from mogul.kernels.cpu.rows import right_operands, rows
 from mogul.kernels.layout import ExpertLayout
 
-# Rows handled together. Buffers of all rows at once outgrow what the allocator keeps: the fresh
-# pages of every call took 8 of 34 ms (512 tokens, upcycled SmolLM2-135M, one thread).
-CHUNK_ROWS = 1024
 # Mean rows an expert between which a [F, D] x [D, R] product beats [R, D] x [D, F], where one
 # expert outgrows the cache: 409 against 481 ms (Qwen3-30B-A3B, 256 tokens, float32, one thread).
 # Weights that are stored transposed gain nothing.
@@ -61,8 +59,6 @@ def _run(
 ) -> Tensor:
     tensors = (x, gate_up, down, weights, gate_up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        from mogul.kernels.cpu.grad import Experts
-
         return Experts.apply(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
     if x.shape[0] == 1:
         return _one_token(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
@@ -78,11 +74,6 @@ def _run(
 # Sizes of blocks are known only when it runs: torch.compile breaks its graph here, once, instead of
 # compiling each routing anew.
 _run_uncompiled: Any = torch.compiler.disable(_run)
-
-
-def right_operands(gate_up: Tensor, down: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
-    """Views [E, D, 2F] and [E, F, D], whatever the layout."""
-    return (gate_up, down) if layout.is_transposed else (gate_up.mT, down.mT)
 
 
 def _one_token(
@@ -116,46 +107,6 @@ def _one_token(
     if down_bias_ED is not None:
         out_KD += down_bias_ED[ids_1K[0]]
     return torch.mm(weights_1K.to(out_KD.dtype), out_KD)
-
-
-def rows(
-    x_TD: Tensor,
-    up_EDF: Tensor,
-    down_EFD: Tensor,
-    order: Order,
-    up_bias_EF: Tensor | None,
-    down_bias_ED: Tensor | None,
-    layout: ExpertLayout,
-    *,
-    keep_hidden: bool = False,
-) -> tuple[Tensor | None, Tensor]:
-    """Return the first matmul's output [R, 2F] (if kept) and the experts' outputs [R, D].
-
-    The outputs may lie in the workspace: combine them before the next call.
-    """
-    token_R = order.token_R()
-    if order.num_rows <= CHUNK_ROWS:
-        hidden_RF = multiply_blocks(x_TD.index_select(0, token_R), up_EDF, order, up_bias_EF)
-        active_RF = layout.activate(hidden_RF)
-        return hidden_RF, multiply_blocks(active_RF, down_EFD, order, down_bias_ED)
-    kept_RF = x_TD.new_empty(order.num_rows, up_EDF.shape[2]) if keep_hidden else None
-    row_shape = (order.num_rows, x_TD.shape[1])
-    x_RD, out_RD = (WORKSPACE.take(name, row_shape, x_TD) for name in ("x", "out"))
-    torch.index_select(x_TD.detach(), 0, token_R, out=x_RD)
-    for blocks in order.chunks(CHUNK_ROWS):
-        chunk = slice(blocks[0].start, blocks[-1].stop)
-        if kept_RF is None:
-            chunk_shape = (chunk.stop - chunk.start, up_EDF.shape[2])
-            hidden_RF = WORKSPACE.take("hidden", chunk_shape, x_TD)
-        else:
-            hidden_RF = kept_RF[chunk]
-        multiply_into(hidden_RF, x_RD[chunk], up_EDF, blocks)
-        if up_bias_EF is not None:
-            add_bias(hidden_RF, up_bias_EF, blocks)
-        multiply_into(out_RD[chunk], layout.activate(hidden_RF), down_EFD, blocks)
-        if down_bias_ED is not None:
-            add_bias(out_RD[chunk], down_bias_ED, blocks)
-    return kept_RF, out_RD
 
 
 def _wants_columns(order: Order, gate_up: Tensor, layout: ExpertLayout) -> bool:

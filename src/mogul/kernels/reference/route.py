@@ -6,14 +6,11 @@ then go to the lowest id, and servers that replace a router traced as softmax + 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mogul.kernels.route import RouterSpec
+from mogul.kernels.router_spec import RouterSpec
 
 # C columns (E true experts, then N null ones), G = E / M experts of a group, A = K / M picks.
 
