@@ -21,7 +21,7 @@ from mogul.kernels.triton import (  # noqa: E402
     weight_kernels,
 )
 
-BF16, INT = "*bf16", "*i32"
+INT = "*i32"
 WGMMA = re.compile(r"wgmma\.mma_async")
 
 
@@ -40,13 +40,9 @@ def compiled(
     return triton.compile(program, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def up_types(weight: str) -> dict[str, str]:
+def up_types(element: str) -> dict[str, str]:
     return {
-        "x_ptr": BF16,
-        "w_ptr": BF16,
-        "w_desc": weight,
-        "act_ptr": BF16,
-        "pre_ptr": BF16,
+        **dict.fromkeys(("x_ptr", "w_ptr", "w_desc", "act_ptr", "pre_ptr"), f"*{element}"),
         "order_ptr": INT,
         "head_ptr": INT,
         "tiles_ptr": INT,
@@ -59,17 +55,19 @@ def up_constants(**changes: Any) -> dict[str, Any]:
     return {**constants, "BLOCK_GROUP": 8, **flags, **changes}
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_up_compiles_without_tma(arch: int) -> None:
+@pytest.mark.parametrize(
+    ("arch", "element"), [(80, "bf16"), (89, "bf16"), (90, "bf16"), (100, "bf16"), (90, "fp16")]
+)
+def test_up_compiles_without_tma(arch: int, element: str) -> None:
     done = compiled(
-        row_kernels.up_rows, up_types(BF16), up_constants(), arch, num_warps=4, num_stages=2
+        row_kernels.up_rows, up_types(element), up_constants(), arch, num_warps=4, num_stages=2
     )
     assert done.metadata.shared < 100_000
     assert bool(WGMMA.search(done.asm["ptx"])) == (arch == 90)
 
 
 def test_weight_gradient_compiles_for_ampere() -> None:
-    types = dict.fromkeys(("left_ptr", "left_desc", "right_ptr", "right_desc", "out_ptr"), BF16)
+    types = dict.fromkeys(("left_ptr", "left_desc", "right_ptr", "right_desc", "out_ptr"), "*bf16")
     sizes = {"M": 256, "N": 128, "K": 8, "E": 64, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32}
     constants = {**sizes, "BLOCK_GROUP": 8, "GATHER_LEFT": False, "TMA": False}
     done = compiled(
@@ -85,25 +83,27 @@ def test_weight_gradient_compiles_for_ampere() -> None:
 
 def test_swapped_product_uses_the_warp_group_unit() -> None:
     constants = up_constants(BLOCK_T=16, BLOCK_K=128, SWAP=True, STREAM=True, PDL=True)
-    done = compiled(row_kernels.up_rows, up_types(BF16), constants, 90, num_warps=4, num_stages=3)
+    done = compiled(row_kernels.up_rows, up_types("bf16"), constants, 90, num_warps=4, num_stages=3)
     assert "m64n16k16" in done.asm["ptx"]
     assert "griddepcontrol.wait" in done.asm["ptx"]
 
 
-def tile_type(block: list[int]) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return f"tensordesc<bf16[{block[0]},{block[1]}],{layout!r}>"
+def tile_type(block: list[int], element: str) -> str:
+    dtype = {"bf16": gl.bfloat16, "fp16": gl.float16}[element]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
 
 
 ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 
 
-def test_split_product_fits_hopper() -> None:
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+def test_split_product_fits_hopper(element: str) -> None:
     pointers = ("a_ptr", "a_desc", "out_ptr", "pre_ptr", "dpre_ptr")
     types = {
-        **dict.fromkeys(pointers, BF16),
+        **dict.fromkeys(pointers, f"*{element}"),
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), INT),
-        "w_desc": tile_type([128, 64]),
+        "w_desc": tile_type([128, 64], element),
         "weights_ptr": "*fp32",
         "part_ptr": "*fp32",
         "num_slots": "i32",
@@ -120,10 +120,11 @@ def test_split_product_fits_hopper() -> None:
     assert "cp.async.bulk.tensor" in done.asm["ptx"]
 
 
-def test_split_weight_gradient_fits_hopper() -> None:
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+def test_split_weight_gradient_fits_hopper(element: str) -> None:
     types = {
-        **dict.fromkeys(("left_ptr", "right_ptr", "right_desc", "out_ptr"), BF16),
-        **{"order_ptr": INT, "head_ptr": INT, "left_desc": tile_type([64, 128])},
+        **dict.fromkeys(("left_ptr", "right_ptr", "right_desc", "out_ptr"), f"*{element}"),
+        **{"order_ptr": INT, "head_ptr": INT, "left_desc": tile_type([64, 128], element)},
     }
     constants = {
         **{"M": 2688, "N": 512, "K": 8, "E": 64, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_R": 64},
