@@ -39,7 +39,7 @@ test: $(VENV)/dev.stamp  ## the tests CI runs
 	$(PYTEST) -n 2 --dist loadgroup -m "not full"
 
 test-full: $(VENV)/dev.stamp  ## every test: real SmolLM2, long hypothesis profiles, browser
-	HYPOTHESIS_PROFILE=full $(PYTEST)
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest
 
 test-min: $(VENV)/dev.stamp  ## model tests on the oldest supported Transformers (5.17)
 	test -d .venv-min || $(PYTHON) -m venv .venv-min
