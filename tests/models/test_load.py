@@ -171,3 +171,11 @@ def test_tokenizer_gets_pangus_template(pangu_folder):
 def test_a_folder_without_tokenizer_is_refused(pangu_folder):
     with pytest.raises(ArtifactError, match="has no tokenizer that can be used"):
         load_tokenizer(pangu_folder())
+
+
+def test_no_loading_bar_in_a_pipe(pangu_folder, capfd):
+    from transformers.utils import logging
+
+    load_model(pangu_folder())
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()

@@ -7,7 +7,9 @@ read, against the model built on the meta device with its conversions reversed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from mogul.core.errors import ArtifactError, ConfigError, MogulError, nearest
 from mogul.core.files import read_json
@@ -177,6 +180,20 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
+@contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """Keep Transformers' loading bar out of pipes and log files."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@_bar_on_terminals_only()
 def _load(
     folder: Path,
     config: PreTrainedConfig,
