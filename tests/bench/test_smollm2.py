@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,19 @@ def test_the_wheel_is_found_without_importing_it(tmp_path: Path, monkeypatch) ->
     assert smollm2.gguf_path() == package / smollm2.GGUF_NAME
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("two_threads")
 def test_the_real_model_is_exact_and_answers_alike_for_three_routers() -> None:
     """What is left is fp32 rounding, which depends on how the threads cut the products.
 
@@ -111,9 +123,6 @@ def test_the_real_model_is_exact_and_answers_alike_for_three_routers() -> None:
     away from its fp64 self). The bar is for the usual case of several threads.
     """
     import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
 
     from mogul.models import load_model, load_tokenizer
     from mogul.models.upcycle import upcycle
@@ -141,7 +150,6 @@ def test_the_real_model_is_exact_and_answers_alike_for_three_routers() -> None:
             differences = [(moge(**p).logits - dense(**p).logits).abs().max() for p in prompts]
         assert max(differences) < 1e-4
         assert answers(moge) == want
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.full

@@ -20,6 +20,7 @@ import numpy as np
 
 from mogul.core.errors import ArtifactError
 from mogul.simulate import curves, physics
+from mogul.simulate.estimate import Estimate
 from mogul.simulate.measurements import KernelTable, load_shipped, read_table
 from mogul.simulate.physics import Demand
 from mogul.spec.hardware import Hardware, hardware
@@ -44,20 +45,6 @@ _KIN = {
     "fp4": ("mxfp4",),
     "mxfp4": ("fp4",),
 }
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Time of one call and how it is known."""
-
-    seconds: float
-    sigma: float
-    """Standard deviation of the logarithm."""
-
-    tier: str
-    """measured | interpolated | transferred | curve | guess."""
-
-    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

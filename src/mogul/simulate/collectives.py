@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mogul.simulate.calibration import Estimate
+from mogul.simulate.estimate import Estimate
 from mogul.spec.hardware import Hardware
 
 REACHED = 0.8

@@ -7,8 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from mogul.simulate import curves, physics
-from mogul.simulate.calibration import Calibration, Estimate
+from mogul.simulate.calibration import Calibration
 from mogul.simulate.collectives import CollectiveTables, collective, point_to_point_s
+from mogul.simulate.estimate import Estimate
 from mogul.simulate.operators import Layout, Operator, Step, step_operators
 from mogul.simulate.routing import LayerLoad, Routing
 from mogul.spec.hardware import Hardware
