@@ -1,20 +1,28 @@
 """Continuous batching with chunked prompts, decided on plain numbers.
 
 Every step: all requests that decode go first, one token each (or one and its drafts); what is left
-of the token budget is given to prompts in order of arrival, in chunks. A request is admitted when
-the cache has room for its prompt; when the cache runs full the youngest running request gives its
-room back and is computed again later. No clock, no device, no tensor: who calls brings those.
+of the token budget is given to prompts, in chunks, in order of priority and arrival. A request is
+admitted when the cache has room for its prompt; when the cache runs full the least important,
+youngest running request gives its room back and is computed again later. No clock, no device, no
+tensor: who calls brings those, and the room (`room.py`).
+
+A caller that knows nothing early calls `plan` and `finish`. One that prepares the next step while
+the last one runs calls `advance` when it launches a step (tokens are counted before they are known)
+and `drop` when it learns that a request ended.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from mogul.core.errors import ConfigError
+from mogul.schedule.room import Room, TokenRoom
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One request and how far it is."""
 
@@ -24,6 +32,12 @@ class Request:
     arrival_s: float = 0.0
     cached_prefix: int = 0
     """Prompt tokens found in the prefix cache: they hold room but need no computing."""
+
+    priority: int = 0
+    """Lower goes first, and gives way last."""
+
+    drafts: int = 0
+    """Guessed tokens to verify beside the next one, in the next step."""
 
     computed: int = 0
     """Tokens in the cache that were computed (or found)."""
@@ -37,6 +51,14 @@ class Request:
     def goal(self) -> int:
         """Tokens to compute before the next token can be emitted after an admission."""
         return self.prompt_tokens + self.emitted
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Order of service: the smallest goes first and gives way last."""
+        return (self.priority, self.arrival_s, self.id)
+
+
+R = TypeVar("R", bound=Request)
 
 
 @dataclass(frozen=True)
@@ -60,14 +82,16 @@ class Limits:
 
 
 @dataclass(slots=True)
-class StepPlan:
+class StepPlan(Generic[R]):
     """What the next step computes."""
 
-    decodes: list[Request] = field(default_factory=list)
-    prompts: list[tuple[Request, int]] = field(default_factory=list)
+    decodes: list[R] = field(default_factory=list)
+    """Requests that compute their next token, and `drafts` more each."""
+
+    prompts: list[tuple[R, int]] = field(default_factory=list)
     """Requests with the number of prompt tokens to compute."""
 
-    preempted: list[Request] = field(default_factory=list)
+    preempted: list[R] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -80,20 +104,23 @@ class StepPlan:
         return sum(count for _, count in self.prompts)
 
 
-class Scheduler:
+class Scheduler(Generic[R]):
     """State of one data-parallel copy: who waits, who is prompted, who decodes."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, room: Room | None = None) -> None:
         self.limits = limits
-        self.waiting: deque[Request] = deque()
-        self.prompting: list[Request] = []
-        self.decoding: list[Request] = []
+        self.room: Room = room or TokenRoom(limits.cache_tokens, limits.watermark)
+        self.waiting: list[R] = []
+        """In order of service."""
+
+        self.prompting: list[R] = []
+        self.decoding: list[R] = []
         self.held_tokens = 0
         """Tokens in the cache."""
 
         self.num_preemptions = 0
 
-    def add(self, request: Request) -> None:
+    def add(self, request: R) -> None:
         """Queue a request.
 
         Raises:
@@ -105,74 +132,102 @@ class Scheduler:
                 f"a request of {whole} tokens can never fit a cache of {self.limits.cache_tokens}",
                 fix="shorten the request, or give the cache more memory",
             )
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_rank)
 
     @property
     def num_running(self) -> int:
         """Requests with room in the cache."""
         return len(self.prompting) + len(self.decoding)
 
-    def plan(self) -> StepPlan:
+    def plan(self) -> StepPlan[R]:
         """Choose the next step."""
-        step = StepPlan()
-        self._make_room(step)
-        step.decodes = self.decoding
+        step: StepPlan[R] = StepPlan()
+        self._give_decodes(step)
         if self.waiting or self.prompting:
             self._give_prompts(step)
         return step
 
-    def _make_room(self, step: StepPlan) -> None:
-        """Preempt the youngest until every decoding request has room for its tokens."""
-        need = self.limits.tokens_a_decode
-        while self.held_tokens + len(self.decoding) * need > self.limits.cache_tokens:
-            pool = self.prompting or self.decoding
-            victim = max(pool, key=lambda request: (request.arrival_s, request.id))
-            pool.remove(victim)
-            self.held_tokens -= victim.computed
-            victim.computed = 0
-            victim.num_preempted += 1
-            self.num_preemptions += 1
-            self.waiting.appendleft(victim)
-            step.preempted.append(victim)
+    def _give_decodes(self, step: StepPlan[R]) -> None:
+        """Every decoding request gets room for its tokens, if need be from a lesser one."""
+        fewest = self.limits.tokens_a_decode
+        budget = max(self.limits.step_tokens, len(self.decoding) * fewest)
+        spare = budget - len(self.decoding) * fewest
+        for request in sorted(self.decoding, key=_rank) if self._is_mixed() else self.decoding[:]:
+            if request.computed == 0:
+                continue  # gave way to one before it
+            wanted = max(fewest, min(1 + request.drafts, fewest + spare))
+            while (fits := self.room.fit(request, wanted)) < fewest:
+                victim = self._preempt(step)
+                if victim is request:
+                    break
+            else:
+                request.drafts = min(request.drafts, fits - 1)
+                spare -= max(0, request.drafts + 1 - fewest)
+                step.decodes.append(request)
 
-    def _give_prompts(self, step: StepPlan) -> None:
-        growing = len(self.decoding) * self.limits.tokens_a_decode
-        budget = self.limits.step_tokens - growing
-        free = self.limits.cache_tokens - self.held_tokens - growing
+    def _is_mixed(self) -> bool:
+        return any(one.priority for one in self.decoding)
+
+    def _preempt(self, step: StepPlan[R]) -> R:
+        """Send the least important running request back to wait."""
+        running = [*self.prompting, *self.decoding]
+        lowest = max(one.priority for one in running)
+        pool = [one for one in self.prompting if one.priority == lowest]
+        pool = pool or [one for one in self.decoding if one.priority == lowest]
+        victim = max(pool, key=_rank)
+        (self.prompting if victim in self.prompting else self.decoding).remove(victim)
+        if victim in step.decodes:
+            step.decodes.remove(victim)
+        self._leave(victim)
+        victim.num_preempted += 1
+        self.num_preemptions += 1
+        insort(self.waiting, victim, key=_rank)
+        step.preempted.append(victim)
+        return victim
+
+    def _leave(self, request: R) -> None:
+        self.held_tokens -= request.computed
+        self.room.release(request)
+        request.computed = request.drafts = 0
+
+    def _give_prompts(self, step: StepPlan[R]) -> None:
+        need = self.limits.tokens_a_decode
+        budget = self.limits.step_tokens
+        budget -= sum(max(need, 1 + request.drafts) for request in step.decodes)
         for request in self.prompting:
-            count = self._chunk(step, request, min(budget, free))
-            budget, free = budget - count, free - count
+            budget -= self._chunk(step, request, budget)
         while budget > 0 and self.waiting and not step.preempted:
             request = self.waiting[0]
-            if self.num_running >= self.limits.sequences or not self._has_room(request):
+            if self.num_running >= self.limits.sequences:
                 return
-            self.waiting.popleft()
+            if not self.room.admit(request, is_alone=self.num_running == 0):
+                return
+            self.waiting.pop(0)
             self.prompting.append(request)
-            request.computed = min(request.cached_prefix, request.goal - 1)
             self.held_tokens += request.computed
-            free -= request.computed
-            count = self._chunk(step, request, min(budget, free))
-            budget, free = budget - count, free - count
+            budget -= self._chunk(step, request, budget)
 
-    def _has_room(self, request: Request) -> bool:
-        promised = sum(one.goal - one.computed for one in self.prompting) + len(self.decoding)
-        free = self.limits.cache_tokens * (1 - self.limits.watermark) - self.held_tokens - promised
-        return request.goal <= free or self.num_running == 0
-
-    @staticmethod
-    def _chunk(step: StepPlan, request: Request, most: int) -> int:
+    def _chunk(self, step: StepPlan[R], request: R, most: int) -> int:
         count = max(0, min(most, request.goal - request.computed))
+        count = self.room.fit(request, count) if count else 0
         if count:
             step.prompts.append((request, count))
         return count
 
-    def finish(self, step: StepPlan) -> list[Request]:
-        """Account for a computed step, one token a decoding request; returns who is done."""
-        done = []
-        self.held_tokens += len(step.decodes)
+    def advance(self, step: StepPlan[R], emitted: Mapping[int, int] | None = None) -> list[R]:
+        """Count the tokens of a step; returns who has all its tokens, still holding its room.
+
+        Args:
+            step: what was planned.
+            emitted: tokens by request id where a decode gave another number than one.
+        """
+        done: list[R] = []
         for request in step.decodes:
-            request.computed += 1
-            request.emitted += 1
+            count = emitted.get(request.id, 1) if emitted else 1
+            self.held_tokens += count
+            request.computed += count
+            request.emitted += count
+            request.drafts = 0
             if request.emitted >= request.output_tokens:
                 done.append(request)
         for request, count in step.prompts:
@@ -186,6 +241,27 @@ class Scheduler:
                 else:
                     self.decoding.append(request)
         if done:
-            self.held_tokens -= sum(request.computed for request in done)
             self.decoding = [one for one in self.decoding if one.emitted < one.output_tokens]
         return done
+
+    def finish(self, step: StepPlan[R]) -> list[R]:
+        """Account for a computed step, one token a decoding request; returns who is done."""
+        done = self.advance(step)
+        for request in done:
+            self.held_tokens -= request.computed
+            self.room.release(request)
+        return done
+
+    def drop(self, request: R) -> None:
+        """Remove a request wherever it stands: ended, aborted or failed."""
+        for queue in (self.waiting, self.prompting, self.decoding):
+            if request in queue:
+                queue.remove(request)
+                if queue is self.waiting:
+                    return
+                break
+        self._leave(request)
+
+
+def _rank(request: Request) -> tuple[int, float, int]:
+    return request.rank
