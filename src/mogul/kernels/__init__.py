@@ -1,22 +1,26 @@
-"""Tensors in, tensors out: routing and the experts, each with a slow reference and fast backends.
+"""Tensors in, tensors out: routing, experts, paged attention; a slow reference, fast backends.
 
-This room knows no model library. `route` chooses experts, `moe_forward` runs them.
+This room knows no model library. `route` chooses experts, `moe_forward` runs them,
+`paged_attention` keeps keys and values in pages.
 """
 
 from __future__ import annotations
 
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.moe import MOE_FORWARD, choose_backend, moe_forward
+from mogul.kernels.paged_attention import PAGED_ATTENTION, paged_attention
 from mogul.kernels.route import ROUTE, Routing, route
 from mogul.kernels.router_spec import RouterSpec
 
 __all__ = [
     "MOE_FORWARD",
+    "PAGED_ATTENTION",
     "ROUTE",
     "ExpertLayout",
     "RouterSpec",
     "Routing",
     "choose_backend",
     "moe_forward",
+    "paged_attention",
     "route",
 ]

@@ -1,0 +1,267 @@
+"""The door of paged attention: one opaque operator that writes keys and values and attends.
+
+Decides what a legal call is and which backend serves it. For torch.compile and for captured graphs
+it is a single operator that changes the two caches; nothing in it depends on the numbers inside
+slots, tables, starts and lengths, so a captured call is replayed with new ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mogul.core.errors import ConfigError
+from mogul.core.log import log
+from mogul.core.registry import Registry
+from mogul.kernels.reference.attention import FP8, paged_attention_reference
+
+
+class PagedAttention(Protocol):
+    """What a backend must accept: a checked call, scales [N] in fp32 or None."""
+
+    def __call__(
+        self,
+        query_THC: Tensor,
+        key_TNC: Tensor,
+        value_TNC: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots_T: Tensor,
+        tables_SB: Tensor,
+        query_starts: Tensor,
+        lengths_S: Tensor,
+        *,
+        max_query_len: int,
+        scaling: float,
+        sliding_window: int | None,
+        sinks: Tensor | None,
+        key_scale: Tensor | None,
+        value_scale: Tensor | None,
+    ) -> Tensor:
+        """Write, then attend."""
+        ...
+
+
+class AttentionFacts(NamedTuple):
+    """What a backend's `why_not(**facts)` is told of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    page_size: int
+
+
+PAGED_ATTENTION: Registry[PagedAttention] = Registry("paged_attention")
+PAGED_ATTENTION.add("reference", paged_attention_reference)
+
+_resolved: dict[tuple[tuple[str, ...], str, AttentionFacts], PagedAttention] = {}
+
+
+def _resolve(backend: str, facts: AttentionFacts) -> PagedAttention:
+    """Ask the backends once for each kind of call."""
+    key = (tuple(PAGED_ATTENTION.names()), backend, facts)
+    if (known := _resolved.get(key)) is not None:
+        return known
+    told = facts._asdict()
+    if backend != "auto":
+        function = PAGED_ATTENTION.get(backend, **told)
+    else:
+        name, function = PAGED_ATTENTION.choose(**told)
+        if name == "reference":
+            reasons = PAGED_ATTENTION.reasons(**told)
+            others = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
+            log.warning(f"paged_attention runs the slow reference on {facts.device} ({others})")
+    return _resolved.setdefault(key, function)
+
+
+def paged_attention(
+    query_THC: Float[Tensor, "T H C"],
+    key_TNC: Float[Tensor, "T N C"],
+    value_TNC: Float[Tensor, "T N C"],
+    key_cache: Float[Tensor, "P Z N C"],
+    value_cache: Float[Tensor, "P Z N C"],
+    *,
+    slots_T: Int[Tensor, " T"],
+    tables_SB: Int[Tensor, "S B"],
+    query_starts: Int[Tensor, " S+1"],
+    lengths_S: Int[Tensor, " S"],
+    max_query_len: int,
+    scaling: float,
+    sliding_window: int | None = None,
+    sinks: Float[Tensor, " H"] | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "T H C"]:
+    """Write the keys and values of new tokens into pages; attend causally over the pages.
+
+    The queries of a sequence are its last positions: query i of Q stands at `lengths - Q + i`.
+    Tokens from `query_starts[-1]` on are padding: not written, output 0. Sequences without queries
+    (two equal starts) are legal, and their lengths are not read.
+
+    Args:
+        query_THC: queries of all sequences, one sequence after the other.
+        key_TNC: keys of the same tokens, positions already rotated in.
+        value_TNC: their values.
+        key_cache: P pages of Z tokens; changed in place. float8_e4m3fn holds key / key_scale.
+        value_cache: the same for values.
+        slots_T: where each new token goes, page * Z + offset (int64); -1 writes nothing.
+        tables_SB: pages of every sequence in order (int32); what lies behind its end is not read.
+        query_starts: first query of every sequence, then the end of the last (int32).
+        lengths_S: keys of every sequence, the new ones counted (int32).
+        max_query_len: no sequence has more queries. Decides shapes, so it is a plain number.
+        scaling: factor of the scores.
+        sliding_window: positions a query sees, itself counted; None sees all.
+        sinks: one logit a head that takes weight and gives no value.
+        key_scale: of an fp8 cache: one number, or one a key-value head (fp32).
+        value_scale: the same for values.
+        backend: a name of `PAGED_ATTENTION`, or "auto" for the most preferred that can run.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not belong together.
+        BackendError: the forced backend cannot run this call, with the reason.
+    """
+    return torch.ops.mogul.paged_attention(
+        query_THC,
+        key_TNC,
+        value_TNC,
+        key_cache,
+        value_cache,
+        slots_T,
+        tables_SB,
+        query_starts,
+        lengths_S,
+        max_query_len,
+        scaling,
+        sliding_window,
+        sinks,
+        key_scale,
+        value_scale,
+        backend,
+    )
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    tables: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    max_query_len: int,
+    scaling: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    backend: str,
+) -> Tensor:
+    facts = _check_call(query, key, value, key_cache, value_cache)
+    _check_tables(slots, tables, query_starts, lengths, len(query))
+    if sliding_window is not None and sliding_window < 1:
+        raise ConfigError(f"sliding_window {sliding_window} sees nothing", fix="None sees all")
+    if sinks is not None and sinks.shape != (facts.num_heads,):
+        raise ConfigError(f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]")
+    return _resolve(backend, facts)(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slots,
+        tables,
+        query_starts,
+        lengths,
+        max_query_len=max_query_len,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        key_scale=_scale("key_scale", key_scale, facts),
+        value_scale=_scale("value_scale", value_scale, facts),
+    )
+
+
+def _scale(name: str, scale: Tensor | None, facts: AttentionFacts) -> Tensor | None:
+    """One number a key-value head, as a view."""
+    if scale is None:
+        return None
+    if facts.cache_dtype != FP8:
+        raise ConfigError(f"{name} is given, but the cache holds {facts.cache_dtype}, not fp8")
+    if scale.numel() not in (1, facts.num_kv_heads) or scale.dtype != torch.float32:
+        raise ConfigError(
+            f"{name} {tuple(scale.shape)} of {scale.dtype} is neither one float32 number nor "
+            f"one for each of {facts.num_kv_heads} key-value heads"
+        )
+    return scale.reshape(-1).expand(facts.num_kv_heads)
+
+
+def _check_call(
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor
+) -> AttentionFacts:
+    if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
+        raise ConfigError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} "
+            "are not [T, H, C], [T, N, C], [T, N, C]"
+        )
+    tokens, heads, width = query.shape
+    if key.shape[0] != tokens or key.shape[2] != width or heads % max(key.shape[1], 1):
+        raise ConfigError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}")
+    if key_cache.dim() != 4 or key_cache.shape[2:] != key.shape[1:]:
+        raise ConfigError(
+            f"key_cache {tuple(key_cache.shape)} is not [P, Z, {key.shape[1]}, {width}]"
+        )
+    if value_cache.shape != key_cache.shape or value_cache.dtype != key_cache.dtype:
+        raise ConfigError("key_cache and value_cache differ in shape or dtype")
+    if key_cache.dtype not in (query.dtype, FP8):
+        raise ConfigError(
+            f"the cache holds {key_cache.dtype}, the queries are {query.dtype}",
+            fix="make the cache of the model's dtype, or float8_e4m3fn",
+        )
+    return AttentionFacts(
+        query.device,
+        query.dtype,
+        key_cache.dtype,
+        heads,
+        key.shape[1],
+        width,
+        key_cache.shape[1],
+    )
+
+
+def _check_tables(
+    slots: Tensor, tables: Tensor, query_starts: Tensor, lengths: Tensor, tokens: int
+) -> None:
+    sequences = len(lengths)
+    if slots.shape != (tokens,) or slots.dtype != torch.int64:
+        raise ConfigError(f"slots_T {tuple(slots.shape)} {slots.dtype} is not int64 [{tokens}]")
+    if tables.dim() != 2 or len(tables) != sequences or len(query_starts) != sequences + 1:
+        raise ConfigError(
+            f"tables {tuple(tables.shape)}, query_starts {tuple(query_starts.shape)} and lengths "
+            f"{tuple(lengths.shape)} are not of one number of sequences"
+        )
+    if not tables.dtype == query_starts.dtype == lengths.dtype == torch.int32:
+        raise ConfigError("tables_SB, query_starts and lengths_S must be int32")
+
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_LIB.define(
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, "
+    "Tensor(b!) value_cache, Tensor slots, Tensor tables, Tensor query_starts, Tensor lengths, "
+    "SymInt max_query_len, float scaling, SymInt? sliding_window, Tensor? sinks, "
+    "Tensor? key_scale, Tensor? value_scale, str backend) -> Tensor"
+)
+_LIB.impl("paged_attention", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mogul::paged_attention", lib=_LIB)
+def _(query: Tensor, *_args: object) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
