@@ -23,6 +23,7 @@ VERBS = {
     "place": ("mogul.cli.place", "choose which device holds which expert"),
     "regroup": ("mogul.cli.regroup", "turn a top-k model into grouped experts"),
     "simulate": ("mogul.cli.simulate", "predict time, memory and price of a model on machines"),
+    "bench": ("mogul.cli.bench", "measure this machine: kernels against their floors"),
     "demo": ("mogul.cli.demo", "see on this machine what grouping does, in five minutes"),
 }
 

@@ -1,0 +1,13 @@
+"""`mogul bench`: the table of its verbs; each is a module of its own."""
+
+from __future__ import annotations
+
+SUBVERBS = {
+    "kernels": ("mogul.cli.bench_kernels", "time the experts layer here against its floor"),
+}
+
+EXAMPLES = """
+examples:
+  mogul bench kernels
+  mogul bench kernels --help               options and examples of one verb
+"""
