@@ -16,6 +16,7 @@ from torch import Tensor
 from mogul.core.errors import ConfigError
 from mogul.core.log import log
 from mogul.core.registry import Registry
+from mogul.kernels.cpu.attention import paged_attention_cpu, why_not_cpu
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
 
 
@@ -58,6 +59,7 @@ class AttentionFacts(NamedTuple):
 
 
 PAGED_ATTENTION: Registry[PagedAttention] = Registry("paged_attention")
+PAGED_ATTENTION.add("cpu", paged_attention_cpu, why_not=why_not_cpu)
 PAGED_ATTENTION.add("reference", paged_attention_reference)
 
 _resolved: dict[tuple[tuple[str, ...], str, AttentionFacts], PagedAttention] = {}

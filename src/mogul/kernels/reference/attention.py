@@ -12,15 +12,16 @@ def write_cache(
     new_TNC: Tensor, cache_PZNC: Tensor, slots_T: Tensor, scale: Tensor | None, count: int
 ) -> None:
     """Put the keys or values of the first `count` tokens into their slots; -1 writes nothing."""
-    slots = slots_T[:count]
-    is_real = slots >= 0
-    rows = new_TNC[:count][is_real]
+    slots, rows = slots_T[:count], new_TNC[:count]
+    if bool((slots < 0).any()):
+        is_real = slots >= 0
+        slots, rows = slots[is_real], rows[is_real]
     if cache_PZNC.dtype == FP8:
         rows = rows.float() / (1.0 if scale is None else scale[:, None])
         limit = torch.finfo(FP8).max
         rows = rows.clamp(-limit, limit).to(FP8).view(torch.uint8)
         cache_PZNC = cache_PZNC.view(torch.uint8)
-    cache_PZNC.flatten(0, 1)[slots[is_real]] = rows.to(cache_PZNC.dtype)
+    cache_PZNC.flatten(0, 1).index_copy_(0, slots, rows.to(cache_PZNC.dtype))
 
 
 def read_cache(cache_PZNC: Tensor, pages: Tensor, length: int, scale: Tensor | None) -> Tensor:
