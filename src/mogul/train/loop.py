@@ -1,8 +1,8 @@
-"""The training loop. There is one.
+"""A short training in one call: model, batches and settings in, a record of what happened out.
 
-It takes a model whose forward returns its whole loss (auxiliary losses included), an iterator of
-token batches and settings; it steps until the settings say stop and returns a record of what
-happened. It runs in one process on one device; a mesh of another size is refused, not ignored.
+The model's forward returns its whole loss (auxiliary losses included). Steps are those of
+`step.py`, which recipes (`session.py`) run as well. One process on one device; a mesh of another
+size is refused, not ignored.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from mogul.core.errors import ConfigError, MogulError
 from mogul.core.log import ProgressBar, progress
-from mogul.train.optimizer import TrainSettings, build_optimizer, holds_parameters_of
+from mogul.train.optimizer import TrainSettings, build_optimizer
+from mogul.train.step import Gradients, Stepper
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -69,25 +69,22 @@ def train(
         raise ConfigError(
             f"training on a mesh of {mesh.size()} devices is not built", fix="use one process"
         )
-    optimizer = build_optimizer(model, settings)
-    assert holds_parameters_of(optimizer, model)
+    stepper = Stepper(
+        model, build_optimizer(model, settings), max_grad_norm=settings.max_grad_norm
+    )
     model.train()
     # Progress counts what ends the run: seconds where given, else steps.
     total = settings.max_seconds if settings.max_seconds is not None else settings.max_steps
     try:
         with progress(description, total) as bar:
-            return _run(model, optimizer, batches, settings, bar)
+            return _run(stepper, batches, settings, bar)
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        stepper.clear()
         model.eval()
 
 
 def _run(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Tensor],
-    settings: TrainSettings,
-    bar: ProgressBar,
+    stepper: Stepper, batches: Iterator[Tensor], settings: TrainSettings, bar: ProgressBar
 ) -> TrainRecord:
     losses: list[float] = []
     norms: list[float] = []
@@ -99,13 +96,16 @@ def _run(
         batch = next(batches, None)
         if batch is None:
             raise MogulError(f"the batches ran out at step {step}", fix="give more text or steps")
-        loss, norm = _step(model, optimizer, batch, settings, step)
-        losses.append(loss)
-        norms.append(norm)
+        gradients = stepper.gradients([batch])
+        if not gradients.is_finite:
+            raise not_finite(gradients, step)
+        stepper.update(gradients, settings.lr_at(step))
+        losses.append(gradients.loss)
+        norms.append(gradients.norm)
         tokens += batch.numel()
         seconds = time.perf_counter() - start_s
         done = seconds if settings.max_seconds is not None else len(losses)
-        note = f"step {len(losses)}, loss {loss:.3f}, {tokens / seconds:.0f} tokens/s"
+        note = f"step {len(losses)}, loss {gradients.loss:.3f}, {tokens / seconds:.0f} tokens/s"
         bar.update(min(done, bar.total or done), note)
     return TrainRecord(
         steps=len(losses),
@@ -122,34 +122,15 @@ def _is_over(settings: TrainSettings, steps: int, seconds: float) -> bool:
     return settings.max_seconds is not None and seconds >= settings.max_seconds
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Tensor,
-    settings: TrainSettings,
-    step: int,
-) -> tuple[float, float]:
-    """One forward, backward and update; returns the loss and the gradient norm."""
-    for group in optimizer.param_groups:
-        group["lr"] = settings.lr_at(step)
-    ids_BL = batch.to(next(model.parameters()).device)
-    loss: Any = model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise MogulError(
-            f"the loss is {value} at step {step}; the weights before this step are kept",
+def not_finite(gradients: Gradients, step: int) -> MogulError:
+    """The error of a step whose loss or gradient is no number."""
+    if not math.isfinite(gradients.loss):
+        return MogulError(
+            f"the loss is {gradients.loss} at step {step}; the weights before this step are kept",
             fix="lower the learning rate, raise warmup_steps, or look at the batch of this step",
         )
-    loss.backward()
-    # A wrapper that swaps parameters in the forward would train copies nobody reads.
-    assert step or holds_parameters_of(optimizer, model)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-    if not math.isfinite(norm):
-        raise MogulError(
-            f"the gradient norm is {norm} at step {step}; the weights before this step are kept",
-            fix="lower the learning rate or raise warmup_steps",
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value, norm
+    return MogulError(
+        f"the gradient norm is {gradients.norm} at step {step}; the weights before this step are "
+        "kept",
+        fix="lower the learning rate or raise warmup_steps",
+    )

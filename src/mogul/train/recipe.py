@@ -1,0 +1,209 @@
+"""What a training recipe may say: one frozen record a section, every key explained here.
+
+Decides names, defaults and legal combinations; files, `extends` and `--set` are read in
+`recipe_file.py`, models are built in `build.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mogul.core.errors import ConfigError
+from mogul.spec.base import Spec
+from mogul.train.data.spec import DataSpec
+from mogul.train.optimizer import OptimizerSpec
+from mogul.train.schedule import ScheduleSpec
+
+
+class UpcycleSection(Spec):
+    """A dense checkpoint turned into grouped experts before the first step."""
+
+    checkpoint: str
+    """Folder of the dense model, or a hub id."""
+
+    experts: int = Field(ge=1)
+    groups: int = Field(ge=1)
+    seed: int = 0
+    noise: float = Field(default=0.0, ge=0, le=1)
+    """Share of each expert's inner columns drawn anew."""
+
+
+class MtpSection(Spec):
+    """A head that predicts the token after next, trained beside the model."""
+
+    weight: float = Field(default=0.3, gt=0)
+    """Times its loss, added to the model's."""
+
+
+class ModelSection(Spec):
+    """Which model is trained: exactly one of `config`, `preset`, `checkpoint` and `upcycle`."""
+
+    config: dict[str, Any] | None = None
+    """Keys of a `config.json`; `model_type` is "moge" where not given. Weights are random."""
+
+    preset: str | None = None
+    """A published shape (`mogul info` lists them), with random weights."""
+
+    checkpoint: str | None = None
+    """A folder in Transformers' layout, or a hub id: its weights are trained further."""
+
+    upcycle: UpcycleSection | None = None
+    """A dense checkpoint, made a mixture of grouped experts first."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Config keys changed after `preset`, `checkpoint` or `upcycle`."""
+
+    tokenizer: str | None = None
+    """Folder of the tokenizer, copied beside the exported model."""
+
+    mtp: MtpSection | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [k for k in ("config", "preset", "checkpoint", "upcycle") if getattr(self, k)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"[model] names {' and '.join(given) or 'nothing'} to train",
+                fix="give exactly one of config, preset, checkpoint and upcycle",
+            )
+        return self
+
+
+class BalanceSection(Spec):
+    """How experts are kept in even use: a loss, a selection bias, both or neither."""
+
+    loss: Literal["none", "batch", "sequence", "global"] = "batch"
+    """Scope of the counts in the auxiliary loss: a micro-batch, each sequence, or all
+    micro-batches of the step so far."""
+
+    loss_coef: float = Field(default=0.01, ge=0)
+    """Times a loss that is 1 at balance."""
+
+    loss_per_group: bool = False
+    """Compare experts with their group only (softmax within the group); False: the scores over
+    all experts, as Pangu Pro MoE."""
+
+    bias: Literal["none", "sign", "proportional", "decay"] = "none"
+    """Loss-free rule: how the selection bias follows the loads after each step. A step is a share
+    of the mean score: `sign` of the missing load, in proportion to it, or the same over the root
+    of the step number."""
+
+    bias_rate: float | None = Field(default=None, gt=0)
+    """Step of the bias in mean scores; None: 0.01 (sign), 0.1 (proportional), 1 (decay)."""
+
+    bias_until: float = Field(default=1.0, ge=0, le=1)
+    """Share of the training after which the bias stays as it is."""
+
+    z_loss_coef: float = Field(default=0.0, ge=0)
+    """Times the mean squared log-sum-exp of the router logits."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Routing warm-up: logits go from noise of their own mean and spread to themselves."""
+
+
+class RunSection(Spec):
+    """How the steps are run."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    """The same as tokens: rounded up to whole steps."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences in one micro-batch."""
+
+    sequence_length: int = Field(default=512, ge=2)
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches in a step."""
+
+    gradient_dtype: Literal["float32", "parameter"] = "float32"
+    """What micro-batches are summed in; `parameter` saves memory where weights are bf16."""
+
+    precision: Literal["auto", "float32", "bfloat16", "autocast", "float64"] = "auto"
+    """`bfloat16`: weights in bf16, the optimizer holds the other half of a float32; `autocast`:
+    float32 weights, products in bf16. auto: bfloat16 on an accelerator, float32 on a CPU."""
+
+    device: str = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    """Compile each decoder layer; auto: on accelerators."""
+
+    activation_checkpointing: bool | int = False
+    """Compute layers again in the backward pass; a number n: every n-th layer."""
+
+    experts: str = "mogul"
+    """Experts implementation: mogul, grouped_mm, eager..."""
+
+    attention: str = "auto"
+    """Attention implementation; auto: sdpa, with cuDNN's kernel first where there is one."""
+
+    loss: Literal["auto", "chunked", "model"] = "auto"
+    """`chunked` never holds all logits; `model` calls the model with labels."""
+
+    seed: int = 0
+    deterministic: bool = False
+    """Refuse operators whose result may differ between runs."""
+
+    spike_factor: float = Field(default=0.0, ge=0)
+    """Skip a step whose loss exceeds the running mean by so many standard deviations and take its
+    batch again later; 0: never."""
+
+    spike_retries: int = Field(default=1, ge=0)
+    """How often a skipped batch comes back."""
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ConfigError(
+                "[run] needs its length: one of steps and tokens", fix="give run.steps"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in all micro-batches of a step."""
+        return self.batch_size * self.sequence_length * self.accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps or -(-(self.tokens or 0) // self.tokens_per_step)
+
+
+class CheckpointSection(Spec):
+    """When the training is saved."""
+
+    every_steps: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept, newest first."""
+
+    asynchronous: bool = True
+    """Write in a thread of its own, from a copy in memory."""
+
+
+class LogSection(Spec):
+    """What is written while it runs."""
+
+    every_steps: int = Field(default=10, ge=1)
+    eval_every_steps: int = Field(default=0, ge=0)
+    """Held-out loss and a trace of the routing; 0: at the end only."""
+
+    eval_batches: int = Field(default=16, ge=1)
+    tensorboard: bool = False
+    report: bool = True
+    """Write report.html at the end."""
+
+
+class Recipe(Spec):
+    """Everything that decides a training."""
+
+    model: ModelSection
+    data: DataSpec
+    run: RunSection
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    balance: BalanceSection = BalanceSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
