@@ -32,9 +32,10 @@ def check_names(
     if not isinstance(skeleton.config, MogeConfig):
         return set()
     expected = expected_shapes(skeleton)
-    skipped = set()
+    unknown = set(stored) - set(expected)
+    skipped = unknown & mtp_copies(skeleton.config)
     if skeleton.config.model_type == "PanguProMoE":
-        skipped = {n for n in set(stored) - set(expected) if PANGU_SKIPPED.search(n)}
+        skipped |= {n for n in unknown if PANGU_SKIPPED.search(n)}
     for name in sorted(skipped):
         say(f"{folder.name}: skipped {name}, which is no part of the model")
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
@@ -47,6 +48,13 @@ def check_names(
     ]
     raise_if_any(folder, missing, surplus, misshaped)
     return skipped
+
+
+def mtp_copies(config: MogeConfig) -> set[str]:
+    """Names under which an MTP layer may hold copies of the embedding and the head it shares."""
+    layer = f"model.layers.{config.num_hidden_layers}"
+    shared = ("embed_tokens.weight", "shared_head.head.weight")
+    return {f"{layer}.{name}" for name in shared} if config.num_nextn_predict_layers else set()
 
 
 def expected_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -129,6 +129,10 @@ class MogeConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.001
     """Times a balance loss that is 1 at balance (in Transformers' own models it is K there)."""
     router_z_loss_coef: float = 0.0
+    num_nextn_predict_layers: int = 0
+    """1: a layer after the last that predicts the token after next (multi-token prediction)."""
+    mtp_loss_coef: float = 0.3
+    """Times the loss of that layer, added to the loss in training mode."""
 
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -171,6 +175,11 @@ class MogeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"layers {self.mlp_only_layers} are dense, but intermediate_size is missing",
                 fix="set intermediate_size, or empty mlp_only_layers",
+            )
+        if self.num_nextn_predict_layers not in (0, 1):
+            raise ConfigError(
+                f"num_nextn_predict_layers={self.num_nextn_predict_layers} is not supported",
+                fix="use one multi-token-prediction layer, or none",
             )
         if self.use_qk_norm and self.use_k_norm_only:
             raise ConfigError("use_qk_norm and use_k_norm_only exclude each other", fix="keep one")

@@ -29,7 +29,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import (
     can_return_tuple,
@@ -42,6 +41,8 @@ from mogul.core.errors import BackendError
 from mogul.kernels import RouterSpec, Routing, route
 from mogul.models.balance_loss import balance_loss, z_loss
 from mogul.models.moge.configuration_moge import MogeConfig, PanguProMoEConfig
+from mogul.models.moge.mtp import MtpHead, next_embeddings
+from mogul.models.moge.rotary import MogeRotaryEmbedding, rotate
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -57,6 +58,7 @@ except ImportError:  # Transformers < 5.20 or so: positions from the end, or the
 class MogeModelOutput(MoeModelOutputWithPast):
     """What the decoder returns; router records are tuples over the MoE layers, [T, ...] each."""
 
+    mtp_hidden_state: Tensor | None = None
     router_weights: tuple[Tensor, ...] | None = None
     router_ids: tuple[Tensor, ...] | None = None
 
@@ -65,6 +67,7 @@ class MogeModelOutput(MoeModelOutputWithPast):
 class MogeCausalLMOutput(MoeCausalLMOutputWithPast):
     """What the language model returns; router records as in `MogeModelOutput`."""
 
+    mtp_loss: Tensor | None = None
     router_weights: tuple[Tensor, ...] | None = None
     router_ids: tuple[Tensor, ...] | None = None
 
@@ -123,7 +126,8 @@ class MogeRouter(nn.Module):
         """Route [..., D]: logits [T, E], weights [T, K] (both float32), ids [T, K] (int64)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         with maybe_autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            logits_TE = self.adjust(F.linear(x_TD.to(wide), self.weight.to(wide)))
             bias, scale = self.e_score_correction_bias, self.router_scale
             if not (self.straight_through and self.training):
                 routing = route(logits_TE, self.spec, bias=bias, scale=scale)
@@ -133,6 +137,10 @@ class MogeRouter(nn.Module):
             if scale is not None:
                 weights_TK = weights_TK * F.pad(scale.float(), (0, 1))[routing.ids]
         return logits_TE, weights_TK, routing.ids
+
+    def adjust(self, logits_TE: Tensor) -> Tensor:
+        """Change the logits before they choose; a routing warm-up replaces this in training."""
+        return logits_TE
 
     def _with_straight_gradient(self, logits_TE: Tensor, routing: Routing) -> Tensor:
         """Weights whose gradient is that of the share among all candidates, not among the picks.
@@ -235,68 +243,9 @@ class MogeRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""
-        wide = F.rms_norm(x.float(), self.weight.shape, eps=self.variance_epsilon)
+        at_least_32 = torch.promote_types(x.dtype, torch.float32)
+        wide = F.rms_norm(x.to(at_least_32), self.weight.shape, eps=self.variance_epsilon)
         return self.weight * wide.to(x.dtype)
-
-
-class MogeRotaryEmbedding(nn.Module):
-    """Cosines and sines of the positions, for any RoPE type that Transformers knows."""
-
-    inv_freq: Tensor
-
-    def __init__(self, config: MogeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        assert config.rope_parameters is not None  # filled by PreTrainedConfig
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init: Callable[..., tuple[Tensor, float]] = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: MogeConfig, **_: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies theta^(-2i/C) of the C/2 rotated pairs of a head; the scaling 1."""
-        assert config.rope_parameters is not None
-        assert config.head_dim is not None
-        width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, width, 2, dtype=torch.float) / width
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, L] to cos and sin [B, L, C] in the dtype of `x`."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate the first R channels of heads [B, H, L, C] by angles [B, L, R].
-
-    Pairs are (i, i + R/2), or (2i, 2i + 1) when `interleaved`.
-    """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if cos.shape[-1] < x.shape[-1]:
-        turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-        return torch.cat((_rotate_all(turned, cos, sin, interleaved), rest), dim=-1)
-    return _rotate_all(x, cos, sin, interleaved)
-
-
-def _rotate_all(turned: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    if interleaved:
-        cos, sin = (a.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for a in (cos, sin))
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        partner = torch.cat((-second, first), dim=-1)
-    return turned * cos + partner * sin
 
 
 def eager_attention_forward(
@@ -448,6 +397,26 @@ class MogeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.post_mlp_layernorm(out)
 
 
+class MogeMtpLayer(MogeDecoderLayer):
+    """One layer after the last that predicts the token after next, see `mtp.py`."""
+
+    def __init__(self, config: MogeConfig) -> None:
+        super().__init__(config, config.num_hidden_layers)
+        self.self_attn.layer_idx = 0  # it has a cache of its own
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = MogeRMSNorm(hidden, eps)
+        self.hnorm = MogeRMSNorm(hidden, eps)
+        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": MogeRMSNorm(hidden, eps)})
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, next_embeds: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Hidden states and the embeddings of the tokens that follow, [B, L, D] each."""
+        joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)
+        return self.shared_head["norm"](super().forward(self.eh_proj(joined), **kwargs))
+
+
 class MogePreTrainedModel(PreTrainedModel):
     """What every model of the family tells Transformers about itself."""
 
@@ -499,6 +468,7 @@ class MogeModel(MogePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
             [MogeDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+            + [MogeMtpLayer(config) for _ in range(config.num_nextn_predict_layers)]
         )
         self.norm = MogeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MogeRotaryEmbedding(config)
@@ -515,14 +485,19 @@ class MogeModel(MogePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        predict_next: bool = False,
         **kwargs: Any,
     ) -> MogeModelOutput:
-        """Token ids [B, L] (or embeddings [B, L, D]) to the last hidden states [B, L, D]."""
+        """Token ids [B, L] (or embeddings [B, L, D]) to the last hidden states [B, L, D].
+
+        With `predict_next` the MTP layer runs too and gives `mtp_hidden_state` [B, L, D].
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = embeds
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
@@ -534,19 +509,23 @@ class MogeModel(MogePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        shared = {
+            "attention_mask": causal_mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
+            **kwargs,
+        }
+        cached = {"past_key_values": past_key_values, "use_cache": use_cache}
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, **cached, **shared)
+        hidden_states, mtp_hidden_state = self.norm(hidden_states), None
+        if predict_next:
+            ahead = next_embeddings(embeds)
+            mtp_hidden_state = self.layers[-1](hidden_states, ahead, **shared)
         return MogeModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            mtp_hidden_state=mtp_hidden_state,
         )
 
     def _mask_function(self) -> Callable[..., Any]:
@@ -557,7 +536,7 @@ class MogeModel(MogePreTrainedModel):
         return create_causal_mask
 
 
-class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
+class MogeForCausalLM(MtpHead, MogePreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -592,7 +571,8 @@ class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
         """Token ids [B, L] to logits [B, L, V]; with `labels` [B, L] also the loss.
 
         The loss gains `router_aux_loss_coef` times the balance loss when `output_router_logits`
-        is on, and `router_z_loss_coef` times the z-loss when that coefficient is positive.
+        is on, and `router_z_loss_coef` times the z-loss when that coefficient is positive. A model
+        with an MTP layer adds `mtp_loss_coef` times its loss in training mode.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -607,13 +587,17 @@ class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits or wants_z_loss,
+            predict_next=labels is not None and self.trains_mtp,
             **kwargs,
         )
         assert outputs.last_hidden_state is not None
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = aux_loss = None
+        loss = aux_loss = mtp_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            if outputs.mtp_hidden_state is not None:
+                mtp_loss = self.mtp_loss(outputs.mtp_hidden_state, labels, **kwargs)
+                loss = loss + self.config.mtp_loss_coef * mtp_loss
         if output_router_logits:
             aux_loss = self._balance_loss(outputs, attention_mask)
             if loss is not None:
@@ -624,6 +608,7 @@ class MogeForCausalLM(MogePreTrainedModel, GenerationMixin):
         return MogeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]
+            mtp_loss=mtp_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
