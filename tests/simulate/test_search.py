@@ -8,7 +8,6 @@ from mogul.simulate.laws import fine_grained_loss, leverage, quality
 from mogul.simulate.run import Setting
 from mogul.simulate.shape import Ranges, Target, study
 from mogul.simulate.sweep import front, layouts, search
-from mogul.simulate.train import TrainPlan, flop_per_token, predict_training
 from mogul.spec.families import model_spec
 from mogul.spec.hardware import hardware
 from mogul.spec.parallel import Parallel
@@ -56,31 +55,6 @@ def test_equal_tpot_fills_the_batch():
         at_equal_tpot(setting, Workload(arrival="together"), 0.001)
     with pytest.raises(ConfigError, match="no experts to group"):
         with_groups(model_spec(config("qwen3-32b")), 4)
-
-
-def test_training_flop_and_bubbles():
-    dense = model_spec(config("qwen3-8b"))
-    assert flop_per_token(dense, 1) == pytest.approx(
-        6 * dense.active_params(input_embedding=False), rel=0.01
-    )
-    plan = TrainPlan(devices=16, global_batch=64, sequence_tokens=2048)
-    flat = predict_training(dense, H100, Parallel(tp=2), plan)
-    piped = predict_training(dense, H100, Parallel(tp=2, pp=4), plan)
-    assert flat.bubble == 0
-    assert piped.bubble == pytest.approx(3 / 32 / (1 + 3 / 32))
-    assert 0.2 < flat.mfu < 0.8
-    more = predict_training(dense, H100, Parallel(tp=2, pp=4), plan.replace(virtual_stages=2))
-    assert more.bubble < piped.bubble
-
-
-def test_training_memory_and_recomputation():
-    plan = TrainPlan(devices=8, global_batch=64)
-    none = predict_training(QWEN, H200, Parallel(dp=8), plan.replace(recompute="none"))
-    full = predict_training(QWEN, H200, Parallel(dp=8), plan.replace(recompute="full"))
-    assert none.memory.total_bytes > full.memory.total_bytes
-    assert none.step_s < full.step_s
-    with pytest.raises(ConfigError, match="does not divide"):
-        predict_training(QWEN, H200, Parallel(dp=8), plan.replace(global_batch=65))
 
 
 def test_laws_reproduce_published_facts():

@@ -31,9 +31,22 @@ class Options(Deployment):
 
     micro_batch: int = 1
     virtual_stages: int = 1
-    recompute: Literal["auto", "none", "experts", "full"] = "auto"
+    schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    context_parallel: int = 1
+    """Devices one sequence is cut over."""
+
+    recompute: Literal["auto", "none", "selective", "experts", "full"] = "auto"
+    graphs: Literal["none", "partial", "full"] = "none"
+    """What is replayed from captured graphs: nothing; attention and router; everything."""
+
+    mtp: int = 0
+    """Layers that predict further tokens."""
+
     fsdp: bool = False
     """Gather weights layer by layer instead of holding them."""
+
+    balanced: bool = False
+    """Every expert gets as many rows as any other, whatever the router says."""
 
     tokens: float | None = None
     """Training tokens: also prints the days."""
@@ -47,7 +60,8 @@ def run(options: Options) -> int:
     from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
     from mogul.core.table import Table
     from mogul.simulate.tables import train_tables
-    from mogul.simulate.train import TrainPlan, predict_training
+    from mogul.simulate.train import predict_training
+    from mogul.simulate.train_plan import TrainPlan
 
     serving = ("input", "output", "batch", "together", "prefix_hit", "drafts", "engine")
     refuse_unused(options, "train", *serving, "max_ttft_ms", "max_tpot_ms", "shared_tp")
@@ -58,6 +72,11 @@ def run(options: Options) -> int:
         micro_batch=options.micro_batch,
         devices=options.devices,
         virtual_stages=options.virtual_stages,
+        schedule=options.schedule,
+        context_parallel=options.context_parallel,
+        graphs=options.graphs,
+        mtp_layers=options.mtp,
+        is_balanced=options.balanced,
         recompute=options.recompute,
         shards_weights=options.fsdp,
         overlap=setting.engine.overlap,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mogul.simulate.train import flop_per_token
+from mogul.simulate.train_plan import flop_per_token
 from mogul.spec.model import ModelSpec
 
 LEVERAGE_MAX_FLOP = 1e22

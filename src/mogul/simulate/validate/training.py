@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from mogul.simulate.routing import Routing
-from mogul.simulate.train import TrainPlan, TrainPrediction, predict_training
+from mogul.simulate.train import TrainPrediction, predict_training
+from mogul.simulate.train_plan import TrainPlan
 from mogul.simulate.validate.published import load, model
 from mogul.spec.hardware import hardware
 from mogul.spec.parallel import Parallel
@@ -34,13 +35,16 @@ class TrainingRow:
     note: str
 
 
-def _prediction(row: dict[str, Any], scale: float) -> TrainPrediction:
+def _prediction(
+    row: dict[str, Any], scale: float, routing: Routing | None = None
+) -> TrainPrediction:
     return predict_training(
         model(row["model"]),
         hardware(row["device"]),
         Parallel(**row["parallel"]),
         TrainPlan(**row["plan"], scale=scale),
         quant=QuantScheme(**row.get("quant", {})),
+        routing=routing,
     )
 
 
@@ -49,6 +53,9 @@ def _speed(row: dict[str, Any], scale: float) -> tuple[float, float]:
     one = _prediction(row, scale)
     if "measured_tflops" in row:
         return float(row["measured_tflops"]), one.flop_per_s_per_device / 1e12
+    if "measured_step_s" in row:
+        measured = one.tokens / one.plan.devices / row["measured_step_s"]
+        return measured, one.tokens_per_s_per_device
     return float(row["measured_tokens_per_s"]), one.tokens_per_s_per_device
 
 
@@ -89,37 +96,24 @@ def training_rows() -> tuple[list[TrainingRow], dict[str, float]]:
 
 def balance_ratios() -> list[tuple[int, float, float, bool]]:
     """Forced balance over dropless: (sequence tokens, measured, predicted, fitted)."""
-    data = load("training")["long_context"]
-    measured = np.divide(data["forced_tflops"], data["dropless_tflops"])
-    lengths = data["sequence_tokens"]
+    data = load("training")
+    chosen = data["long_context"]
+    by_length = {row["plan"].get("sequence_tokens"): row for row in data["row"]}
+    rows = [by_length[length] for length in chosen["rows"]]
+    forced = [row["measured_tflops"] for row in rows]
+    measured = np.divide(forced, chosen["dropless_tflops"])
     low, high = 1.0, 4.0
     for _ in range(16):
         spread = (low + high) / 2
-        low, high = (
-            (spread, high) if _ratio(data, lengths[0], spread) < measured[0] else (low, spread)
-        )
+        low, high = (spread, high) if _ratio(rows[0], spread) < measured[0] else (low, spread)
     return [
-        (length, float(value), _ratio(data, length, low), index == 0)
-        for index, (length, value) in enumerate(zip(lengths, measured, strict=True))
+        (row["plan"]["sequence_tokens"], float(value), _ratio(row, low), index == 0)
+        for index, (row, value) in enumerate(zip(rows, measured, strict=True))
     ]
 
 
-def _ratio(data: dict[str, Any], sequence_tokens: int, spread: float) -> float:
-    plan = TrainPlan(
-        devices=256,
-        global_batch=512,
-        sequence_tokens=sequence_tokens,
-        virtual_stages=4,
-        recompute="experts",
-    )
-
-    def step_s(routing: Routing, is_balanced: bool) -> float:
-        return predict_training(
-            model(data["model"]),
-            hardware(data["device"]),
-            Parallel(**data["parallel"]),
-            plan.replace(is_balanced=is_balanced),
-            routing=routing,
-        ).step_s
-
-    return step_s(Routing(spread=spread), False) / step_s(Routing(), True)
+def _ratio(row: dict[str, Any], spread: float) -> float:
+    """Step time with the skew over that with balance forced."""
+    skewed = row | {"plan": row["plan"] | {"is_balanced": False}}
+    uneven = _prediction(skewed, 1.0, Routing(spread=spread))
+    return uneven.step_s / _prediction(row, 1.0).step_s
