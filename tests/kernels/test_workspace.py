@@ -4,8 +4,9 @@ import threading
 
 import torch
 
-from mogul.kernels import moe_forward
+from mogul.kernels import ExpertLayout, moe_forward
 from mogul.kernels.cpu import workspace
+from mogul.kernels.cpu.workspace import matrices
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, PICKS = 300, 16, 8, 8, 4  # more rows than one chunk
 
@@ -62,3 +63,19 @@ def test_a_large_request_is_not_kept(monkeypatch):
     assert made.take("x", (4, 4), like).data_ptr() == made.take("x", (4, 4), like).data_ptr()
     assert made.take("x", (5, 4), like) is not made.take("x", (5, 4), like)
     assert [tensor.numel() for tensor in made._kept.values()] == [16]
+
+
+def test_matrices_follow_their_weight():
+    """The kept views are those of the weight as it is now: replaced data gives new views."""
+    weight = torch.nn.Parameter(torch.randn(3, 4, 2))
+    kept = matrices(weight, ExpertLayout())
+    assert matrices(weight, ExpertLayout()) is kept
+    with torch.no_grad():
+        weight[1] += 1.0
+    assert all(torch.equal(a, b) for a, b in zip(kept, weight, strict=True))
+    weight.data = torch.randn(3, 4, 2)
+    renewed = matrices(weight, ExpertLayout())
+    assert all(torch.equal(a, b) for a, b in zip(renewed, weight, strict=True))
+    turned = torch.randn(3, 2, 4)
+    views = matrices(turned, ExpertLayout(is_transposed=True))
+    assert all(torch.equal(a, b.T) for a, b in zip(views, turned, strict=True))

@@ -16,6 +16,7 @@ from mogul.kernels.cpu.blocks import combine
 from mogul.kernels.cpu.grad import Experts
 from mogul.kernels.cpu.order import Order, order_by_expert
 from mogul.kernels.cpu.rows import right_operands, rows
+from mogul.kernels.cpu.workspace import WORKSPACE, matrices
 from mogul.kernels.layout import ExpertLayout
 
 # Mean rows an expert between which a [F, D] x [D, R] product beats [R, D] x [D, F], where one
@@ -87,23 +88,24 @@ def _one_token(
     layout: ExpertLayout,
 ) -> Tensor:
     """A matrix-vector product for each pick: reads every weight once, copies none."""
-    up_EFD, down_EDF = (gate_up.mT, down.mT) if layout.is_transposed else (gate_up, down)
-    num_experts, num_hidden = up_EFD.shape[:2]
+    up_FD, down_DF = matrices(gate_up, layout), matrices(down, layout)
+    num_experts = len(up_FD)
     (experts,) = ids_1K.tolist()
     if min(experts, default=0) < 0 or max(experts, default=0) >= num_experts:
         is_real_1K = (ids_1K >= 0) & (ids_1K < num_experts)
         ids_1K, weights_1K = ids_1K[is_real_1K][None], weights_1K[is_real_1K][None]
         (experts,) = ids_1K.tolist()
     x_D = x_1D[0]
-    hidden_KF = x_1D.new_empty(len(experts), num_hidden)
-    for expert, out_F in zip(experts, hidden_KF.unbind(), strict=True):
-        torch.mv(up_EFD[expert], x_D, out=out_F)
+    num_hidden = gate_up.shape[2 if layout.is_transposed else 1]
+    hidden_KF, hidden_F = WORKSPACE.take_rows("one hidden", (len(experts), num_hidden), x_1D)
+    for expert, out_F in zip(experts, hidden_F, strict=True):
+        torch.mv(up_FD[expert], x_D, out=out_F)
     if up_bias_EF is not None:
         hidden_KF += up_bias_EF[ids_1K[0]]
     active_KF = layout.activate(hidden_KF)
-    out_KD = x_1D.new_empty(len(experts), x_D.shape[0])
-    for expert, in_F, out_D in zip(experts, active_KF.unbind(), out_KD.unbind(), strict=True):
-        torch.mv(down_EDF[expert], in_F, out=out_D)
+    out_KD, out_D = WORKSPACE.take_rows("one out", (len(experts), x_D.shape[0]), x_1D)
+    for expert, in_F, to_D in zip(experts, active_KF.unbind(), out_D, strict=True):
+        torch.mv(down_DF[expert], in_F, out=to_D)
     if down_bias_ED is not None:
         out_KD += down_bias_ED[ids_1K[0]]
     return torch.mm(weights_1K.to(out_KD.dtype), out_KD)

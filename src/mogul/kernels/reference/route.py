@@ -34,7 +34,7 @@ def route_reference(
 
 def _biased(score_TC: Tensor, bias: Tensor | None) -> Tensor:
     """The selection scores; they carry no gradient."""
-    score_TC = score_TC.detach()
+    score_TC = score_TC.detach() if score_TC.requires_grad else score_TC
     if bias is None:
         return score_TC
     bias_C = bias.detach().to(score_TC.dtype)
@@ -45,8 +45,9 @@ def _pick(choice_TC: Tensor, spec: RouterSpec) -> Tensor:
     """Ids of the picks, group by group, best first; every null pick is num_experts."""
     if spec.limit_groups is not None:
         return _best(_within_best_groups(choice_TC, spec), spec.top_k)
-    choice_TMG = choice_TC[:, : spec.num_experts].unflatten(1, (spec.num_groups, -1))
-    group_size = choice_TMG.shape[2]
+    group_size = spec.num_experts // spec.num_groups
+    true_TE = choice_TC[:, : spec.num_experts] if spec.num_null_experts else choice_TC
+    choice_TMG = true_TE.reshape(-1, spec.num_groups, group_size)
     if spec.num_null_experts:
         null_TMN = choice_TC[:, spec.num_experts :].unflatten(1, (spec.num_groups, -1))
         choice_TMG = torch.cat((choice_TMG, null_TMN), dim=2)
