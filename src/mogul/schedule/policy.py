@@ -39,6 +39,9 @@ class Request:
     drafts: int = 0
     """Guessed tokens to verify beside the next one, in the next step."""
 
+    most_chunk: int = 0
+    """Prompt tokens a step at most; 0 is no bound of its own."""
+
     computed: int = 0
     """Tokens in the cache that were computed (or found)."""
 
@@ -208,7 +211,7 @@ class Scheduler(Generic[R]):
             budget -= self._chunk(step, request, budget)
 
     def _chunk(self, step: StepPlan[R], request: R, most: int) -> int:
-        count = max(0, min(most, request.goal - request.computed))
+        count = max(0, min(most, request.most_chunk or most, request.goal - request.computed))
         count = self.room.fit(request, count) if count else 0
         if count:
             step.prompts.append((request, count))

@@ -1,0 +1,191 @@
+"""Transformers' attention interface over pages: the name `mogul_paged`.
+
+A model asks for attention by name and hands over queries, keys and values of one flat row of
+tokens; where they belong stands in the `StepState` of the running step. `mogul::attend` is one
+opaque operator that finds both the state and the layer's pages by itself, so a compiled decoder
+layer depends on neither and is the same for every layer and step. No mask function is registered
+under the name: Transformers then builds no mask, which is what pages need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mogul.core.errors import BackendError
+from mogul.kernels.paged_attention import paged_attention
+
+NAME = "mogul_paged"
+_LAYER = "_mogul_paged_layer"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer keeps of a token, as its own call showed."""
+
+    num_heads: int
+    num_kv_heads: int
+    width: int
+    """Of a key head; narrower values are padded to it."""
+
+    value_width: int
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        """Numbers kept of a token."""
+        return 2 * self.num_kv_heads * self.width
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The pages of one layer, [P, Z, N, C] each."""
+
+    key: Tensor
+    value: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+
+@dataclass
+class StepState:
+    """Where the tokens of one step belong; views of static buffers on a device."""
+
+    slots_T: Tensor
+    tables_SB: Tensor
+    starts: Tensor
+    lengths_S: Tensor
+    max_query_len: int
+    caches: list[LayerCache]
+
+
+_state: StepState | None = None
+_seen: list[tuple[nn.Module, LayerShape]] | None = None
+
+
+@contextmanager
+def running(state: StepState) -> Iterator[None]:
+    """Let every layer that runs inside attend by `state`."""
+    global _state
+    previous, _state = _state, state
+    try:
+        yield
+    finally:
+        _state = previous
+
+
+def find_layers(model: nn.Module, device: torch.device) -> list[LayerShape]:
+    """Run one token through a model set to `mogul_paged` and number its attention layers.
+
+    Raises:
+        BackendError: its attention does not go through the interface, so pages cannot be used.
+    """
+    global _seen
+    previous, _seen = _seen, []
+    try:
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        with torch.inference_mode():
+            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
+        found = _seen
+    finally:
+        _seen = previous
+    expected = getattr(model.config, "num_hidden_layers", len(found))
+    if not found or len(found) != expected:
+        raise BackendError(
+            f"{type(model).__name__} runs {len(found)} of {expected} layers through Transformers' "
+            "attention interface, so the engine's pages cannot hold its cache",
+            fix="use a family whose layers all have plain attention, or Transformers' generate",
+        )
+    for index, (module, _) in enumerate(found):
+        vars(module)[_LAYER] = torch.tensor(index)  # a tensor: its value is no part of the code
+    return [shape for _, shape in found]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend for one flat row: query [1, H, T, C], key and value [1, N, T, C] -> [1, T, H, C]."""
+    if options.get("softcap") is not None or options.get("position_bias") is not None:
+        raise BackendError(
+            f"{type(module).__name__} caps or biases its attention scores, which pages do not know",
+            fix="use Transformers' generate for this family",
+        )
+    query_THC, key_TNC, value_TNC = (x[0].transpose(0, 1) for x in (query, key, value))
+    width, value_width = query_THC.shape[-1], value_TNC.shape[-1]
+    if _seen is not None:
+        shape = LayerShape(query.shape[1], key.shape[1], width, value_width, key.dtype)
+        _seen.append((module, shape))
+        return query_THC[None, ..., :value_width].contiguous(), None
+    if value_width < width:
+        value_TNC = F.pad(value_TNC, (0, width - value_width))
+    scaling = width**-0.5 if scaling is None else scaling
+    layer = vars(module)[_LAYER]
+    attend = torch.ops.mogul.attend if torch.compiler.is_compiling() else _attend
+    out_THC = attend(query_THC, key_TNC, value_TNC, layer, scaling, sliding_window, s_aux)
+    return out_THC[None, ..., :value_width], None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    assert _state is not None, "attention over pages outside a step"
+    cache = _state.caches[int(layer)]
+    return paged_attention(
+        query,
+        key,
+        value,
+        cache.key,
+        cache.value,
+        slots_T=_state.slots_T,
+        tables_SB=_state.tables_SB,
+        query_starts=_state.starts,
+        lengths_S=_state.lengths_S,
+        max_query_len=_state.max_query_len,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        key_scale=cache.key_scale,
+        value_scale=cache.value_scale,
+    )
+
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_LIB.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float scaling, "
+    "int? sliding_window, Tensor? sinks) -> Tensor"
+)
+_LIB.impl("attend", _attend, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mogul::attend", lib=_LIB)
+def _(query: Tensor, *_args: object) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def register() -> None:
+    """Make the name known to Transformers; calling it again changes nothing."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+
+
+register()

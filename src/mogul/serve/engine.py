@@ -1,0 +1,398 @@
+"""The engine: requests in, tokens out, many at once, on one machine and in one process.
+
+It holds the loop and nothing else: the policy decides what runs (`mogul.schedule`), `steps` computes
+it, `results` tells what came of it. On an accelerator a step is launched before the one before it
+is read, so the host prepares the next step while the device runs; requests whose next token depends
+on what the last one was (penalties, structure) and drafts make it wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mogul.core.errors import BackendError, ConfigError
+from mogul.schedule.policy import Limits, Scheduler
+from mogul.serve.blocks import BlockPool, root_digest
+from mogul.serve.loading import Load, default_device, open_model, open_tokenizer
+from mogul.serve.options import EngineOptions
+from mogul.serve.params import SamplingParams
+from mogul.serve.requests import Answer, Chunk, Live
+from mogul.serve.results import fail, take
+from mogul.serve.runner import Runner
+from mogul.serve.sizes import choose_sizes
+from mogul.serve.steps import Flight, Steps
+from mogul.serve.tables import PageRoom
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+PROMPT_ROWS = 256
+"""Prompt tokens a step of a request that wants their log-probabilities: [256, V] logits."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine has done so far."""
+
+    num_steps: int
+    prompt_tokens: int
+    """Prompt tokens computed, known ones not counted."""
+
+    output_tokens: int
+    num_preemptions: int
+    cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+
+    num_running: int
+    num_waiting: int
+    free_pages: int
+    cached_pages: int
+    num_pages: int
+
+
+class Engine:
+    """Generates for many requests at once; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        options: EngineOptions | None = None,
+        *,
+        name: str = "",
+    ) -> None:
+        self.options = options or EngineOptions()
+        self.tokenizer = tokenizer
+        self.runner = Runner(model, kv_dtype=self.options.kv_dtype)
+        self.sizes = sizes = choose_sizes(self.runner, self.options)
+        self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size)
+        self.pool = BlockPool(sizes.num_pages, sizes.page_size, reuse=self.options.reuse_prefix)
+        self.room = PageRoom(self.pool, sizes.pages_a_table)
+        limits = Limits(sizes.step_tokens, sizes.max_sequences, sizes.num_pages * sizes.page_size)
+        self.scheduler: Scheduler[Live] = Scheduler(limits, self.room)
+        self.steps = Steps(self.runner)
+        self.last_picks: Any = None
+        """Picks of the last step read [T, layers, K], where `record_experts` is on."""
+
+        self._salt = (name, str(model.dtype), self.options.kv_dtype)
+        self._end_ids = _end_ids(model, tokenizer)
+        self._live: dict[int, Live] = {}
+        self._mail: dict[int, deque[Chunk]] = {}
+        self._flight: Flight | None = None
+        self._ids = itertools.count()
+        self._seeds = random.Random(self.options.seed)
+        self._lock = threading.RLock()
+        self._num_steps = self._prompt_tokens = self._output_tokens = 0
+        if self.options.record_experts:
+            self.runner.tap.open()
+        self.runner.warm_up(self.options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        experts: str = "mogul",
+        load: Load = "checkpoint",
+        **options: Any,
+    ) -> Engine:
+        """Open a checkpoint folder or hub id.
+
+        Args:
+            path: a folder with `config.json`, weights and a tokenizer (which may lack).
+            dtype: "auto" (as stored), or a dtype or its name.
+            device: None is an accelerator where there is one.
+            experts: implementation of the experts.
+            load: "random" makes weights of the config's shape on the device instead.
+            options: fields of `EngineOptions`.
+
+        Raises:
+            ArtifactError: the checkpoint is damaged.
+            BackendError: the family's attention cannot be given pages.
+        """
+        settled = EngineOptions(**options)
+        model = open_model(
+            path, load=load, dtype=dtype, device=device or default_device(), experts=experts
+        )
+        return cls(model, open_tokenizer(path), settled, name=str(path))
+
+    # ------------------------------------------------------------------------------ requests
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+    ) -> int:
+        """Queue a request and return its id.
+
+        Args:
+            prompt: text, or token ids.
+            params: how its tokens are chosen.
+            priority: lower goes first and gives way last.
+            salt: only requests with the same salt share pages.
+
+        Raises:
+            ConfigError: the prompt is empty, too long, or asks for what this engine lacks.
+        """
+        params = params or SamplingParams()
+        ids = self.encode(prompt)
+        with self._lock:
+            self._check(ids, params)
+            number = next(self._ids)
+            live = Live(
+                number,
+                len(ids),
+                params.max_tokens,
+                arrival_s=time.perf_counter(),
+                priority=priority,
+                params=params,
+                prompt_ids=ids,
+                seed=self._seeds.getrandbits(62) if params.seed is None else params.seed,
+                root=root_digest(*self._salt, salt),
+                tokens=list(ids),
+                end_ids=self._ends(params),
+                most_chunk=PROMPT_ROWS if params.prompt_logprobs is not None else 0,
+            )
+            self._equip(live)
+            self.scheduler.add(live)
+            self._live[number] = live
+            self._mail[number] = deque()
+            return number
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, as they stand or through the tokenizer."""
+        if not isinstance(prompt, str):
+            return tuple(int(token) for token in prompt)
+        if self.tokenizer is None:
+            raise ConfigError("this engine has no tokenizer", fix="give token ids as prompt")
+        tokenizer: Any = self.tokenizer
+        return tuple(tokenizer(prompt)["input_ids"])
+
+    def _check(self, ids: tuple[int, ...], params: SamplingParams) -> None:
+        if not ids:
+            raise ConfigError("the prompt is empty", fix="give some text to continue")
+        if max(ids) >= self.runner.vocab_size or min(ids) < 0:
+            raise ConfigError(
+                f"the prompt holds token {max(ids, key=abs)}, the model knows "
+                f"0..{self.runner.vocab_size - 1}"
+            )
+        if len(ids) + params.max_tokens > self.sizes.max_length:
+            raise ConfigError(
+                f"{len(ids)} prompt tokens and {params.max_tokens} new ones exceed the length of "
+                f"{self.sizes.max_length}",
+                fix="shorten the prompt, ask for fewer tokens, or open the engine with a larger "
+                "max_length or cache_tokens",
+            )
+        if params.routed_experts and not self.runner.tap.num_layers:
+            raise BackendError("routed_experts is asked of a model without experts")
+        if params.stop and self.tokenizer is None:
+            raise ConfigError("stop strings need a tokenizer", fix="use stop_token_ids")
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        own = frozenset() if params.ignore_eos else self._end_ids
+        return own | frozenset(params.stop_token_ids)
+
+    def _equip(self, live: Live) -> None:
+        """Give a request what its text and its structure need."""
+        if self.tokenizer is not None:
+            live.stream = TextStream(self.tokenizer, live.params)  # noqa: F821
+        if live.params.structure is not None:
+            live.matcher = self._matchers.matcher(live.params.structure)
+        if live.params.routed_experts:
+            self.runner.want_picks()
+
+    def abort(self, number: int) -> bool:
+        """End a request now; its pages are free before the next step. False if it had ended."""
+        with self._lock:
+            live = self._live.get(number)
+            if live is None or live.finish is not None:
+                return False
+            live.finish = "abort"
+            self._end(live, Chunk(number, "", ()))
+            return True
+
+    # ---------------------------------------------------------------------------------- loop
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits, runs or is not read yet."""
+        return bool(self._live) or self._flight is not None
+
+    def step(self) -> list[Chunk]:
+        """Run one step; returns what it gave to whom, and posts it to their streams."""
+        with self._lock:
+            chunks: list[Chunk] = []
+            if self._flight is not None and not self._may_overlap():
+                chunks += self._land()
+            plan = self.scheduler.plan()
+            before = self._flight
+            self._flight = None if plan.is_empty else self._launch(plan)
+            if before is not None:
+                chunks += self._read(before)
+            if self._flight is not None and not self._may_overlap():
+                chunks += self._land()
+            return chunks
+
+    def _may_overlap(self) -> bool:
+        if self.runner.device.type == "cpu" or (self._flight and self._flight.failed):
+            return False
+        running = itertools.chain(self.scheduler.prompting, self.scheduler.decoding)
+        return not any(live.needs_results for live in running)
+
+    def _launch(self, plan: Any) -> Flight:
+        flight = self.steps.launch(plan)
+        for live, _ in flight.failed:
+            plan.decodes = [one for one in plan.decodes if one is not live]
+            plan.prompts = [(one, count) for one, count in plan.prompts if one is not live]
+        self._num_steps += 1
+        self._prompt_tokens += plan.prompt_tokens
+        self.scheduler.advance(plan)
+        return flight
+
+    def _land(self) -> list[Chunk]:
+        flight, self._flight = self._flight, None
+        return self._read(flight) if flight is not None else []
+
+    def _read(self, flight: Flight) -> list[Chunk]:
+        chunks = []
+        for live, chunk in take(flight):
+            self._output_tokens += len(chunk.token_ids)
+            if live.finish is not None:
+                chunk = self._end(live, chunk)
+            else:
+                self.room.learn(live)
+                self._mail[live.id].append(chunk)
+            chunks.append(chunk)
+        if self.options.record_experts:
+            self.last_picks = [piece.picks_TLK for piece in flight.pieces]
+        return chunks
+
+    def _end(self, live: Live, chunk: Chunk) -> Chunk:
+        self.scheduler.drop(live)
+        del self._live[live.id]
+        chunk = replace(chunk, answer=live.answer())
+        self._mail[live.id].append(chunk)
+        return chunk
+
+    # ---------------------------------------------------------------------------- convenience
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Answer]:
+        """Answer prompts together; answers stand in the order of the prompts."""
+        many = _as_prompts(prompts)
+        each = [params] * len(many) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(many):
+            raise ConfigError(f"{len(many)} prompts, but {len(each)} sampling parameters")
+        numbers: list[int] = []
+        try:
+            for prompt, one in zip(many, each, strict=True):
+                numbers.append(self.add(prompt, one))
+            answers = {number: self._finish(number) for number in numbers}
+        finally:
+            self._forget(numbers)
+        return [answers[number] for number in numbers]
+
+    def _finish(self, number: int) -> Answer:
+        while True:
+            for chunk in self.take(number):
+                if chunk.answer is not None:
+                    return chunk.answer
+            self.step()
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Yield what is said as it is said; closing the iterator aborts the request."""
+        number = self.add(prompt, params)
+        try:
+            while True:
+                for chunk in self.take(number):
+                    yield chunk
+                    if chunk.answer is not None:
+                        return
+                self.step()
+        finally:
+            self._forget([number])
+
+    def take(self, number: int) -> list[Chunk]:
+        """What was said for a request since the last call, without a step."""
+        with self._lock:
+            mail = self._mail.get(number)
+            if mail is None:
+                return []
+            chunks = list(mail)
+            mail.clear()
+            if chunks and chunks[-1].answer is not None:
+                del self._mail[number]
+            return chunks
+
+    def _forget(self, numbers: Sequence[int]) -> None:
+        """Abort what still runs of these requests and drop what nobody will read."""
+        for number in numbers:
+            self.abort(number)
+            self._mail.pop(number, None)
+
+    def fail_all(self, reason: str) -> None:
+        """End every request by an error, as when the device is lost."""
+        with self._lock:
+            self._flight = None
+            for live in list(self._live.values()):
+                self._end(live, fail(live, reason))
+
+    @property
+    def stats(self) -> Stats:
+        """Counters since the start, and the state now."""
+        with self._lock:
+            return Stats(
+                num_steps=self._num_steps,
+                prompt_tokens=self._prompt_tokens,
+                output_tokens=self._output_tokens,
+                num_preemptions=self.scheduler.num_preemptions,
+                cached_tokens=self.pool.hit_tokens,
+                num_running=self.scheduler.num_running,
+                num_waiting=len(self.scheduler.waiting),
+                free_pages=self.pool.num_available - self.pool.num_cached,
+                cached_pages=self.pool.num_cached,
+                num_pages=self.pool.num_pages,
+            )
+
+    def check(self) -> None:
+        """Assert that no page is lost and no request forgotten (for tests)."""
+        with self._lock:
+            self.room.check()
+            running = {live.id for live in self.scheduler.prompting + self.scheduler.decoding}
+            landing = set(self.room.running) - running
+            assert running <= set(self.room.running), "a running request has no room"
+            assert landing <= set(self._live), "room is held for nobody"
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The model's ends of text: its generation config's, else its tokenizer's."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset(ends) if isinstance(ends, (list, tuple)) else frozenset((int(ends),))
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType,reportArgumentType]

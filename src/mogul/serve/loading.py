@@ -1,0 +1,66 @@
+"""Where an engine's weights come from: a checkpoint, or random numbers made on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.log import say
+from mogul.models import load_config, load_model, load_tokenizer
+from mogul.models.load import find_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Load = Literal["checkpoint", "random"]
+
+
+def default_device() -> str:
+    """An accelerator where there is one, else the processor."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def open_model(
+    path: str | Path, *, load: Load, dtype: str | torch.dtype, device: str, experts: str
+) -> PreTrainedModel:
+    """Load a checkpoint, or make a model of the shape of its `config.json` with random weights."""
+    if load == "checkpoint":
+        return load_model(path, dtype=dtype, experts=experts, device=device)
+    if load != "random":
+        raise ConfigError(f"load {load!r} is unknown", fix="use checkpoint or random")
+    return random_model(path, dtype=dtype, device=device, experts=experts)
+
+
+def random_model(
+    path: str | Path, *, dtype: str | torch.dtype, device: str, experts: str
+) -> PreTrainedModel:
+    """A model of a config's shape; weights are drawn where they stay, never elsewhere."""
+    config = load_config(path)
+    if isinstance(dtype, str):
+        dtype = getattr(config, "dtype", None) or torch.bfloat16 if dtype == "auto" else dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if type(skeleton)._can_set_experts_implementation():
+        config._experts_implementation = experts
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    say(f"{model.num_parameters() / 1e9:.2f} billion random weights in {model.dtype} on {device}")
+    return model.eval()
+
+
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder; None where it has none."""
+    folder = find_folder(path)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        return load_tokenizer(folder)
+    except ArtifactError as error:
+        say(f"no tokenizer: {error}")
+        return None

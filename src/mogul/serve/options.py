@@ -1,0 +1,58 @@
+"""What an engine can be told, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mogul.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes and switches of one engine; None leaves a choice to the engine."""
+
+    max_length: int | None = None
+    """Tokens of one request at most; None is what the model was made for, if the cache has it."""
+
+    max_sequences: int = 64
+    """Requests that run at once."""
+
+    step_tokens: int | None = None
+    """Tokens computed in one step; None is 512 on a processor and 8,192 on an accelerator."""
+
+    page_size: int = 16
+    """Tokens of one page of the cache."""
+
+    cache_tokens: int | None = None
+    """Tokens the cache holds; None fills `memory_share` of an accelerator, or 2 GiB."""
+
+    memory_share: float = 0.9
+    """Share of an accelerator's memory for weights, cache and work together."""
+
+    reuse_prefix: bool = True
+    """Share pages between requests that begin alike."""
+
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Number format of the cache; auto is the model's own."""
+
+    graphs: bool = True
+    """Capture decode steps as graphs, on accelerators."""
+
+    compile: bool = True
+    """Compile the decoder layer, on accelerators."""
+
+    record_experts: bool = False
+    """Keep the picks of every step in `Engine.last_picks`."""
+
+    seed: int | None = None
+    """Seed of the seeds of requests that name none; None draws one."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that hold nothing."""
+        for name in ("max_length", "max_sequences", "step_tokens", "page_size", "cache_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value} holds nothing", fix="give 1 or more")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share {self.memory_share} is no share", fix="use (0, 1]")

@@ -1,0 +1,111 @@
+"""The model and its pages on one device: a flat row of tokens in, logits of the kept rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mogul.core.errors import BackendError, ConfigError
+from mogul.serve.attention import NAME, LayerCache, LayerShape, StepState, find_layers, running
+from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
+from mogul.serve.options import EngineOptions
+from mogul.serve.routed import ExpertTap
+
+KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
+
+
+class Runner:
+    """Runs steps; knows nothing of who asked."""
+
+    def __init__(self, model: PreTrainedModel, *, kv_dtype: str = "auto") -> None:
+        if kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"KV dtype {kv_dtype!r} is unknown", fix=f"use {list(KV_DTYPES)}")
+        self.model = model.eval().requires_grad_(False)
+        self.device = model.device
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        _use_pages(model)
+        self.shapes: list[LayerShape] = find_layers(model, self.device)
+        self.kv_dtype = KV_DTYPES[kv_dtype]
+        self.caches: list[LayerCache] = []
+        self.page_size = 0
+        self.tap = ExpertTap(model)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return sum(shape.elements * self._dtype(shape).itemsize for shape in self.shapes)
+
+    def _dtype(self, shape: LayerShape) -> torch.dtype:
+        return self.kv_dtype or shape.dtype
+
+    def make_room(self, limits: Layout, num_pages: int, page_size: int) -> None:
+        """Allocate the pages and the arenas of steps up to `limits`."""
+        self.page_size = page_size
+        self.arena = Arena(limits, self.device)
+        self.last_ids = torch.zeros(limits.rows, dtype=torch.int64, device=self.device)
+        for shape in self.shapes:
+            size = (num_pages, page_size, shape.num_kv_heads, shape.width)
+            kind = {"dtype": self._dtype(shape), "device": self.device}
+            self.caches.append(LayerCache(torch.zeros(size, **kind), torch.zeros(size, **kind)))
+
+    def want_picks(self) -> None:
+        """Keep the picks of every step from now on."""
+        self.tap.open()
+
+    def warm_up(self, options: EngineOptions) -> None:
+        """Make ready what costs time once."""
+
+    @torch.inference_mode()
+    def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
+        """Compute a step: logits [R, V] of the rows its entries want, in their order."""
+        layout = layout_of(entries, self.page_size)
+        inputs = self.arena.send(entries, layout, self.page_size, last_row)
+        return self.forward(inputs)
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The module itself, through Transformers' own forward."""
+        model: Any = self.model
+        with running(self._state(inputs)):
+            out = model(
+                input_ids=self._ids(inputs)[None],
+                position_ids=inputs.positions_T[None],
+                use_cache=False,
+                logits_to_keep=inputs.keep_R if inputs.layout.rows else 1,
+            )
+        return out.logits[0, : inputs.layout.rows]
+
+    def _ids(self, inputs: StepInputs) -> Tensor:
+        """Token ids; those of the step before are read where it left them."""
+        if self.arena.is_shared:
+            return inputs.ids_T
+        taken_T = self.last_ids[inputs.source_T.clamp(min=0)]
+        return torch.where(inputs.source_T < 0, inputs.ids_T, taken_T)
+
+    def _state(self, inputs: StepInputs) -> StepState:
+        return StepState(
+            slots_T=inputs.slots_T,
+            tables_SB=inputs.tables_SB,
+            starts=inputs.starts,
+            lengths_S=inputs.lengths_S,
+            max_query_len=inputs.layout.max_query_len,
+            caches=self.caches,
+        )
+
+    def keep_ids(self, ids_R: Tensor) -> None:
+        """Leave a step's tokens on the device for the next step."""
+        if not self.arena.is_shared:
+            self.last_ids[: len(ids_R)].copy_(ids_R)
+
+
+def _use_pages(model: PreTrainedModel) -> None:
+    if not model._can_set_attn_implementation():
+        raise BackendError(
+            f"{type(model).__name__} does not take its attention from Transformers' interface, "
+            "so the engine cannot give it pages",
+            fix="use Transformers' generate for this family",
+        )
+    model.set_attn_implementation(NAME)

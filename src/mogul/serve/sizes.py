@@ -1,0 +1,83 @@
+"""How large an engine's cache and steps are, from its options, its model and its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mogul.core.errors import HardwareError
+from mogul.core.units import GIB, show_bytes
+from mogul.serve.inputs import Layout
+from mogul.serve.options import EngineOptions
+from mogul.serve.runner import Runner
+
+CPU_CACHE_BYTES = 2 * GIB
+CPU_STEP_TOKENS, STEP_TOKENS = 512, 8192
+DEFAULT_LENGTH = 4096
+"""Where neither options nor config know a length."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one engine holds."""
+
+    max_length: int
+    max_sequences: int
+    step_tokens: int
+    page_size: int
+    num_pages: int
+
+    @property
+    def pages_a_table(self) -> int:
+        """Pages of the longest request."""
+        return -(-self.max_length // self.page_size)
+
+    @property
+    def largest_step(self) -> Layout:
+        """The layout that every step fits in."""
+        tokens = max(self.step_tokens, self.max_sequences)
+        return Layout(tokens, self.max_sequences, tokens, self.pages_a_table, tokens)
+
+
+def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
+    """Settle every size that the options leave open.
+
+    Raises:
+        HardwareError: the weights leave no room for a cache.
+    """
+    on_cpu = runner.device.type == "cpu"
+    context = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
+    length = options.max_length or context or DEFAULT_LENGTH
+    step_tokens = options.step_tokens or (CPU_STEP_TOKENS if on_cpu else STEP_TOKENS)
+    tokens = options.cache_tokens
+    if tokens is None:
+        room = CPU_CACHE_BYTES if on_cpu else _free_bytes(runner, options, step_tokens)
+        tokens = min(int(room // runner.token_bytes), options.max_sequences * length)
+    page = options.page_size
+    num_pages = -(-tokens // page) if options.cache_tokens else tokens // page
+    if num_pages < 1:
+        raise HardwareError(
+            f"no room for a cache: one token takes {show_bytes(runner.token_bytes)}",
+            fix="use a larger memory_share, fewer bits, or another device",
+        )
+    return Sizes(min(length, num_pages * page), options.max_sequences, step_tokens, page, num_pages)
+
+
+def _free_bytes(runner: Runner, options: EngineOptions, step_tokens: int) -> float:
+    """What an accelerator has left for the cache beside weights and the work of a step."""
+    free, total = torch.accelerator.get_memory_info(runner.device)
+    work = step_tokens * work_bytes_a_token(runner)
+    return free - (1 - options.memory_share) * total - work
+
+
+def work_bytes_a_token(runner: Runner) -> int:
+    """Bytes of intermediate results of one token in the widest layer, roughly."""
+    config = runner.model.config.get_text_config()
+    hidden = config.hidden_size
+    width = getattr(config, "moe_intermediate_size", None) or 0
+    picks = getattr(config, "num_experts_per_tok", None) or 0
+    dense = getattr(config, "intermediate_size", None) or 0
+    widest = max(3 * dense, picks * (3 * width + hidden))
+    attention = 4 * runner.shapes[0].num_heads * runner.shapes[0].width
+    return 2 * runner.model.dtype.itemsize * (6 * hidden + attention + widest)
