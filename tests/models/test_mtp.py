@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.models import MogeConfig, MogeForCausalLM, load_model
+from mogul.observe.hooks import watch
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -166,3 +167,9 @@ def test_what_cannot_be_is_refused():
     model = build(num_nextn_predict_layers=0)
     with pytest.raises(ConfigError, match="no multi-token-prediction layer"):
         model.mtp(torch.zeros(1, 1, 32), TOKENS[:1, :1])
+
+
+def test_a_record_of_routing_leaves_the_layer_out(model):
+    with watch(model, lambda _: None) as blocks:
+        model(TOKENS)
+    assert [block.layer for block in blocks] == [0, 1]

@@ -43,18 +43,25 @@ class Picks:
 
 
 def moe_blocks(model: nn.Module) -> list[MoeBlock]:
-    """Every block with experts, in the order of the model.
+    """Every block with experts that a forward passes, in the order of the model.
+
+    A multi-token-prediction layer is no part of it: only training and speculation run that layer.
 
     Raises:
         BackendError: The model has none that can be seen.
     """
     found: list[MoeBlock] = []
+    config = getattr(model, "config", None)
+    has_mtp = getattr(config, "num_nextn_predict_layers", 0) or 0
+    beyond = config.num_hidden_layers if config is not None and has_mtp else None
     for name, block in model.named_modules():
         for child in block.children():
             if type(child).__name__.endswith("Experts"):
                 routers = [c for c in block.children() if "Router" in type(c).__name__]
                 number = _LAYER.search(name)
                 layer = int(number[1]) if number else len(found)
+                if beyond is not None and layer >= beyond:
+                    continue
                 found.append(MoeBlock(layer, routers[0] if routers else None, child))
     if not found:
         raise BackendError(
