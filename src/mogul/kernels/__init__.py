@@ -9,6 +9,14 @@ from __future__ import annotations
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.moe import MOE_FORWARD, choose_backend, moe_forward
 from mogul.kernels.paged_attention import PAGED_ATTENTION, paged_attention
+from mogul.kernels.quant import (
+    QuantisedExperts,
+    dequantise_experts,
+    moe_forward_quantised,
+    quantise_experts,
+)
+from mogul.kernels.quant_backends import MOE_QUANTISED
+from mogul.kernels.quant_format import FORMATS, ExpertFormat, expert_format
 from mogul.kernels.route import ROUTE, Routing, route
 from mogul.kernels.router_spec import RouterSpec
 

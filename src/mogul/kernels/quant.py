@@ -1,0 +1,276 @@
+"""Quantised experts: the record of their weights, and the door that runs them.
+
+Decides the one layout they are stored in: gate rows before up rows, [E, 2F, D] and [E, D, F],
+whatever the model's own; biases and activation come along. Forward only: no gradient exists. The
+router is no part of this and stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mogul.core.errors import ConfigError
+from mogul.core.log import log
+from mogul.core.registry import Registry
+from mogul.kernels.layout import ExpertLayout
+from mogul.kernels.quant_format import (
+    ExpertFormat,
+    dequantise_fp8,
+    dequantise_int4,
+    expert_format,
+    quantise_int4,
+    quantise_rows,
+)
+
+DEFAULT_LAYOUT = ExpertLayout()
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """One matrix of all experts, [E, N, C] by meaning."""
+
+    value: Tensor
+    """float8_e4m3fn [E, N, C], or uint8 [E, N, C / 2] of packed pairs."""
+    scale: Tensor
+    """float32 [E, N], or bfloat16 [E, groups, N, 2]: scale and offset."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """E, N, C."""
+        experts, rows, columns = self.value.shape
+        return experts, rows, columns * (2 if self.value.dtype == torch.uint8 else 1)
+
+    def dequantise(self, format: ExpertFormat, dtype: torch.dtype, experts: slice | int) -> Tensor:
+        """The matrices of some experts."""
+        value, scale = self.value[experts], self.scale[experts]
+        if format.kind == "fp8":
+            return dequantise_fp8(value, scale, dtype)
+        return dequantise_int4(value, scale, format.group, dtype)
+
+
+@dataclass(frozen=True)
+class QuantisedExperts:
+    """All weights of one experts layer in one format."""
+
+    format: ExpertFormat
+    gate_up: QuantisedWeight
+    down: QuantisedWeight
+    layout: ExpertLayout = DEFAULT_LAYOUT
+    """Only the activation matters: matrices are stored row by row, gate before up."""
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout.is_transposed or not self.layout.is_concatenated:
+            raise ConfigError(
+                "quantised experts are stored as [E, 2F, D] with gate rows before up rows",
+                fix="use mogul.kernels.quantise_experts, which brings other layouts into this one",
+            )
+        experts, width, inner = self.down.sizes
+        if self.gate_up.sizes != (experts, (1 + self.layout.has_gate) * inner, width):
+            raise ConfigError(
+                f"gate_up {self.gate_up.sizes} and down {self.down.sizes} are no experts layer"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Experts, model width, expert width."""
+        return self.down.sizes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.down.value.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a name, `gate_up_value` and so on: what a checkpoint holds."""
+        found = {
+            f"{side}_{field.name}": getattr(weight, field.name)
+            for side, weight in (("gate_up", self.gate_up), ("down", self.down))
+            for field in fields(QuantisedWeight)
+        }
+        found |= {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: dict[str, Tensor], format: ExpertFormat, layout: ExpertLayout
+    ) -> QuantisedExperts:
+        """The record of what `tensors` gave."""
+
+        def weight(side: str) -> QuantisedWeight:
+            parts = (tensors.get(f"{side}_{field.name}") for field in fields(QuantisedWeight))
+            return QuantisedWeight(*parts)  # type: ignore[arg-type]
+
+        biases = (tensors.get("gate_up_bias"), tensors.get("down_bias"))
+        return cls(format, weight("gate_up"), weight("down"), layout, *biases)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def quantise_experts(
+    gate_up: Tensor,
+    down: Tensor,
+    format: str | ExpertFormat,
+    *,
+    layout: ExpertLayout = DEFAULT_LAYOUT,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> QuantisedExperts:
+    """Quantise an experts layer of any layout, expert by expert: peak is the result and one expert.
+
+    Args:
+        gate_up: first matmul as `layout` says, floating-point.
+        down: second matmul.
+        format: fp8, int4-32, int4-64, int4-128, or the record of one.
+        layout: of the given weights and of the biases.
+        gate_up_bias: in the column order of gate_up; stays as it is.
+        down_bias: stays as it is.
+    """
+    chosen = expert_format(format)
+    layout.sizes(gate_up, down)
+    first, second = (gate_up.mT, down.mT) if layout.is_transposed else (gate_up, down)
+    if gate_up_bias is not None:
+        gate_up_bias = _rows_in_order(gate_up_bias[..., None], layout)[..., 0].contiguous()
+    return QuantisedExperts(
+        chosen,
+        _quantise(first, chosen, layout),
+        _quantise(second, chosen, None),
+        replace(layout, is_transposed=False, is_concatenated=True),
+        gate_up_bias,
+        down_bias,
+    )
+
+
+def _rows_in_order(matrix: Tensor, layout: ExpertLayout) -> Tensor:
+    """[..., 2F, C] with all gate rows before all up rows."""
+    if layout.is_concatenated or not layout.has_gate:
+        return matrix
+    return torch.cat((matrix[..., ::2, :], matrix[..., 1::2, :]), dim=-2)
+
+
+def _quantise(weight: Tensor, format: ExpertFormat, layout: ExpertLayout | None) -> QuantisedWeight:
+    parts: list[list[Tensor]] = []
+    with torch.no_grad():
+        for expert in weight.detach().unbind():
+            rows = expert if layout is None else _rows_in_order(expert, layout)
+            if format.kind == "fp8":
+                found = quantise_rows(rows)
+            else:
+                found = quantise_int4(rows, format.group)
+            if not parts:
+                parts = [[] for _ in found]
+            for part, tensor in zip(parts, found, strict=True):
+                part.append(tensor)
+        stacked = [torch.stack(part) for part in parts]
+    return QuantisedWeight(*stacked)
+
+
+def dequantise_experts(experts: QuantisedExperts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [E, 2F, D] and [E, D, F] in a floating-point dtype; gate rows before up rows."""
+    every = slice(None)
+    return (
+        experts.gate_up.dequantise(experts.format, dtype, every),
+        experts.down.dequantise(experts.format, dtype, every),
+    )
+
+
+class QuantisedForward(Protocol):
+    """What a backend must accept: x and the experts on one device; int64 ids."""
+
+    def __call__(
+        self, x: Tensor, experts: QuantisedExperts, ids: Tensor, weights: Tensor, /
+    ) -> Tensor:
+        """Run the layer."""
+        ...
+
+
+class QuantisedFacts(NamedTuple):
+    """What a backend's `why_not(**facts)` is told of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    format: ExpertFormat
+    num_experts: int
+    hidden_size: int
+    expert_width: int
+    layout: ExpertLayout
+
+
+MOE_QUANTISED: Registry[QuantisedForward] = Registry("moe_forward_quantised")
+_resolved: dict[tuple[str, QuantisedFacts], QuantisedForward] = {}
+
+
+def moe_forward_quantised(
+    x: Float[Tensor, "T D"],
+    experts: QuantisedExperts,
+    ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "T D"]:
+    """`moe_forward` with quantised experts, in the dtype of x; no gradient.
+
+    fp8 multiplies e4m3 activations, scaled token by token while it runs, with e4m3 weights; int4
+    multiplies x with the dequantised weights. A slot whose id is no expert has no row.
+
+    Raises:
+        ConfigError: shapes or devices that do not belong together, or a wanted gradient.
+        BackendError: the forced backend cannot run this call, with the reason.
+    """
+    num_experts, hidden_size, inner = experts.sizes
+    _check(x, experts, ids, weights, hidden_size)
+    facts = QuantisedFacts(
+        x.device, x.dtype, experts.format, num_experts, hidden_size, inner, experts.layout
+    )
+    run = _resolved.get((backend, facts))
+    if run is None:
+        run = _resolved[backend, facts] = _resolve(backend, facts)
+    return run(x, experts, ids.to(torch.int64), weights)
+
+
+def _resolve(backend: str, facts: QuantisedFacts) -> QuantisedForward:
+    told = facts._asdict()
+    if backend != "auto":
+        return MOE_QUANTISED.get(backend, **told)
+    name, function = MOE_QUANTISED.choose(**told)
+    if name != "triton":
+        log.warning(
+            f"{facts.format.name} experts run on the {name} backend, which dequantises them: it "
+            f"saves memory, not time (triton: {MOE_QUANTISED.reasons(**told).get('triton')})"
+        )
+    return function
+
+
+def _check(
+    x: Tensor, experts: QuantisedExperts, ids: Tensor, weights: Tensor, hidden_size: int
+) -> None:
+    if x.dim() != 2 or x.shape[1] != hidden_size or not x.is_floating_point():
+        raise ConfigError(
+            f"x {tuple(x.shape)} {x.dtype} is not a floating-point [T, {hidden_size}], "
+            "which the experts need"
+        )
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
+        raise ConfigError(
+            f"ids {tuple(ids.shape)} and weights {tuple(weights.shape)} are not both "
+            f"[{x.shape[0]}, K], one row for each token of x"
+        )
+    if ids.dtype.is_floating_point or ids.dtype is torch.bool:
+        raise ConfigError(f"ids are {ids.dtype}, not integers", fix="pass the ids of route")
+    if not x.device == experts.device == ids.device:
+        raise ConfigError(
+            f"x is on {x.device}, the experts on {experts.device}, ids on {ids.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        raise ConfigError(
+            "quantised experts have no gradient",
+            fix="call them under torch.no_grad(), or train the unquantised model",
+        )

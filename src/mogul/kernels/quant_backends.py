@@ -1,0 +1,73 @@
+"""Quantised experts in plain torch, and the list of all backends.
+
+Decides the arithmetic every other backend must match. fp8: each token's row and, after the
+activation, each slot's row is rounded to e4m3 with a scale of its own; products of e4m3 values are
+summed in fp32 and scaled once. int4: weights are dequantised to the dtype of x and multiplied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mogul.kernels.cpu.blocks import combine
+from mogul.kernels.cpu.order import order_by_expert
+from mogul.kernels.quant import MOE_QUANTISED, QuantisedExperts, QuantisedWeight
+from mogul.kernels.quant_format import quantise_rows
+from mogul.kernels.triton.quant import moe_quantised_triton, why_not_triton_quantised
+
+
+def moe_quantised_reference(
+    x: Tensor, experts: QuantisedExperts, ids: Tensor, weights: Tensor
+) -> Tensor:
+    """A loop anyone can check, summed in float32."""
+    y_TD = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(experts.sizes[0]):
+        token_R, pick_R = (ids == expert).nonzero(as_tuple=True)
+        out_RD = _expert(x[token_R], experts, expert)
+        y_TD.index_add_(0, token_R, out_RD.float() * weights[token_R, pick_R, None].float())
+    return y_TD.to(x.dtype)
+
+
+def moe_quantised_cpu(x: Tensor, experts: QuantisedExperts, ids: Tensor, weights: Tensor) -> Tensor:
+    """Only the experts that have rows are dequantised, one after the other."""
+    order = order_by_expert(ids, experts.sizes[0])
+    x_RD = x.index_select(0, order.token_R())
+    out_RD = torch.empty_like(x_RD)
+    for expert, start, stop in order.blocks:
+        out_RD[start:stop] = _expert(x_RD[start:stop], experts, expert)
+    return combine(out_RD, order, weights)
+
+
+def _expert(x_RD: Tensor, experts: QuantisedExperts, expert: int) -> Tensor:
+    """Rows through one expert."""
+    hidden_RF = _product(x_RD, experts, experts.gate_up, expert)
+    if experts.gate_up_bias is not None:
+        hidden_RF = hidden_RF + experts.gate_up_bias[expert].float()
+    active_RF = experts.layout.activate(hidden_RF).to(x_RD.dtype)
+    out_RD = _product(active_RF, experts, experts.down, expert)
+    if experts.down_bias is not None:
+        out_RD = out_RD + experts.down_bias[expert].float()
+    return out_RD.to(x_RD.dtype)
+
+
+def _product(
+    rows_RC: Tensor, experts: QuantisedExperts, weight: QuantisedWeight, expert: int
+) -> Tensor:
+    """Rows times the matrix of one expert, float32 [R, N]."""
+    if experts.format.kind == "int4":
+        matrix_NC = weight.dequantise(experts.format, rows_RC.dtype, expert)
+        return (rows_RC @ matrix_NC.T).float()
+    value_RC, scale_R = quantise_rows(rows_RC)
+    out_RN = value_RC.float() @ weight.value[expert].float().T
+    return out_RN * scale_R[:, None] * weight.scale[expert]
+
+
+def why_not_cpu(*, device: torch.device, **_facts: object) -> str | None:
+    """The processor only."""
+    return None if device.type == "cpu" else f"the tensors are on {device}, not on the processor"
+
+
+MOE_QUANTISED.add("triton", moe_quantised_triton, why_not=why_not_triton_quantised)
+MOE_QUANTISED.add("cpu", moe_quantised_cpu, why_not=why_not_cpu)
+MOE_QUANTISED.add("reference", moe_quantised_reference)

@@ -1,0 +1,243 @@
+"""One quantised experts layer on one device: sort, round, up, round, down, ordered sum.
+
+Uses the sort and the sum of the unquantised `Layer`. Nothing here waits for the device, so a call
+can be captured in a CUDA graph; everything is also the operator `mogul::moe_quantised`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.core.errors import BackendError
+from mogul.kernels.triton import quant_kernels
+from mogul.kernels.triton.launch import Launch, cdiv, descriptor, next_power_of_2
+from mogul.kernels.triton.layer import Layer, layer_of
+from mogul.kernels.triton.plans import Plan, Tile
+from mogul.kernels.triton.quant_plans import quant_plan_for
+from mogul.kernels.triton.sorting import Sorted, max_tiles
+
+SILU, CLAMPED = 0, 1
+"""ACT of the kernels."""
+_ROUND_COLUMNS = 2048
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one call; biases may be missing. `group` is 0 for fp8."""
+
+    gate_up: Tensor
+    gate_up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    group: int
+    act: int
+    alpha: float
+    limit: float
+
+    @property
+    def inner(self) -> int:
+        """Expert width."""
+        return self.down.shape[2] * (2 if self.group else 1)
+
+
+class QuantLayer:
+    """Launches of one layer shape and format on one device, made when first needed."""
+
+    def __init__(self, layer: Layer, group: int, act: tuple[int, float, float]) -> None:
+        self.layer, self.group, self.act = layer, group, act
+        self._launches: dict[Any, Launch] = {}
+
+    def _launch(self, key: Any, build: Callable[[], Launch]) -> Launch:
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = build()
+        return launch
+
+    def forward(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
+        """Output [T, D]."""
+        layer, slots = self.layer, ids.numel()
+        plan = quant_plan_for(layer.shape, x.shape[0], self.group)
+        sort = layer.sort(ids, plan.rows)
+        act = x.new_empty((slots, layer.shape.inner))
+        rows, scale = self._rounded(x, sort, counted=False)
+        self._up(plan, rows, scale, weights, act, sort)
+        rows, scale = self._rounded(act, sort, counted=True)
+        y = x.new_empty((slots, layer.shape.width))
+        self._down(plan, rows, scale, weights, y, sort)
+        return layer.sum(plan, y, ids, factors, weighted=True)[0]
+
+    def _rounded(self, x: Tensor, sort: Sorted, *, counted: bool) -> tuple[Tensor, Tensor]:
+        """Rows as e4m3 with their scales; int4 leaves them as they are."""
+        if self.group:
+            return x, x
+        count, columns = x.shape
+        value = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(count, dtype=torch.float32, device=x.device)
+        block = min(_ROUND_COLUMNS, next_power_of_2(columns))
+        constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": self.layer.pdl}
+        launch = self._launch(
+            ("round", counted),
+            lambda: Launch(quant_kernels.round_rows, constants, warps=4, pdl=self.layer.pdl),
+        )
+        launch(
+            (count, 1), self.layer.device, x, value, scale, sort.head[self.layer.shape.experts :]
+        )
+        return value, scale
+
+    def _constants(self, plan: Plan, tile: Tile, bias: Tensor | None) -> dict[str, Any]:
+        return {
+            "E": self.layer.shape.experts,
+            "GROUP": self.group,
+            "BLOCK_T": plan.rows,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "BLOCK_GROUP": tile.group,
+            "TMA": tile.tma,
+            "SWAP": tile.swap,
+            "STREAM": tile.stream,
+            "BIAS": bias is not None,
+            "PDL": self.layer.pdl,
+        }
+
+    def _grid(self, plan: Plan, tile: Tile, slots: int, width: int) -> tuple[int, int]:
+        shape = self.layer.shape
+        work = max_tiles(slots, shape.experts, plan.rows) * cdiv(width, tile.n)
+        return (min(work, shape.sms * tile.per_sm) if tile.per_sm else work, 1)
+
+    def _up(
+        self, plan: Plan, x: Tensor, scale: Tensor, weights: Weights, act: Tensor, sort: Sorted
+    ) -> None:
+        shape, tile, bias = self.layer.shape, plan.up, weights.gate_up_bias
+
+        def build() -> Launch:
+            dims = {"D": shape.width, "F": shape.inner, "K": shape.picks}
+            kind = dict(zip(("ACT", "ALPHA", "LIMIT"), self.act, strict=True))
+            constants = {**dims, **kind, **self._constants(plan, tile, bias)}
+            return Launch(
+                quant_kernels.up_quantised,
+                constants,
+                warps=tile.warps,
+                stages=tile.stages,
+                pdl=self.layer.pdl,
+            )
+
+        launch = self._launch(("up", id(plan), bias is None), build)
+        value = weights.gate_up
+        desc = descriptor(value.view(-1, shape.width), [tile.n, tile.k]) if tile.tma else value
+        launch(
+            self._grid(plan, tile, act.shape[0], shape.inner),
+            self.layer.device,
+            *(x, scale, value, desc, _words(weights.gate_up_scale, self.group)),
+            *(act if bias is None else bias, act, sort.order, sort.head, sort.tiles),
+        )
+
+    def _down(
+        self, plan: Plan, a: Tensor, scale: Tensor, weights: Weights, out: Tensor, sort: Sorted
+    ) -> None:
+        shape, tile, bias = self.layer.shape, plan.down, weights.down_bias
+
+        def build() -> Launch:
+            dims = {"D": shape.width, "F": shape.inner}
+            constants = {**dims, **self._constants(plan, tile, bias)}
+            return Launch(
+                quant_kernels.down_quantised,
+                constants,
+                warps=tile.warps,
+                stages=tile.stages,
+                pdl=self.layer.pdl,
+            )
+
+        launch = self._launch(("down", id(plan), bias is None), build)
+        value, a_desc = weights.down, a
+        desc = value
+        if tile.tma:
+            a_desc = descriptor(a, [plan.rows, tile.k])
+            desc = descriptor(value.view(-1, shape.inner), [tile.n, tile.k])
+        launch(
+            self._grid(plan, tile, out.shape[0], shape.width),
+            self.layer.device,
+            *(a, a_desc, scale, value, desc, _words(weights.down_scale, self.group)),
+            *(out if bias is None else bias, out, sort.order, sort.head, sort.tiles),
+        )
+
+
+def _words(scale: Tensor, group: int) -> Tensor:
+    """Pairs of bf16 as 32-bit words; fp8's scales as they are."""
+    return scale.view(torch.int32) if group else scale
+
+
+@cache
+def _quant_layer(layer: Layer, group: int, act: tuple[int, float, float]) -> QuantLayer:
+    return QuantLayer(layer, group, act)
+
+
+def run_quantised(x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
+    """The layer: [T, D] -> [T, D]."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    _check(weights)
+    x, ids, factors = x.contiguous(), ids.contiguous(), factors.contiguous()
+    device = x.device.index if x.is_cuda else -1
+    dtypes = (x.dtype, ids.dtype, factors.dtype)
+    experts, width, _ = weights.down.shape
+    layer = layer_of(experts, ids.shape[1], width, weights.inner, dtypes, device)
+    quant = _quant_layer(layer, weights.group, (weights.act, weights.alpha, weights.limit))
+    if x.is_cuda and device != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return quant.forward(x, weights, ids, factors)
+    return quant.forward(x, weights, ids, factors)
+
+
+def _check(weights: Weights) -> None:
+    for name in ("gate_up", "gate_up_scale", "down", "down_scale"):
+        tensor: Tensor = getattr(weights, name)
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise BackendError(
+                f"quantised {name} with strides {tensor.stride()} is not contiguous on a 16-byte "
+                "boundary, as the Triton kernels need",
+                fix=f"store {name}.contiguous()",
+            )
+
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_LIB.define(
+    "moe_quantised(Tensor x, Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, "
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor ids, Tensor weights, int group, int act, "
+    "float alpha, float limit) -> Tensor"
+)
+
+
+def _moe_quantised(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    group: int,
+    act: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    tensors = (gate_up, gate_up_scale, down, down_scale, gate_up_bias, down_bias)
+    return run_quantised(x, Weights(*tensors, group, act, alpha, limit), ids, weights)
+
+
+for _key in ("CUDA", "CPU"):  # CPU: the interpreter's path
+    _LIB.impl("moe_quantised", _moe_quantised, _key)
+
+
+@torch.library.register_fake("mogul::moe_quantised", lib=_LIB)
+def _(x: Tensor, *_args: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

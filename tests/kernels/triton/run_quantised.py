@@ -1,0 +1,92 @@
+"""Runs one case of the quantised Triton kernels in the interpreter and prints its error.
+
+A process of its own, because TRITON_INTERPRET must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from mogul.kernels import ExpertLayout, moe_forward_quantised, quantise_experts
+from mogul.kernels.quant_format import FP8_MAX, quantise_rows
+from mogul.kernels.triton import quant_kernels, quant_layer
+from mogul.kernels.triton.plans import Plan, Tile
+
+PLAIN = Tile(n=32, k=32, warps=4, stages=2, group=2)
+SWAPPED = Tile(n=32, k=64, warps=4, stages=2, swap=True, stream=True, per_sm=1)
+WIDE = Tile(n=32, k=128, warps=4, stages=2, swap=True, stream=True)
+CASES = {
+    "fp8 plain": ("fp8", PLAIN, "silu", torch.float32),
+    "fp8 swapped half": ("fp8", SWAPPED, "silu", torch.float16),
+    "fp8 clamped with biases": ("fp8", PLAIN, "clamped_swiglu", torch.float32),
+    "int4-32 spans": ("int4-32", WIDE, "silu", torch.float32),
+    "int4-64 half": ("int4-64", SWAPPED, "silu", torch.float16),
+    "int4-128 short group": ("int4-128", SWAPPED, "silu", torch.float32),
+    "int4-128 clamped with biases": ("int4-128", WIDE, "clamped_swiglu", torch.float32),
+}
+
+
+class TorchRounds(quant_layer.QuantLayer):
+    """Rows rounded by torch: the interpreter's own conversion to e4m3 loses carries."""
+
+    def _rounded(self, x, sort, *, counted):
+        return super()._rounded(x, sort, counted=counted) if self.group else quantise_rows(x)
+
+
+def rounding_error() -> float:
+    """The kernel that rounds rows, into fp32 so that scales and live rows are what is tested."""
+    x = torch.randn(6, 80)
+    x[1] = 0
+    value, scale, live = torch.full_like(x, 7.0), torch.full((6,), 7.0), torch.tensor([5])
+    flags = {"C": 80, "BLOCK_C": 32, "COUNTED": True, "PDL": False}
+    quant_kernels.round_rows[(6,)](x, value, scale, live.int(), **flags)
+    _, want = quantise_rows(x[:5])
+    assert (value[5] == 7).all()
+    assert scale[5] == 7
+    assert value[[0, 2, 3, 4]].abs().amax() <= FP8_MAX * 1.0001
+    errors = ((scale[:5] - want).abs() / want, (value[:5] * want[:, None] - x[:5]).abs())
+    return max(float(error.max()) for error in errors)
+
+
+def main() -> None:
+    """Case names from the command line; one JSON object a line."""
+    quant_layer.QuantLayer = TorchRounds
+    for name in sys.argv[1:]:
+        if name == "rounding":
+            print(json.dumps({"case": name, "error": rounding_error()}))
+            continue
+        format_name, tile, activation, dtype = CASES[name]
+        torch.manual_seed(3)
+        experts, width, inner, tokens, picks = 4, 96, 80, 21, 2
+        clamped = activation == "clamped_swiglu"
+        layout = ExpertLayout(
+            is_transposed=clamped, is_concatenated=not clamped, activation=activation
+        )
+        gate_up = torch.randn(experts, 2 * inner, width) * 0.2
+        down = torch.randn(experts, width, inner) * 0.2
+        biases = {}
+        if clamped:
+            gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+            biases["gate_up_bias"] = torch.randn(experts, 2 * inner)
+            biases["down_bias"] = torch.randn(experts, width)
+        packed = quantise_experts(gate_up, down, format_name, layout=layout, **biases)
+        x = torch.randn(tokens, width).to(dtype)
+        ids = torch.rand(tokens, experts).topk(picks).indices
+        ids[::3, 1], ids[0, 0] = experts, -1
+        weights = torch.rand(tokens, picks)
+        want = moe_forward_quantised(x.float(), packed, ids, weights, backend="reference")
+        quant_layer.quant_plan_for = lambda *_, tile=tile: Plan(rows=16, up=tile, down=tile)
+        module = sys.modules["mogul.kernels.triton.quant"]
+        got = module.moe_quantised_triton(x, packed, ids, weights).float()
+        error = float((got - want).norm() / want.norm())
+        print(json.dumps({"case": name, "error": error if error == error else 1e9}))
+
+
+if __name__ == "__main__":
+    main()
