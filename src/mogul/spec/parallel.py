@@ -2,8 +2,9 @@
 
 A stage has `tp * dp` devices. Attention (and dense layers) is sharded over `tp` and replicated
 `dp` times; routed experts stand on the same devices as `ep` ranks of whole experts, each cut over
-`moe_tp`; the shared expert is cut over `shared_tp`. The hybrid layout of arXiv 2505.21411,
-section 5.1, is `Parallel(tp=4, dp=2, ep=4, moe_tp=2, shared_tp=8)`.
+`moe_tp`; the shared expert is cut over `shared_tp`. `PRESETS["h2p"]` is the hybrid layout of
+arXiv 2505.21411, section 5.1. `check` says what any engine needs, `check_runs` what the room
+`parallel` can run.
 """
 
 from __future__ import annotations
@@ -111,9 +112,56 @@ class Parallel(Spec):
                 fix=f"use one of {tuple(n for n in divisors(width) if n <= 64)}",
             )
 
+    def check_runs(self, model: ModelSpec, dispatch: str = "auto") -> None:
+        """Raise ConfigError if mogul itself cannot run `model` like this; names what it can."""
+        self.check(model)
+        if self.pp > 1:
+            raise ConfigError(
+                f"pp={self.pp}: mogul runs no pipeline stages", fix="use pp=1 and more tp or dp"
+            )
+        kv_heads = model.attention.num_kv_heads
+        if kv_heads % self.tp:
+            raise ConfigError(
+                f"tp={self.tp} does not divide the {kv_heads} key-value heads",
+                fix=f"use tp = one of {divisors(kv_heads)}",
+            )
+        legal = tuple(sorted({1, self.tp, self.stage_devices}))
+        if self.shared_ranks not in legal:
+            raise ConfigError(
+                f"shared_tp={self.shared_ranks} is neither 1, tp nor all devices of the stage",
+                fix=f"use one of {legal}",
+            )
+        if model.moe and model.moe.shared_width % self.shared_ranks:
+            raise ConfigError(
+                f"shared_tp={self.shared_ranks} does not divide the shared expert's width "
+                f"{model.moe.shared_width}",
+                fix=f"use one of {legal}",
+            )
+        if model.moe and dispatch == "static":
+            model.moe.grouping.check_devices(self.expert_ranks)
+
     def describe(self) -> str:
         """Short text such as "tp4 dp2 ep8"."""
         parts = [("tp", self.tp), ("dp", self.dp), ("pp", self.pp), ("ep", self.expert_ranks)]
         parts.append(("moe_tp", self.expert_tp))
         told = [f"{name}{count}" for name, count in parts if count > 1]
         return " ".join(told) or "one device"
+
+
+PRESETS: dict[str, Parallel] = {
+    "h2p": Parallel(tp=4, dp=2, ep=4, moe_tp=2, shared_tp=8),
+}
+"""Layouts with a name; "h2p": attention DP2 x TP4, experts EP4 x TP2, shared expert TP8."""
+
+
+def h2p(devices: int) -> Parallel:
+    """The hybrid layout scaled to a power of two of devices: two halves of attention.
+
+    2 devices are DP2 x EP2; from 4 on each expert is cut in two, as in the preset of 8.
+    """
+    if devices < 2 or devices & (devices - 1):
+        raise ConfigError(
+            f"the hybrid layout has no form for {devices} devices", fix="use 2, 4, 8, 16, ..."
+        )
+    moe_tp = 2 if devices >= 4 else 1
+    return Parallel(tp=devices // 2, dp=2, ep=devices // moe_tp, moe_tp=moe_tp, shared_tp=devices)

@@ -1,0 +1,187 @@
+"""Ranks: how a process joins the others, how ranks are started here, and how all end when one dies.
+
+Under torchrun the environment says who this rank is; `launch` sets the same variables for ranks of
+this machine. A rank that fails tells the others why through the store; one that dies without a word
+stops its heartbeat. Either way every other rank ends with a message, also from inside a collective
+that would never return.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mogul.core.errors import ConfigError, MogulError
+from mogul.parallel.watch import Watch
+
+COLLECTIVE_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    watch: Watch | None = None
+
+
+def start(*, patience_s: float = 40.0) -> World:
+    """Join the ranks that the environment names (torchrun's RANK, WORLD_SIZE, MASTER_ADDR...).
+
+    NCCL on NVIDIA GPUs, Gloo on CPUs, or what torch names for the accelerator.
+
+    Args:
+        patience_s: how long a rank may show no sign of life before the others end.
+
+    Raises:
+        ConfigError: The environment names no rank.
+    """
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except KeyError as missing:
+        raise ConfigError(
+            f"{missing} is not set: this process is no rank",
+            fix="start it with torchrun, or mogul.parallel.launch",
+        ) from None
+    device = torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and not os.environ.get("MOGUL_CPU_RANKS"):
+        index = int(os.environ.get("LOCAL_RANK", rank)) % torch.accelerator.device_count()
+        device = torch.device(accelerator.type, index)
+        torch.accelerator.set_device_index(index)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        device_id=device if device.type != "cpu" else None,
+    )
+    watch = Watch(rank, size, patience_s) if size > 1 else None
+    return World(rank, size, device, watch)
+
+
+def stop(world: World) -> None:
+    """Leave in order: the others are not alarmed."""
+    if world.watch is not None:
+        world.watch.leave()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    on_cpu: bool = False,
+    threads: int | None = None,
+    patience_s: float = 40.0,
+    timeout_s: float | None = None,
+) -> list[Any]:
+    """Run `function(world, *args)` on `ranks` processes of this machine; returns their results.
+
+    `function` and `args` must be importable and picklable. When one rank fails the others are
+    ended.
+
+    Raises:
+        MogulError: A rank failed, with its traceback, or did not end in `timeout_s`.
+    """
+    context = multiprocessing.get_context("spawn")
+    if on_cpu:  # one process imports the libraries, the ranks are forked from it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mogul.parallel", "mogul.models"])
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(ranks),
+        **({"MOGUL_CPU_RANKS": "1"} if on_cpu else {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        work = (function, args, threads, patience_s, folder)
+        processes = [
+            context.Process(target=_run_rank, args=(rank, environment, *work), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(folder), timeout_s)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [
+            torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(ranks)
+        ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(
+    rank: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    threads: int | None,
+    patience_s: float,
+    folder: str,
+) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    world = None
+    try:
+        world = start(patience_s=patience_s)
+        result = function(world, *args)
+        torch.save(result, Path(folder) / f"{rank}.result")
+        stop(world)
+    except BaseException as error:
+        text = "".join(traceback.format_exception(error))
+        (Path(folder) / f"{rank}.error").write_text(text, encoding="utf-8")
+        if world is not None and world.watch is not None:
+            world.watch.tell(f"{type(error).__name__}: {error}")
+        sys.stderr.flush()
+        os._exit(1)  # destroying the group would wait for collectives that never end
+
+
+def _wait(processes: list[Any], folder: Path, timeout_s: float | None) -> None:
+    """Until all ranks ended well; MogulError as soon as one did not."""
+    end_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while any(process.is_alive() for process in processes):
+        bad = [r for r, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if bad:
+            time.sleep(1.0)  # time for the others to say what they saw
+            break
+        if end_s is not None and time.monotonic() > end_s:
+            raise MogulError(f"the ranks did not end in {timeout_s:.0f} s")
+        processes[0].join(0.02)
+    failed = [r for r, process in enumerate(processes) if process.exitcode not in (None, 0)]
+    if not failed:
+        return
+    told = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime)
+    reason = told[0].read_text(encoding="utf-8") if told else "it died without a word"
+    who = int(told[0].stem) if told else failed[0]
+    code = processes[who].exitcode
+    raise MogulError(
+        f"rank {who} of {len(processes)} failed (exit code {code}):\n{reason}",
+        fix="mend the error of that rank; the others were ended",
+    )

@@ -1,0 +1,90 @@
+"""Dispatch with shapes known before routing: gather the tokens, run local groups, scatter the sums.
+
+With D | M every token picks K/D experts on each of D expert ranks, so a rank computes exactly T*K/D
+slots of the gathered T tokens: no sizes are exchanged, nothing waits for the host, and the whole
+layer is captured in a graph. `Masked` is the same road for any router: shapes are as static, the
+work is not, because each rank masks the picks of the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mogul.parallel.dispatch import (
+    DISPATCH,
+    Dispatcher,
+    Experts,
+    Plan,
+    why_not_gather,
+    why_not_static,
+)
+from mogul.parallel.move import Begun, Gather, Scatter, begin
+from mogul.parallel.packing import PackedRows, is_worth_packing
+
+
+@dataclass
+class _Gathered:
+    """Tokens of all ranks on their way, in one move or in three."""
+
+    x: Begun
+    ids: Begun | None = None
+    weights: Begun | None = None
+    packed: PackedRows | None = None
+
+    def end(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.packed is not None:
+            return self.packed.unpack(self.x.end())
+        assert self.ids is not None
+        assert self.weights is not None
+        return self.x.end(), self.ids.end(), self.weights.end()
+
+
+class Static(Dispatcher):
+    """All-gather, the rank's own groups, reduce-scatter."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        share = plan.grouping.top_k // self.owners.ep
+        self.picks = slice(plan.expert_rank * share, (plan.expert_rank + 1) * share)
+        """Columns of the picks that stand on this rank."""
+        self.first = plan.expert_rank * self.owners.slots
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, chunks: int) -> Tensor:
+        """One gather a chunk first, then experts and scatter chunk by chunk."""
+        parts = zip(x.chunk(chunks), ids.chunk(chunks), weights.chunk(chunks), strict=True)
+        gathered = [self._gather(*part) for part in parts]
+        scattered = []
+        for one in gathered:
+            x_RD, ids_RK, weights_RK = one.end()
+            local_RA = self._local(ids_RK[:, self.picks])
+            y_RD = experts(x_RD, local_RA, weights_RK[:, self.picks].contiguous())
+            scattered.append(begin(y_RD, Scatter(self.group)))
+        out = [one.end() for one in scattered]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _gather(self, x: Tensor, ids: Tensor, weights: Tensor) -> _Gathered:
+        move = Gather(self.group)
+        if is_worth_packing(x, weights):
+            packed = PackedRows(x, ids, weights)
+            return _Gathered(begin(packed.buffer, move), packed=packed)
+        return _Gathered(begin(x, move), begin(ids.int(), move), begin(weights, move))
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """Global ids to local ones; what stands elsewhere, or nowhere, is the sentinel."""
+        local = ids.long() - self.first
+        return local.masked_fill((local < 0) | (local >= self.owners.slots), self.owners.slots)
+
+
+class Masked(Static):
+    """The same for any router: all picks, those of other ranks masked."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.picks = slice(None)
+
+
+DISPATCH.add("static", Static, why_not=why_not_static)
+DISPATCH.add("gather", Masked, why_not=why_not_gather)
