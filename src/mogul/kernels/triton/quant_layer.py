@@ -54,11 +54,15 @@ class QuantLayer:
     def __init__(self, layer: Layer, group: int, act: tuple[int, float, float]) -> None:
         self.layer, self.group, self.act = layer, group, act
         self._launches: dict[Any, Launch] = {}
+        self._plans: list[Plan | None] = []
 
-    def _launch(self, key: Any, build: Callable[[], Launch]) -> Launch:
-        launch = self._launches.get(key)
+    def _launch(self, key: Any, plan: Plan | None, build: Callable[[], Launch]) -> Launch:
+        """The launch of a key and plan. Plans are told apart by identity: hashing one is slow."""
+        full_key = (key, id(plan))
+        launch = self._launches.get(full_key)
         if launch is None:
-            launch = self._launches[key] = build()
+            launch = self._launches[full_key] = build()
+            self._plans.append(plan)  # its id stays taken
         return launch
 
     def forward(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
@@ -85,6 +89,7 @@ class QuantLayer:
         constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": self.layer.pdl}
         launch = self._launch(
             ("round", counted),
+            None,
             lambda: Launch(quant_kernels.round_rows, constants, warps=4, pdl=self.layer.pdl),
         )
         launch(
@@ -129,7 +134,7 @@ class QuantLayer:
                 pdl=self.layer.pdl,
             )
 
-        launch = self._launch(("up", id(plan), bias is None), build)
+        launch = self._launch(("up", bias is None), plan, build)
         value = weights.gate_up
         desc = descriptor(value.view(-1, shape.width), [tile.n, tile.k]) if tile.tma else value
         launch(
@@ -155,7 +160,7 @@ class QuantLayer:
                 pdl=self.layer.pdl,
             )
 
-        launch = self._launch(("down", id(plan), bias is None), build)
+        launch = self._launch(("down", bias is None), plan, build)
         value, a_desc = weights.down, a
         desc = value
         if tile.tma:
