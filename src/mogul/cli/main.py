@@ -18,6 +18,8 @@ VERBS = {
     "generate": ("mogul.cli.generate", "continue a prompt, streaming"),
     "chat": ("mogul.cli.chat", "talk to a model in the terminal"),
     "upcycle": ("mogul.cli.upcycle", "turn a dense checkpoint into grouped experts, exactly"),
+    "data": ("mogul.cli.data", "text -> token shards to train on"),
+    "train": ("mogul.cli.train", "train a model as a recipe says"),
     "trace": ("mogul.cli.trace", "record once what the experts of a model do"),
     "report": ("mogul.cli.report", "see which experts the devices wait for"),
     "place": ("mogul.cli.place", "choose which device holds which expert"),

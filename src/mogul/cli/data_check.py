@@ -1,0 +1,58 @@
+"""`mogul data check`: what a token folder holds, every shard compared with its checksum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from mogul.core.table import Table
+    from mogul.train.data.shards import TokenManifest
+
+EXAMPLES = """
+examples:
+  mogul data check tokens
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Read every shard of a token folder and compare it with its checksum."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder that `mogul data build` wrote."""
+    format: Literal["table", "json", "csv"] = "table"
+    """How the result is printed."""
+
+
+def run(options: Options) -> int:
+    """Check and print; a damaged shard is an error that names it."""
+    from mogul.train.data.shards import read_manifest, verify
+
+    manifest = read_manifest(options.folder)
+    verify(options.folder, manifest)
+    table_of(options.folder, manifest).show(options.format)
+    return 0
+
+
+def table_of(folder: Path, manifest: TokenManifest) -> Table:
+    """The parts of a token folder, one row each."""
+    from mogul.core.table import Table
+
+    rows = []
+    for part in ("train", "held_out"):
+        shards = manifest.of(part)
+        tokens = sum(shard.tokens for shard in shards)
+        text = sum(shard.text_bytes for shard in shards)
+        documents = sum(shard.documents for shard in shards)
+        each = round(text / tokens, 3) if tokens else None
+        rows.append((part, len(shards), documents, tokens, text, each))
+    return Table(
+        title=f"{folder}: vocabulary {manifest.vocab_size}",
+        columns=("part", "shards", "documents", "tokens", "text bytes", "bytes a token"),
+        rows=rows,
+        notes=[f"{manifest.duplicates} equal documents left out"] * bool(manifest.duplicates),
+    )
