@@ -1,0 +1,240 @@
+"""What goes wrong hits those it concerns, and nobody else."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mogul.serve import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0)
+MARK = 77
+"""A token that makes the tests' runner fail."""
+
+
+def break_steps(monkeypatch, engine, how):
+    """Let `how(entries, logits)` see every computed step; it may raise or change the logits."""
+    run = engine.runner.run
+
+    def breaking(entries, *rest):
+        return how(entries, run(entries, *rest))
+
+    monkeypatch.setattr(engine.runner, "run", breaking)
+
+
+def is_marked(entry) -> bool:
+    return MARK in entry.request.prompt_ids
+
+
+def marked_prompts(tiny) -> list[list[int]]:
+    prompts = [[t for t in p if t != MARK] for p in tiny.prompts(9, 12, 7, 10)]
+    prompts[2][3] = MARK
+    return prompts
+
+
+def check_others(tiny, engine, prompts, answers, words):
+    assert [answer.finish for answer in answers] == ["length", "length", "error", "length"]
+    assert words in answers[2].error
+    for i in (0, 1, 3):
+        tiny.assert_greedy("moge", prompts[i], answers[i].token_ids, 10)
+    engine.check()
+    assert engine.stats.free_pages + engine.stats.cached_pages == engine.stats.num_pages
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("kernel broke"), torch.OutOfMemoryError("no memory left")]
+)
+def test_a_failing_step_ends_only_the_request_that_breaks_it(tiny, monkeypatch, error):
+    engine = tiny.engine("moge")
+
+    def fail(entries, logits):
+        if any(map(is_marked, entries)):
+            raise error
+        return logits
+
+    break_steps(monkeypatch, engine, fail)
+    prompts = marked_prompts(tiny)
+    answers = engine.generate(prompts, GREEDY)
+    check_others(tiny, engine, prompts, answers, str(error))
+
+
+def test_a_failure_that_passes_ends_nobody(tiny, monkeypatch):
+    engine = tiny.engine("moge")
+    left = [3]
+
+    def fail(_entries, logits):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("for once")
+        return logits
+
+    break_steps(monkeypatch, engine, fail)
+    prompts = tiny.prompts(9, 12, 7)
+    for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        tiny.assert_greedy("moge", prompt, answer.token_ids, 10)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_end_only_their_request(tiny, monkeypatch, temperature):
+    engine = tiny.engine("moge")
+
+    def poison(entries, logits):
+        at = 0
+        for entry in entries:
+            if is_marked(entry) and len(entry.request.output_ids) == 4:
+                logits[at : at + entry.rows] = float("nan")
+            at += entry.rows
+        return logits
+
+    break_steps(monkeypatch, engine, poison)
+    prompts = marked_prompts(tiny)
+    params = [GREEDY] * 4
+    params[2] = SamplingParams(max_tokens=10, temperature=temperature)
+    answers = engine.generate(prompts, params)
+    check_others(tiny, engine, prompts, answers, "no finite number")
+    assert len(answers[2].token_ids) == 4
+
+
+def test_pages_of_a_failed_request_poison_nobody(tiny, monkeypatch):
+    engine = tiny.engine("moge", cache_tokens=40)
+    with torch.inference_mode():
+        for cache in engine.runner.caches:
+            cache.key.fill_(float("nan"))
+            cache.value.fill_(float("nan"))
+    (prompt,) = tiny.prompts(9)
+    tiny.assert_greedy("moge", prompt, engine.generate([prompt], GREEDY)[0].token_ids, 10)
+
+
+def test_everything_can_be_ended_at_once(tiny):
+    engine = tiny.engine("llama")
+    numbers = [engine.add(prompt, GREEDY) for prompt in tiny.prompts(5, 6, 7, 8, 9, 10)]
+    engine.step()
+    engine.fail_all("the device is lost")
+    assert not engine.has_work
+    assert all(engine.take(n)[-1].answer.error == "the device is lost" for n in numbers)
+    engine.check()
+
+
+class Life(RuleBasedStateMachine):
+    """Requests come, run, are aborted; the books stand after every step and answers are right."""
+
+    tiny = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = self.tiny.engine(
+            "llama", cache_tokens=48, max_sequences=3, step_tokens=9, max_length=40
+        )
+        self.prompts: dict[int, list[int]] = {}
+        self.running: list[int] = []
+
+    @rule(
+        kind=st.integers(0, 2),
+        length=st.integers(1, 25),
+        tokens=st.integers(1, 12),
+        priority=st.integers(0, 1),
+    )
+    def come(self, kind: int, length: int, tokens: int, priority: int) -> None:
+        prompt = self.tiny.prompts(30, seed=kind)[0][:length]
+        params = SamplingParams(max_tokens=tokens, temperature=0)
+        number = self.engine.add(prompt, params, priority=priority)
+        self.prompts[number] = prompt
+        self.running.append(number)
+
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            for chunk in self.engine.step():
+                if chunk.answer is not None:
+                    self.running.remove(chunk.id)
+                    said = chunk.answer.token_ids
+                    assert chunk.answer.finish == "length"
+                    self.tiny.assert_greedy("llama", self.prompts[chunk.id], said, len(said))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(self.running))
+        assert self.engine.abort(number)
+        self.running.remove(number)
+
+    @invariant()
+    def books_stand(self) -> None:
+        self.engine.check()
+        if not self.running:
+            stats = self.engine.stats
+            assert stats.free_pages + stats.cached_pages == stats.num_pages
+
+
+def test_any_life(tiny):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    Life.tiny = tiny
+    count = settings.default.max_examples // 3
+    run_state_machine_as_test(
+        Life, settings=settings(max_examples=count, stateful_step_count=20, deadline=None)
+    )
+
+
+def soak(tiny, seconds: float) -> tuple[int, float]:
+    """Add and abort at random; returns finished requests and MB/min of memory growth."""
+    chance = random.Random(0)
+    engine = tiny.engine("moge", cache_tokens=600, max_sequences=8, max_length=200)
+    running: list[int] = []
+    done = 0
+    start_s = time.perf_counter()
+    sizes: list[tuple[float, float]] = []
+    while (now_s := time.perf_counter() - start_s) < seconds:
+        if len(running) < 12 and chance.random() < 0.3:
+            prompt = [chance.randrange(tiny.vocab) for _ in range(chance.randrange(1, 120))]
+            params = SamplingParams(max_tokens=chance.randrange(1, 60), logprobs=2)
+            running.append(engine.add(prompt, params, priority=chance.randrange(2)))
+        if running and chance.random() < 0.02:
+            number = running.pop(chance.randrange(len(running)))
+            assert engine.abort(number)
+            engine.take(number)
+        for chunk in engine.step():
+            if chunk.answer is not None:
+                assert chunk.answer.finish == "length"
+                engine.take(chunk.id)
+                running.remove(chunk.id)
+                done += 1
+        engine.check()
+        sizes.append((now_s / 60, resident_mb()))
+    late = sizes[len(sizes) // 3 :]
+    mean_t = sum(t for t, _ in late) / len(late)
+    mean_s = sum(s for _, s in late) / len(late)
+    slope = sum((t - mean_t) * (s - mean_s) for t, s in late)
+    slope /= sum((t - mean_t) ** 2 for t, _ in late)
+    for number in running:
+        engine.abort(number)
+    engine.check()
+    assert engine.stats.free_pages + engine.stats.cached_pages == engine.stats.num_pages
+    return done, slope
+
+
+def resident_mb() -> float:
+    try:
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    except OSError:
+        return 0.0
+
+
+def test_a_short_soak_loses_nothing(tiny):
+    assert soak(tiny, 3.0)[0] > 10
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_ten_minutes_of_random_add_and_abort(tiny):
+    done, slope_mb = soak(tiny, 600.0)
+    assert done > 1000
+    assert slope_mb < 1.0
