@@ -181,7 +181,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 @contextmanager
-def _bar_on_terminals_only() -> Iterator[None]:
+def bar_on_terminals_only() -> Iterator[None]:
     """Keep Transformers' loading bar out of pipes and log files."""
     if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
         yield
@@ -193,7 +193,7 @@ def _bar_on_terminals_only() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-@_bar_on_terminals_only()
+@bar_on_terminals_only()
 def _load(
     folder: Path,
     config: PreTrainedConfig,

@@ -69,9 +69,7 @@ def train(
         raise ConfigError(
             f"training on a mesh of {mesh.size()} devices is not built", fix="use one process"
         )
-    stepper = Stepper(
-        model, build_optimizer(model, settings), max_grad_norm=settings.max_grad_norm
-    )
+    stepper = Stepper(model, build_optimizer(model, settings), max_grad_norm=settings.max_grad_norm)
     model.train()
     # Progress counts what ends the run: seconds where given, else steps.
     total = settings.max_seconds if settings.max_seconds is not None else settings.max_steps

@@ -40,9 +40,7 @@ class Slices:
             return [tensor]
         if self.interleaved:
             place = tensor.movedim(self.dim, -1)
-            return [
-                place[..., i :: self.parts].movedim(-1, self.dim) for i in range(self.parts)
-            ]
+            return [place[..., i :: self.parts].movedim(-1, self.dim) for i in range(self.parts)]
         return list(tensor.chunk(self.parts, dim=self.dim))
 
 

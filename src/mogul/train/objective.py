@@ -63,13 +63,18 @@ class ChunkedLoss:
 
     def __call__(self, model: nn.Module, ids: Int[Tensor, "B L"]) -> Tensor:
         """Mean nats of the next token over all positions but the last of each row."""
-        return self.with_hidden(model, ids)[0]
-
-    def with_hidden(self, model: Any, ids: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
-        """The loss and the last hidden states [B, L, D] it came from."""
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        weight = model.get_output_embeddings().weight
-        return chunked_loss(hidden, weight, ids, compile=self.compile), hidden
+        lm: Any = model
+        weight, more = lm.get_output_embeddings().weight, {}
+        if trains_mtp := getattr(model, "trains_mtp", False):
+            more["predict_next"] = True
+        output = lm.base_model(input_ids=ids, use_cache=False, **more)
+        loss = chunked_loss(output.last_hidden_state, weight, ids, compile=self.compile)
+        if trains_mtp:  # the layer after the last is scored on the token after next
+            ahead = chunked_loss(
+                output.mtp_hidden_state, weight, ids, shift=2, compile=self.compile
+            )
+            loss = loss + lm.config.mtp_loss_coef * ahead
+        return loss
 
 
 def chunked_loss(

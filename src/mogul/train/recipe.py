@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from mogul.core.errors import ConfigError
 from mogul.spec.base import Spec
+from mogul.train.balance_rules import BalanceSection
 from mogul.train.data.spec import DataSpec
 from mogul.train.optimizer import OptimizerSpec
 from mogul.train.schedule import ScheduleSpec
@@ -28,13 +29,6 @@ class UpcycleSection(Spec):
     seed: int = 0
     noise: float = Field(default=0.0, ge=0, le=1)
     """Share of each expert's inner columns drawn anew."""
-
-
-class MtpSection(Spec):
-    """A head that predicts the token after next, trained beside the model."""
-
-    weight: float = Field(default=0.3, gt=0)
-    """Times its loss, added to the model's."""
 
 
 class ModelSection(Spec):
@@ -58,8 +52,6 @@ class ModelSection(Spec):
     tokenizer: str | None = None
     """Folder of the tokenizer, copied beside the exported model."""
 
-    mtp: MtpSection | None = None
-
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         given = [k for k in ("config", "preset", "checkpoint", "upcycle") if getattr(self, k)]
@@ -69,38 +61,6 @@ class ModelSection(Spec):
                 fix="give exactly one of config, preset, checkpoint and upcycle",
             )
         return self
-
-
-class BalanceSection(Spec):
-    """How experts are kept in even use: a loss, a selection bias, both or neither."""
-
-    loss: Literal["none", "batch", "sequence", "global"] = "batch"
-    """Scope of the counts in the auxiliary loss: a micro-batch, each sequence, or all
-    micro-batches of the step so far."""
-
-    loss_coef: float = Field(default=0.01, ge=0)
-    """Times a loss that is 1 at balance."""
-
-    loss_per_group: bool = False
-    """Compare experts with their group only (softmax within the group); False: the scores over
-    all experts, as Pangu Pro MoE."""
-
-    bias: Literal["none", "sign", "proportional", "decay"] = "none"
-    """Loss-free rule: how the selection bias follows the loads after each step. A step is a share
-    of the mean score: `sign` of the missing load, in proportion to it, or the same over the root
-    of the step number."""
-
-    bias_rate: float | None = Field(default=None, gt=0)
-    """Step of the bias in mean scores; None: 0.01 (sign), 0.1 (proportional), 1 (decay)."""
-
-    bias_until: float = Field(default=1.0, ge=0, le=1)
-    """Share of the training after which the bias stays as it is."""
-
-    z_loss_coef: float = Field(default=0.0, ge=0)
-    """Times the mean squared log-sum-exp of the router logits."""
-
-    warmup_steps: int = Field(default=0, ge=0)
-    """Routing warm-up: logits go from noise of their own mean and spread to themselves."""
 
 
 class RunSection(Spec):
@@ -137,7 +97,7 @@ class RunSection(Spec):
     """Experts implementation: mogul, grouped_mm, eager..."""
 
     attention: str = "auto"
-    """Attention implementation; auto: sdpa, with cuDNN's kernel first where there is one."""
+    """Attention implementation of Transformers; auto: sdpa; `cudnn`: sdpa, cuDNN's kernel first."""
 
     loss: Literal["auto", "chunked", "model"] = "auto"
     """`chunked` never holds all logits; `model` calls the model with labels."""

@@ -1,0 +1,129 @@
+"""The rules that keep experts in even use, as plain functions of scores and counts.
+
+The auxiliary loss is sum_i f_i p_i, f_i the load of expert i over the mean load and p_i its mean
+score: 1 at balance. Counts never carry a gradient. The selection bias of the loss-free rules
+(arXiv 2408.15664) follows the missing load by steps that are shares of the mean score, because
+softmax scores over E experts are E times smaller than sigmoid ones.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from mogul.spec.base import Spec
+
+BiasRule = Literal["none", "sign", "proportional", "decay"]
+DEFAULT_RATES = {"sign": 0.01, "proportional": 0.1, "decay": 1.0}
+
+
+class BalanceSection(Spec):
+    """How experts are kept in even use: a loss, a selection bias, both or neither."""
+
+    loss: Literal["none", "batch", "sequence", "global"] = "batch"
+    """Scope of the counts in the auxiliary loss: a micro-batch, each sequence, or all
+    micro-batches of the step so far."""
+
+    loss_coef: float = Field(default=0.01, ge=0)
+    """Times a loss that is 1 at balance."""
+
+    loss_per_group: bool = False
+    """Compare experts with their group only (softmax within the group); False: the scores over
+    all experts, as Pangu Pro MoE."""
+
+    bias: Literal["none", "sign", "proportional", "decay"] = "none"
+    """Loss-free rule: how the selection bias follows the loads after each step. A step is a share
+    of the mean score: `sign` of the missing load, in proportion to it, or the same over the root
+    of the step number."""
+
+    bias_rate: float | None = Field(default=None, gt=0)
+    """Step of the bias in mean scores; None: 0.01 (sign), 0.1 (proportional), 1 (decay)."""
+
+    bias_until: float = Field(default=1.0, ge=0, le=1)
+    """Share of the training after which the bias stays as it is."""
+
+    z_loss_coef: float = Field(default=0.0, ge=0)
+    """Times the mean squared log-sum-exp of the router logits."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Routing warm-up: logits go from noise of their own mean and spread to themselves."""
+
+    @property
+    def rate(self) -> float:
+        """The step of the bias in mean scores."""
+        return self.bias_rate or DEFAULT_RATES.get(self.bias, 0.0)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything here changes the training."""
+        has_loss = self.loss != "none" and self.loss_coef > 0
+        return has_loss or self.bias != "none" or self.z_loss_coef > 0 or self.warmup_steps > 0
+
+
+def scores_of(
+    logits: Float[Tensor, "T C"], num_experts: int, kind: str, num_groups: int
+) -> Float[Tensor, "T E"]:
+    """Scores that sum to 1 over all columns, or over each of `num_groups` groups of experts."""
+    if num_groups > 1:
+        pools = logits[:, :num_experts].unflatten(1, (num_groups, -1))
+        return _normal(pools, kind).flatten(1) / num_groups
+    return _normal(logits, kind)[:, :num_experts]
+
+
+def _normal(logits: Tensor, kind: str) -> Tensor:
+    if kind == "softmax":
+        return logits.softmax(-1)
+    score = logits.sigmoid()
+    return score / score.sum(-1, keepdim=True)
+
+
+def balance_loss(
+    count: Float[Tensor, "*B E"], score: Float[Tensor, "*B E"], num_groups: int
+) -> Float[Tensor, ""]:
+    """Mean over B of sum_i f_i p_i; `score` is the mean over the tokens that `count` counts.
+
+    With groups, each expert is compared with the mean load of its own group.
+    """
+    load = count.unflatten(-1, (num_groups, -1))
+    load = load / load.mean(-1, keepdim=True).clamp(min=1e-30)
+    return (load.flatten(-2) * score).sum(-1).mean()
+
+
+def z_loss(logits: Float[Tensor, "T C"], share: Float[Tensor, " T"] | None) -> Float[Tensor, ""]:
+    """Mean (log sum exp)^2 over the tokens (ST-MoE, arXiv 2202.08906)."""
+    square = logits.logsumexp(-1).square()
+    return square.mean() if share is None else (square * share).sum()
+
+
+def warmed(logits: Float[Tensor, "T C"], alpha: Float[Tensor, ""]) -> Float[Tensor, "T C"]:
+    """Logits x alpha + (1 - alpha) x noise of the same mean and spread (arXiv 2503.05139)."""
+    with torch.no_grad():
+        noise = torch.randn_like(logits) * logits.std() + logits.mean()
+    return alpha * logits + (1 - alpha) * noise
+
+
+def bias_step(
+    count: Int[Tensor, "L E"] | Float[Tensor, "L E"],
+    section: BalanceSection,
+    *,
+    mean_score: Float[Tensor, " L"],
+    num_groups: int,
+    update: int,
+) -> Float[Tensor, "L E"]:
+    """What is added to the selection bias after update number `update` (from 1).
+
+    Each expert is compared with its group; the sum over a group stays what it was.
+    """
+    load = count.to(mean_score.dtype).unflatten(-1, (num_groups, -1))
+    mean = load.mean(-1, keepdim=True)
+    lacking = (mean - load) / mean.clamp(min=1.0)
+    if section.bias == "sign":
+        lacking = lacking.sign()
+    elif section.bias == "decay":
+        lacking = lacking / update**0.5
+    lacking = lacking - lacking.mean(-1, keepdim=True)
+    return section.rate * mean_score[:, None] * lacking.flatten(-2)

@@ -1,0 +1,384 @@
+"""Run a recipe: from its first step, or from its last checkpoint, to an exported model.
+
+A run folder holds `recipe.json`, `metrics.jsonl`, `loads.jsonl`, `checkpoints/`, `trace/`,
+`report.html` and, at the end, `model/`. Everything that decides the next step is in a checkpoint,
+so a run that was killed goes on as if it had not been: on a CPU bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mogul.core.errors import ConfigError
+from mogul.core.log import progress, say
+from mogul.core.units import show_count
+from mogul.observe.live import LiveTrace, live_numbers
+from mogul.spec.families import model_spec
+from mogul.spec.fingerprint import stamp_of_config
+from mogul.train.balance import SAMPLE_TOKENS, Balancer, has_experts
+from mogul.train.build import around_forward, build_model, choose_device
+from mogul.train.checkpoint import (
+    Saver,
+    Snapshot,
+    random_state,
+    read_newest,
+    restore_random_state,
+    steps_in,
+    to_host,
+)
+from mogul.train.data import held_out_windows, open_stream
+from mogul.train.evaluate import held_out_loss
+from mogul.train.export import export
+from mogul.train.guard import SpikeGuard
+from mogul.train.layers import prepared_layers
+from mogul.train.loop import not_finite
+from mogul.train.metrics import MetricsLog, Speedometer, note_of, peak_flop_per_s
+from mogul.train.objective import choose_objective
+from mogul.train.optimizer import build_optimizer
+from mogul.train.recipe import Recipe
+from mogul.train.recipe_file import RECIPE_FILE, read_resolved, write_resolved
+from mogul.train.signals import StopFlag
+from mogul.train.step import Gradients, Stepper
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+MAY_CHANGE = ("checkpoint", "log")
+"""Sections that may differ when a run is resumed, beside the length of the run."""
+
+
+class Session:
+    """One recipe in one folder; a context that holds the model dressed for training."""
+
+    def __init__(self, recipe: Recipe, folder: str | Path, *, resume: bool = False) -> None:
+        self.recipe, self.folder = recipe, Path(folder)
+        self.num_steps = recipe.run.num_steps
+        self._check_folder(resume)
+        run = recipe.run
+        torch.use_deterministic_algorithms(run.deterministic)
+        self.device = choose_device(run.device)
+        self.compiles = self.device.type != "cpu" if run.compile == "auto" else run.compile
+        self.model = build_model(recipe, self.device)
+        # Before any forward: a wrapper may swap parameters in the first one.
+        self.optimizer = build_optimizer(
+            self.model, recipe.optimizer, compile=self.device.type != "cpu"
+        )
+        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.stream = open_stream(
+            recipe.data,
+            batch_size=run.batch_size,
+            sequence_length=run.sequence_length,
+            seed=run.seed,
+        )
+        self._check_vocabulary()
+        self.guard = SpikeGuard(run.spike_factor, run.spike_retries)
+        self.balancer = self._balancer()
+        self.saver = Saver(
+            self.folder / CHECKPOINTS,
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+        )
+        self.step, self.tokens = 0, 0
+        self._stack = ExitStack()
+        self._live = self._new_trace()
+        if resume and (snapshot := read_newest(self.folder / CHECKPOINTS)) is not None:
+            self._restore(snapshot)
+
+    # ---- making ready
+
+    def _check_folder(self, resume: bool) -> None:
+        is_used = bool(steps_in(self.folder / CHECKPOINTS))
+        if is_used and not resume:
+            raise ConfigError(
+                f"{self.folder} holds checkpoints of another run",
+                fix="pass --resume to go on with it, or choose another folder",
+            )
+        if resume and (self.folder / RECIPE_FILE).exists():
+            _check_same(read_resolved(self.folder), self.recipe)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_resolved(self.recipe, self.folder)
+
+    def _check_vocabulary(self) -> None:
+        config: Any = self.model.config
+        if self.stream.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the data have ids up to {self.stream.vocab_size - 1}, the model a vocabulary of "
+                f"{config.vocab_size}",
+                fix=f"set vocab_size to {self.stream.vocab_size} or more",
+            )
+
+    def _balancer(self) -> Balancer | None:
+        if not has_experts(self.model):
+            return None
+        run = self.recipe.run
+        return Balancer(
+            self.model,
+            self.recipe.balance,
+            micro_batches=run.accumulation,
+            num_steps=self.num_steps,
+            sample_tokens=min(SAMPLE_TOKENS, run.batch_size * run.sequence_length),
+            compiled=self.compiles,
+        )
+
+    def _new_trace(self) -> LiveTrace | None:
+        if self.balancer is None:
+            return None
+        config: Any = self.model.config
+        stamp = stamp_of_config(config.to_dict(), name=self.folder.name)
+        return LiveTrace(stamp, self.balancer.layers, seed=self.recipe.run.seed)
+
+    def __enter__(self) -> Self:
+        recipe, run = self.recipe, self.recipe.run
+        self._stack.enter_context(
+            prepared_layers(
+                self.model, compile=bool(self.compiles), recompute=run.activation_checkpointing
+            )
+        )
+        self._stack.enter_context(self.balancer or nullcontext())
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            choose_objective(self.model, run.loss, compile=bool(self.compiles)),
+            max_grad_norm=recipe.optimizer.max_grad_norm,
+            wide_sums=run.gradient_dtype == "float32",
+            around=around_forward(run, self.device),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        torch.use_deterministic_algorithms(False)
+
+    # ---- steps
+
+    def take_step(self) -> tuple[Gradients, bool]:
+        """One optimizer step; the gradients (without tensors), and whether the step was taken.
+
+        Raises:
+            MogulError: Loss or gradient is no number and no spike guard is on.
+        """
+        if self.balancer is not None:
+            self.balancer.begin_step(self.step)
+        again = self.guard.due(self.step)
+        batches, tries = again or (self._next_batches(), None)
+        gradients = self.stepper.gradients(batches)
+        is_taken = self.guard.accepts(gradients.loss, is_finite=gradients.is_finite)
+        if is_taken:
+            recipe = self.recipe
+            factor = recipe.schedule.factor(self.step, self.num_steps)
+            self.stepper.update(gradients, recipe.optimizer.lr * factor)
+        elif not self.guard.is_on:
+            raise not_finite(gradients, self.step)
+        else:
+            say(f"step {self.step} is skipped: loss {gradients.loss:.3f}")
+            self.guard.skip(self.step, batches, tries)
+            self.stepper.clear()
+        if self.balancer is not None:
+            self.balancer.end_step(updated=is_taken)
+        self.step += 1
+        self.tokens += self.recipe.run.tokens_per_step
+        return Gradients(gradients.loss, gradients.norm, ()), is_taken
+
+    def _next_batches(self) -> list[Tensor]:
+        return [next(self.stream) for _ in range(self.recipe.run.accumulation)]
+
+    # ---- checkpoints
+
+    def snapshot(self) -> Snapshot:
+        """Everything the next step depends on, copied to the host."""
+        guard_numbers, waiting = self.guard.state()
+        weights, tied = _without_ties(self.model.state_dict())
+        return Snapshot(
+            step=self.step,
+            tensors={
+                "model": to_host(weights),
+                "optimizer": to_host(dict(self.optimizer.tensors(self.names))),
+                "more": to_host({**random_state(self.device), **waiting}),
+            },
+            state={
+                "tokens": self.tokens,
+                "updates": self.optimizer.num_updates,
+                "tied": tied,
+                "data": self.stream.state(),
+                "guard": guard_numbers,
+                "balance": self.balancer.state() if self.balancer else None,
+            },
+        )
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        state, tensors = snapshot.state, snapshot.tensors
+        weights = dict(tensors["model"])
+        weights |= {name: weights[kept] for name, kept in state["tied"].items()}
+        self.model.load_state_dict(weights, strict=True)
+        self.optimizer.restore(self.names, tensors["optimizer"], int(state["updates"]))
+        self.stream.restore(state["data"])
+        self.guard.restore(state["guard"], tensors["more"])
+        if self.balancer is not None and state["balance"]:
+            self.balancer.restore(state["balance"])
+        self.step, self.tokens = snapshot.step, int(state["tokens"])
+        restore_random_state(tensors["more"], self.device)
+        say(f"resumed at step {self.step} of {self.num_steps}")
+
+    # ---- looking
+
+    def routing_numbers(self, log: MetricsLog) -> dict[str, float]:
+        """Balance since the last look, and a line of loads; empty for a dense model."""
+        if self.balancer is None or self._live is None:
+            return {}
+        counts, losses = self.balancer.take()
+        sample = self.balancer.sample.cpu()
+        self._live.add_sample(sample)
+        log.write_loads(self.step, counts.tolist())
+        grouping = self.balancer.shape.grouping
+        return {**live_numbers(counts.numpy(), sample.long().numpy(), grouping).flat(), **losses}
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss; the trace of the sampled picks so far is written beside it."""
+        run, count = self.recipe.run, self.recipe.log.eval_batches * self.recipe.run.batch_size
+        try:
+            windows = held_out_windows(self.recipe.data, run.sequence_length, count=count)
+        except ConfigError as error:
+            say(f"no held-out loss: {error}")
+            return {}
+        with torch.compiler.set_stance("force_eager"), around_forward(run, self.device)():
+            found = held_out_loss(self.model, windows, batch_size=run.batch_size)
+        return {"held_out_loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte}
+
+    def write_trace(self) -> None:
+        """The routing since the last trace, as the same record that `mogul trace` writes."""
+        if self._live is not None:
+            self._live.trace().save(self.folder / "trace")
+            self._live = self._new_trace()
+
+    def run(self) -> bool:
+        """Train to the end; False when a signal stopped it before.
+
+        Raises:
+            MogulError: The loss is no number, or a checkpoint cannot be written.
+        """
+        log = MetricsLog(
+            self.folder, resumed_step=self.step, tensorboard=self.recipe.log.tensorboard
+        )
+        with StopFlag() as stop, progress("train", self.num_steps) as bar, _closing(log):
+            meter = Speedometer(
+                model_spec(self.model.config.to_dict()),
+                self.recipe.run.sequence_length,
+                peak_flop_per_s(self.device),
+            )
+            losses: list[float] = []
+            while self.step < self.num_steps and not stop.is_set:
+                gradients, is_taken = self.take_step()
+                if is_taken:
+                    losses.append(gradients.loss)
+                meter.add(self.recipe.run.tokens_per_step)
+                is_last = self.step == self.num_steps or stop.is_set
+                if self.step % self.recipe.log.every_steps == 0 or is_last:
+                    line = self._line(losses, gradients, meter, log)
+                    bar.update(self.step, note_of(line))
+                    losses.clear()
+                if self._after_step(is_last):
+                    meter.start()
+            self._finish(stop.is_set)
+        return not stop.is_set
+
+    def _line(
+        self, losses: list[float], gradients: Gradients, meter: Speedometer, log: MetricsLog
+    ) -> dict[str, Any]:
+        schedule, evaluates = self.recipe.schedule, self._evaluates()
+        speed = meter.take()
+        line: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": sum(losses) / len(losses) if losses else gradients.loss,
+            "grad_norm": gradients.norm,
+            "lr": self.recipe.optimizer.lr * schedule.factor(self.step - 1, self.num_steps),
+            "skipped": self.guard.skipped,
+            **speed,
+            **self.routing_numbers(log),
+            **(self.evaluate() if evaluates else {}),
+        }
+        if evaluates:
+            self.write_trace()
+        log.write(line)
+        meter.start()
+        return line
+
+    def _evaluates(self) -> bool:
+        every = self.recipe.log.eval_every_steps
+        return self.step == self.num_steps or (every > 0 and self.step % every == 0)
+
+    def _after_step(self, is_last: bool) -> bool:
+        """Save where it is time; whether that took place."""
+        self.saver.check()
+        is_time = self.step % self.recipe.checkpoint.every_steps == 0
+        if not (is_time or is_last):
+            return False
+        self.saver.save(self.snapshot())
+        return True
+
+    def _finish(self, is_stopped: bool) -> None:
+        if self.saver.last_step != self.step and self.step > 0:
+            self.saver.save(self.snapshot())
+        self.saver.wait()
+        if is_stopped:
+            say(f"stopped at step {self.step} of {self.num_steps}; go on with --resume")
+            return
+        export(self.model, self.folder / MODEL, tokenizer=self.recipe.model.tokenizer)
+        if self.recipe.log.report:
+            from mogul.train.report import write_report
+
+            write_report(self.folder)
+        say(f"trained {self.step} steps, {show_count(self.tokens)} tokens: {self.folder / MODEL}")
+
+
+def _without_ties(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name without second names, and second name -> first."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+    return {name: weights[name] for name in weights if name not in tied}, tied
+
+
+def _check_same(before: Recipe, now: Recipe) -> None:
+    """Refuse to resume with another recipe, naming what changed."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for values in (old, new):
+        for section in MAY_CHANGE:
+            values.pop(section)
+        for key in ("steps", "tokens", "device"):
+            values["run"].pop(key)
+    changed = [
+        f"{section}.{key}"
+        for section in new
+        for key in new[section]
+        if new[section][key] != old[section].get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run was started with another recipe; changed: {', '.join(changed)}",
+            fix="resume with the old values (recipe.json), or start in another folder",
+        )
+
+
+@contextmanager
+def _closing(log: MetricsLog) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        log.close()
