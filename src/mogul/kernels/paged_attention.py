@@ -18,6 +18,7 @@ from mogul.core.log import log
 from mogul.core.registry import Registry
 from mogul.kernels.cpu.attention import paged_attention_cpu, why_not_cpu
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
+from mogul.kernels.triton.attention import paged_attention_triton, why_not_triton_attention
 
 
 class PagedAttention(Protocol):
@@ -59,6 +60,7 @@ class AttentionFacts(NamedTuple):
 
 
 PAGED_ATTENTION: Registry[PagedAttention] = Registry("paged_attention")
+PAGED_ATTENTION.add("triton", paged_attention_triton, why_not=why_not_triton_attention)
 PAGED_ATTENTION.add("cpu", paged_attention_cpu, why_not=why_not_cpu)
 PAGED_ATTENTION.add("reference", paged_attention_reference)
 

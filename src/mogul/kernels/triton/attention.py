@@ -1,0 +1,46 @@
+"""Whether paged attention can run on the Triton kernels; they are loaded at the first call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.kernels import triton as room
+from mogul.kernels.reference.attention import FP8
+
+_FP8_CAPABILITY = (8, 9)
+
+
+def why_not_triton_attention(
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_width: int,
+    **_facts: object,
+) -> str | None:
+    """The reason why a call cannot run on these kernels, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the tensors are on {device}, not on an NVIDIA GPU"
+    if reason := room._device_reason(device.index):
+        return reason
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the queries are {dtype}; bfloat16 and float16 are supported"
+    if cache_dtype == FP8 and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        return "fp8 pages need compute capability 8.9"
+    if head_width % 8 or head_width > 256:
+        return f"head width {head_width} is not a multiple of 8 up to 256"
+    if num_heads // num_kv_heads > 128:
+        return f"{num_heads // num_kv_heads} query heads share a key head; at most 128 may"
+    return None
+
+
+def paged_attention_triton(*tensors: Tensor, **options: Any) -> Tensor:
+    """See `mogul.kernels.paged_attention`."""
+    from mogul.kernels.triton.paged import paged_attention_triton as run
+
+    return run(*tensors, **options)

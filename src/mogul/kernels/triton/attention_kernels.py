@@ -1,0 +1,343 @@
+"""Kernels of paged attention: few queries a sequence (decode), many (prompts), and their helpers.
+
+Few queries: every worker takes an equal share of all key blocks of all sequences, whatever their
+lengths, and leaves one partial result for each sequence it touched; `merge_few` adds them up. Many
+queries: a program takes a tile of queries of one sequence, all query heads of a key head together.
+Both read lengths and tables on the device, so a captured launch serves any of them.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NEVER = tl.constexpr(-1.0e30)
+"""Score of what may not be seen; finite, so that a row of nothing else has no NaN."""
+
+
+@triton.jit
+def sequence(
+    starts_ptr, lengths_ptr, s, live, MAX_Q: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Where sequence(s) s start; their queries, length, first key block and number of blocks.
+
+    No blocks where there are no queries, or more than MAX_Q.
+    """
+    start = tl.load(starts_ptr + s, mask=live, other=0)
+    queries = tl.load(starts_ptr + s + 1, mask=live, other=0) - start
+    served = (queries > 0) & (queries <= MAX_Q)
+    length = tl.load(lengths_ptr + s, mask=live & served, other=0)
+    first = length * 0
+    if WINDOW > 0:
+        first = tl.maximum(length - queries + 1 - WINDOW, 0) // BLOCK_L
+    return start, queries, length, first, (length + BLOCK_L - 1) // BLOCK_L - first
+
+
+@triton.jit
+def shares(
+    starts_ptr, lengths_ptr, num_seqs, S: tl.constexpr, MAX_Q: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_L: tl.constexpr, WORKERS: tl.constexpr, MIN_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Running end of every sequence's blocks, and how many blocks a worker takes."""
+    s = tl.arange(0, S)
+    count = sequence(starts_ptr, lengths_ptr, s, s < num_seqs, MAX_Q, WINDOW, BLOCK_L)[4]
+    total = tl.sum(count)
+    return tl.cumsum(count), total, tl.maximum(MIN_BLOCKS, (total + WORKERS - 1) // WORKERS)
+
+
+@triton.jit
+def key_block(
+    table_ptr, pos, length, n, c,
+    N: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Offsets [L, C] of one block of keys in the pages, and which of them exist."""
+    inside = pos < length
+    if Z % BLOCK_L == 0:
+        base = tl.min(pos)
+        page = tl.load(table_ptr + base // Z).to(tl.int64)
+        row = page * Z + (base % Z) + tl.arange(0, BLOCK_L)
+    else:
+        page = tl.load(table_ptr + pos // Z, mask=inside, other=0).to(tl.int64)
+        row = page * Z + pos % Z
+    return row[:, None] * (N * C) + n * C + c[None, :], inside[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def absorb(
+    q, k, v, acc, peak, norm, pos, at, length, factor,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running softmax of every row."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    if MASKED:
+        seen = (pos[None, :] <= at[:, None]) & (pos[None, :] < length)
+        if WINDOW > 0:
+            seen &= pos[None, :] > at[:, None] - WINDOW
+        score = tl.where(seen, score, NEVER)
+    higher = tl.maximum(peak, tl.max(score, 1))
+    p = tl.exp2(score - higher[:, None])
+    shrink = tl.exp2(peak - higher)
+    norm = norm * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, higher, norm
+
+
+@triton.jit
+def to_page(x, scale_ptr, n, dtype: tl.constexpr, FP8: tl.constexpr):
+    """What the cache holds of new keys or values."""
+    if FP8:
+        x = x.to(tl.float32) / tl.load(scale_ptr + n)
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    return x.to(dtype)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+def attend_few(
+    q_ptr, key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, tables_ptr, starts_ptr,
+    lengths_ptr, key_scale_ptr, value_scale_ptr, acc_ptr, stat_ptr, num_seqs, table_stride,
+    S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C_POW2: tl.constexpr,
+    Z: tl.constexpr, MAX_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr,
+    WORKERS: tl.constexpr, MIN_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
+    FP8: tl.constexpr, Q_T: tl.constexpr, Q_H: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, WRITE: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Worker `program_id(0)` of key head `program_id(1)`: partial sums of the blocks it owns.
+
+    The owner of a new token's position also writes its key and value into the page.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    w = tl.program_id(0)
+    n = tl.program_id(1)
+    ends, total, chunk = shares(
+        starts_ptr, lengths_ptr, num_seqs, S, MAX_Q, WINDOW, BLOCK_L, WORKERS, MIN_BLOCKS
+    )
+    c = tl.arange(0, C_POW2)
+    r = tl.arange(0, ROWS)
+    factor = SCALE * LOG2E
+    if FP8:
+        factor *= tl.load(key_scale_ptr + n)
+    b = w * chunk
+    stop = tl.minimum(b + chunk, total)
+    while b < stop:
+        s = tl.sum((ends <= b).to(tl.int32))
+        start, queries, length, first, count = sequence(
+            starts_ptr, lengths_ptr, s, True, MAX_Q, WINDOW, BLOCK_L
+        )
+        end = tl.sum(tl.where(tl.arange(0, S) == s, ends, 0))
+        shift = first - (end - count)
+        low = b + shift
+        high = tl.minimum(stop, end) + shift
+        new = length - queries
+        if WRITE and high * BLOCK_L > new:
+            for i in range(queries):
+                pos_i = new + i
+                token = (start + i).to(tl.int64)
+                slot = tl.load(slots_ptr + token)
+                mine = (pos_i >= low * BLOCK_L) & (pos_i < high * BLOCK_L) & (slot >= 0)
+                keep = mine & (c < C)
+                to = slot * (N * C) + n * C + c
+                k_new = tl.load(key_ptr + token * K_T + n * K_N + c, mask=keep, other=0.0)
+                v_new = tl.load(value_ptr + token * V_T + n * V_N + c, mask=keep, other=0.0)
+                k_new = to_page(k_new, key_scale_ptr, n, key_cache_ptr.dtype.element_ty, FP8)
+                v_new = to_page(v_new, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
+                tl.store(key_cache_ptr + to, k_new, mask=keep)
+                tl.store(value_cache_ptr + to, v_new, mask=keep)
+            tl.debug_barrier()
+        i = r // G
+        live = (i < queries) & (r < G * MAX_Q)
+        q_at = (start + i).to(tl.int64) * Q_T + (n * G + r % G) * Q_H
+        q = tl.load(
+            q_ptr + q_at[:, None] + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0
+        )
+        at = new + i
+        acc = tl.zeros((ROWS, C_POW2), tl.float32)
+        peak = tl.full((ROWS,), NEVER, tl.float32)
+        norm = tl.zeros((ROWS,), tl.float32)
+        table_ptr = tables_ptr + s.to(tl.int64) * table_stride
+        for j in tl.range(low, high, num_stages=STAGES):
+            pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
+            where, exists = key_block(table_ptr, pos, length, n, c, N, C, Z, BLOCK_L)
+            k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
+            v = tl.load(value_cache_ptr + where, mask=exists, other=0.0)
+            acc, peak, norm = absorb(
+                q, k.to(q.dtype), v.to(q.dtype), acc, peak, norm, pos, at, length, factor,
+                WINDOW, True,
+            )  # fmt: skip
+        to = ((w + s) * N + n).to(tl.int64) * (G * MAX_Q) + r
+        tl.store(acc_ptr + to[:, None] * C + c[None, :], acc, mask=live[:, None] & (c < C)[None, :])
+        tl.store(stat_ptr + 2 * to, peak, mask=live)
+        tl.store(stat_ptr + 2 * to + 1, norm, mask=live)
+        b = tl.minimum(stop, end)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_tokens"])
+def merge_few(
+    acc_ptr, stat_ptr, out_ptr, starts_ptr, lengths_ptr, sinks_ptr, value_scale_ptr, num_seqs,
+    num_tokens, S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    C_POW2: tl.constexpr, MAX_Q: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
+    WORKERS: tl.constexpr, MIN_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[token of (sequence, query), head] from the partial sums; padding tokens become 0."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.program_id(0)
+    h = tl.program_id(1)
+    c = tl.arange(0, C_POW2)
+    s = x // MAX_Q
+    i = x % MAX_Q
+    padding = (x >= tl.load(starts_ptr + num_seqs)) & (x < num_tokens)
+    zero = tl.zeros((C_POW2,), tl.float32).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (x.to(tl.int64) * (N * G) + h) * C + c, zero, mask=padding & (c < C))
+    start, queries, _, _, count = sequence(
+        starts_ptr, lengths_ptr, s, s < num_seqs, MAX_Q, WINDOW, BLOCK_L
+    )
+    if (i < queries) & (count > 0):
+        ends, _, chunk = shares(
+            starts_ptr, lengths_ptr, num_seqs, S, MAX_Q, WINDOW, BLOCK_L, WORKERS, MIN_BLOCKS
+        )
+        end = tl.sum(tl.where(tl.arange(0, S) == s, ends, 0))
+        last = (end - 1) // chunk
+        peak = tl.full((), NEVER, tl.float32)
+        norm = tl.zeros((), tl.float32)
+        if SINKS:
+            peak = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+            norm += 1.0
+        acc = tl.zeros((C_POW2,), tl.float32)
+        row = i * G + h % G
+        for w0 in tl.range((end - count) // chunk, last + 1, BLOCK_W):
+            w = w0 + tl.arange(0, BLOCK_W)
+            have = w <= last
+            at = ((w + s) * N + h // G).to(tl.int64) * (G * MAX_Q) + row
+            peaks = tl.load(stat_ptr + 2 * at, mask=have, other=NEVER)
+            norms = tl.load(stat_ptr + 2 * at + 1, mask=have, other=0.0)
+            part = tl.load(
+                acc_ptr + at[:, None] * C + c[None, :],
+                mask=have[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
+            higher = tl.maximum(peak, tl.max(peaks, 0))
+            weight = tl.exp2(peaks - higher)
+            shrink = tl.exp2(peak - higher)
+            norm = norm * shrink + tl.sum(norms * weight, 0)
+            acc = acc * shrink + tl.sum(part * weight[:, None], 0)
+            peak = higher
+        if FP8:
+            acc *= tl.load(value_scale_ptr + h // G)
+        to = ((start + i).to(tl.int64) * (N * G) + h) * C + c
+        tl.store(out_ptr + to, (acc / norm).to(out_ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def write_pages(
+    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, starts_ptr, key_scale_ptr,
+    value_scale_ptr, out_ptr, num_seqs,
+    N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    FP8: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Key and value of one token into its slot; the output of a padding token becomes 0."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t = tl.program_id(0).to(tl.int64)
+    if t >= tl.load(starts_ptr + num_seqs):
+        o = tl.arange(0, BLOCK_OUT)
+        zero = tl.zeros((BLOCK_OUT,), tl.float32).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + t * (H * C) + o, zero, mask=o < H * C)
+    else:
+        slot = tl.load(slots_ptr + t)
+        x = tl.arange(0, BLOCK)
+        n = x // C
+        keep = (x < N * C) & (slot >= 0)
+        k = tl.load(key_ptr + t * K_T + n * K_N + x % C, mask=keep, other=0.0)
+        v = tl.load(value_ptr + t * V_T + n * V_N + x % C, mask=keep, other=0.0)
+        n = tl.where(keep, n, 0)
+        k = to_page(k, key_scale_ptr, n, key_cache_ptr.dtype.element_ty, FP8)
+        v = to_page(v, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
+        tl.store(key_cache_ptr + slot * (N * C) + x, k, mask=keep)
+        tl.store(value_cache_ptr + slot * (N * C) + x, v, mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+def attend_many(
+    q_ptr, key_cache_ptr, value_cache_ptr, out_ptr, tables_ptr, starts_ptr, lengths_ptr, sinks_ptr,
+    key_scale_ptr, value_scale_ptr, num_seqs, table_stride,
+    S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C_POW2: tl.constexpr,
+    Z: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_L: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SINKS: tl.constexpr,
+    FP8: tl.constexpr, Q_T: tl.constexpr, Q_H: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile of BLOCK_Q queries times G heads, of a sequence with more than FEW queries."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    n = tl.program_id(0)
+    all_s = tl.arange(0, S)
+    begin = tl.load(starts_ptr + all_s, mask=all_s < num_seqs, other=0)
+    many = tl.load(starts_ptr + all_s + 1, mask=all_s < num_seqs, other=0) - begin
+    tiles = tl.where(many > FEW, (many + BLOCK_Q - 1) // BLOCK_Q, 0)
+    ends = tl.cumsum(tiles)
+    t = tl.sum(tiles) - 1 - tl.program_id(1)  # the last tiles of a sequence see most: first
+    if t >= 0:
+        s = tl.sum((ends <= t).to(tl.int32))
+        tile = t - tl.sum(tl.where(all_s == s, ends - tiles, 0))
+        start = tl.load(starts_ptr + s)
+        queries = tl.load(starts_ptr + s + 1) - start
+        length = tl.load(lengths_ptr + s)
+        c = tl.arange(0, C_POW2)
+        r = tl.arange(0, ROWS)
+        i = tile * BLOCK_Q + r // G
+        live = (i < queries) & (r < BLOCK_Q * G)
+        row = (start + i).to(tl.int64)
+        head = n * G + r % G
+        keep = live[:, None] & (c < C)[None, :]
+        q = tl.load(q_ptr + (row * Q_T + head * Q_H)[:, None] + c[None, :], mask=keep, other=0.0)
+        factor = SCALE * LOG2E
+        if FP8:
+            factor *= tl.load(key_scale_ptr + n)
+        at = length - queries + i
+        acc = tl.zeros((ROWS, C_POW2), tl.float32)
+        peak = tl.full((ROWS,), NEVER, tl.float32)
+        norm = tl.zeros((ROWS,), tl.float32)
+        if SINKS:
+            peak = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+            norm += 1.0
+        lowest = length - queries + tile * BLOCK_Q
+        low = lowest * 0
+        if WINDOW > 0:
+            low = tl.maximum(lowest + 1 - WINDOW, 0) // BLOCK_L
+        high = (tl.minimum(lowest + BLOCK_Q, length) + BLOCK_L - 1) // BLOCK_L
+        table_ptr = tables_ptr + s.to(tl.int64) * table_stride
+        whole = low
+        if WINDOW == 0:
+            whole = (lowest + 1) // BLOCK_L  # every row of the tile sees all of these blocks
+            for j in tl.range(low, whole, num_stages=STAGES):
+                pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
+                where, exists = key_block(table_ptr, pos, length, n, c, N, C, Z, BLOCK_L)
+                k = tl.load(key_cache_ptr + where, mask=(c < C)[None, :], other=0.0)
+                v = tl.load(value_cache_ptr + where, mask=(c < C)[None, :], other=0.0)
+                acc, peak, norm = absorb(
+                    q, k.to(q.dtype), v.to(q.dtype), acc, peak, norm, pos, at, length, factor,
+                    WINDOW, False,
+                )  # fmt: skip
+        for j in tl.range(whole, high, num_stages=STAGES):
+            pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
+            where, exists = key_block(table_ptr, pos, length, n, c, N, C, Z, BLOCK_L)
+            k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
+            v = tl.load(value_cache_ptr + where, mask=exists, other=0.0)
+            acc, peak, norm = absorb(
+                q, k.to(q.dtype), v.to(q.dtype), acc, peak, norm, pos, at, length, factor,
+                WINDOW, True,
+            )  # fmt: skip
+        acc = acc / norm[:, None]
+        if FP8:
+            acc *= tl.load(value_scale_ptr + n)
+        to = (row * (N * G) + head) * C
+        tl.store(out_ptr + to[:, None] + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=keep)

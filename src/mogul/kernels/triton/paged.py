@@ -1,0 +1,302 @@
+"""Paged attention on NVIDIA GPUs: which kernels a call needs and how they are launched.
+
+Decides from shapes alone. Up to `FEW_ROWS` rows (queries times heads of a key head) a sequence is
+read by equal shares; longer ones by tiles of queries. A call with both kinds launches both, and
+each kernel passes over the sequences of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.core.errors import BackendError
+from mogul.kernels.reference.attention import FP8
+from mogul.kernels.triton import attention_kernels as kernels
+from mogul.kernels.triton.launch import INTERPRETED, Launch, cdiv, next_power_of_2
+
+FEW_ROWS = 64
+FEW_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class FewTile:
+    """How key blocks are shared out: block length, workers a multiprocessor, launch."""
+
+    block: int = 64
+    per_sm: int = 2
+    min_blocks: int = 2
+    warps: int = 4
+    stages: int = 3
+    merge: int = 16
+
+
+@dataclass(frozen=True)
+class ManyTile:
+    """Rows (queries times heads) and keys of one tile, launch."""
+
+    rows: int = 128
+    block: int = 64
+    warps: int = 8
+    stages: int = 3
+
+
+few_tile = FewTile()
+many_tile = ManyTile()
+
+
+@dataclass(frozen=True)
+class Call:
+    """All of a call that a compiled kernel depends on."""
+
+    device: int
+    sequences: int
+    """Rounded up to a power of two, so that few numbers of sequences share a compiled kernel."""
+
+    kv_heads: int
+    group: int
+    width: int
+    page_size: int
+    window: int
+    scaling: float
+    is_fp8: bool
+    has_sinks: bool
+    strides: tuple[int, ...]
+    """Token and head strides of query, key, value."""
+
+    dtypes: tuple[torch.dtype, ...]
+    pdl: bool
+
+    @property
+    def width_pow2(self) -> int:
+        """Columns of a tile."""
+        return max(16, next_power_of_2(self.width))
+
+    def shape(self) -> dict[str, Any]:
+        """Constants that every kernel of this call takes."""
+        return {"N": self.kv_heads, "C": self.width, "FP8": self.is_fp8, "PDL": self.pdl}
+
+    def sizes(self) -> dict[str, Any]:
+        """Constants of the two attention kernels and the merge."""
+        return {
+            **self.shape(),
+            "S": self.sequences,
+            "G": self.group,
+            "C_POW2": self.width_pow2,
+            "WINDOW": self.window,
+        }
+
+    def query_strides(self) -> dict[str, int]:
+        """Strides of the queries."""
+        return dict(zip(("Q_T", "Q_H"), self.strides, strict=False))
+
+    def new_strides(self) -> dict[str, int]:
+        """Strides of new keys and values."""
+        return dict(zip(("K_T", "K_N", "V_T", "V_N"), self.strides[2:], strict=True))
+
+
+@cache
+def _processors(device: int) -> int:
+    return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _few(call: Call, max_queries: int, writes: bool, tile: FewTile) -> tuple[Launch, Launch, int]:
+    """Launches of the shares and of their merge, with the number of workers a key head."""
+    workers = max(1, _processors(call.device) * tile.per_sm // call.kv_heads)
+    shared = {
+        **call.sizes(),
+        "MAX_Q": max_queries,
+        "BLOCK_L": tile.block,
+        "WORKERS": workers,
+        "MIN_BLOCKS": tile.min_blocks,
+    }
+    constants = {
+        **shared,
+        **call.query_strides(),
+        **call.new_strides(),
+        "Z": call.page_size,
+        "ROWS": max(16, next_power_of_2(call.group * max_queries)),
+        "SCALE": call.scaling,
+        "WRITE": writes,
+        "STAGES": tile.stages,
+    }
+    merge = {**shared, "BLOCK_W": tile.merge, "SINKS": call.has_sinks}
+    return (
+        Launch(kernels.attend_few, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl),
+        Launch(kernels.merge_few, merge, warps=1, stages=2, pdl=call.pdl),
+        workers,
+    )
+
+
+@cache
+def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, Launch, int]:
+    """Launches of the writing and of the tiles, with the queries of a tile."""
+    rows = max(tile.rows, 16, next_power_of_2(call.group))
+    queries = rows // call.group
+    write = {
+        **call.shape(),
+        **call.new_strides(),
+        "BLOCK": next_power_of_2(call.kv_heads * call.width),
+        "H": call.kv_heads * call.group,
+        "BLOCK_OUT": next_power_of_2(call.kv_heads * call.group * call.width),
+    }
+    constants = {
+        **call.sizes(),
+        **call.query_strides(),
+        "Z": call.page_size,
+        "FEW": few,
+        "BLOCK_Q": queries,
+        "ROWS": rows,
+        "BLOCK_L": tile.block,
+        "SCALE": call.scaling,
+        "SINKS": call.has_sinks,
+        "STAGES": tile.stages,
+    }
+    return (
+        Launch(kernels.write_pages, write, warps=4, stages=1, pdl=call.pdl),
+        Launch(kernels.attend_many, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl),
+        queries,
+    )
+
+
+def most_few(group: int) -> int:
+    """Queries a sequence up to which its keys are read by shares."""
+    return max(1, min(FEW_QUERIES, FEW_ROWS // group))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous and rows on 16-byte addresses."""
+    size = tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in tensor.stride()[:-1])
+    return tensor if tensor.stride(-1) == 1 and aligned else tensor.contiguous()
+
+
+def check_pages(key_cache: Tensor, value_cache: Tensor) -> None:
+    """Pages are written in place, so they cannot be copied into shape."""
+    for name, pages in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if not pages.is_contiguous() or pages.data_ptr() % 16:
+            raise BackendError(
+                f"{name} with strides {pages.stride()} at address {pages.data_ptr():#x} is not "
+                "contiguous on a 16-byte boundary, as the Triton kernels need",
+                fix="keep the pages of one layer in one piece",
+            )
+
+
+@cache
+def _ones(device: torch.device, heads: int) -> Tensor:
+    return torch.ones(heads, device=device)
+
+
+def paged_attention_triton(
+    query_THC: Tensor,
+    key_TNC: Tensor,
+    value_TNC: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_T: Tensor,
+    tables_SB: Tensor,
+    query_starts: Tensor,
+    lengths_S: Tensor,
+    *,
+    max_query_len: int,
+    scaling: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> Tensor:
+    """See `mogul.kernels.paged_attention`. Waits for nothing; can be captured."""
+    query, key, value = _rows(query_THC), _rows(key_TNC), _rows(value_TNC)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    check_pages(key_cache, value_cache)
+    if not len(query):
+        return out
+    num_kv_heads, width = key.shape[1:]
+    device = query.device.index if query.is_cuda else -1
+    is_fp8 = key_cache.dtype == FP8
+    call = Call(
+        device=device,
+        sequences=max(32, next_power_of_2(len(lengths_S))),
+        kv_heads=num_kv_heads,
+        group=query.shape[1] // num_kv_heads,
+        width=width,
+        page_size=key_cache.shape[1],
+        window=sliding_window or 0,
+        scaling=float(scaling),
+        is_fp8=is_fp8,
+        has_sinks=sinks is not None,
+        strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
+        dtypes=(query.dtype, key_cache.dtype, sinks.dtype if sinks is not None else query.dtype),
+        pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
+    )
+    scales = (_scales(key_scale, call, query), _scales(value_scale, call, query))
+    pages = (key_cache, value_cache)
+    where = (slots_T, tables_SB, query_starts, lengths_S)
+    most = most_few(call.group)
+    if max_query_len > most:
+        _run_many(call, most, (query, key, value), pages, where, scales, sinks, out)
+    queries = min(max_query_len, most)
+    writes = max_query_len <= most
+    _run_few(call, queries, writes, (query, key, value), pages, where, scales, sinks, out)
+    return out
+
+
+def _scales(scale: Tensor | None, call: Call, like: Tensor) -> Tensor:
+    """One number a key head, contiguous; ones where there is none (the kernel may not read it)."""
+    return _ones(like.device, call.kv_heads) if scale is None else scale.contiguous()
+
+
+def _run_few(
+    call: Call,
+    max_queries: int,
+    writes: bool,
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
+    attend, merge, workers = _few(call, max_queries, writes, few_tile)
+    slots, tables, starts, lengths = where
+    num_seqs, rows = len(lengths), call.group * max_queries
+    parts = (workers + num_seqs) * call.kv_heads * rows
+    acc = torch.empty(parts, call.width, dtype=torch.float32, device=out.device)
+    stat = torch.empty(parts, 2, dtype=torch.float32, device=out.device)
+    attend(
+        (workers, call.kv_heads), call.device, *new, *pages, slots, tables, starts, lengths,
+        *scales, acc, stat, num_seqs, tables.stride(0),
+    )  # fmt: skip
+    spots = num_seqs * max_queries
+    merge(
+        (max(spots, len(out)) if writes else spots, call.kv_heads * call.group), call.device,
+        acc, stat, out, starts, lengths, out if sinks is None else sinks, scales[1], num_seqs,
+        len(out),
+    )  # fmt: skip
+
+
+def _run_many(
+    call: Call,
+    few: int,
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
+    write, attend, queries = _many(call, few, many_tile)
+    slots, tables, starts, lengths = where
+    query, key, value = new
+    num_seqs = len(lengths)
+    write((len(out), 1), call.device, key, value, *pages, slots, starts, *scales, out, num_seqs)
+    tiles = cdiv(len(out), queries) + num_seqs
+    attend(
+        (call.kv_heads, tiles), call.device, query, *pages, out, tables, starts, lengths,
+        out if sinks is None else sinks, *scales, num_seqs, tables.stride(0),
+    )  # fmt: skip

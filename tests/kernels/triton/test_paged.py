@@ -1,0 +1,156 @@
+"""Paged attention's Triton kernels: interpreted against the reference, compiled for targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mogul.core.errors import BackendError  # noqa: E402
+from mogul.kernels.triton import attention_kernels as kernels  # noqa: E402
+from mogul.kernels.triton.attention import why_not_triton_attention  # noqa: E402
+
+CASES = ("few", "few16", "many", "many16", "fp8", "views")
+LIMITS = {"few16": 2e-3, "many16": 2e-3}
+
+
+def interpreted(examples: int) -> dict[str, float]:
+    script = Path(__file__).with_name("run_paged.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *CASES],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "EXAMPLES": str(examples)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_all(found: dict[str, float]) -> None:
+    assert {name.split()[0] for name in found} == set(CASES)
+    assert {name.split()[1] for name in found} == {"out", "keys", "values"}
+    for name, error in found.items():
+        limit = LIMITS.get(name.split()[0], 5e-6) if name.endswith("out") else 0
+        assert error <= limit, found
+
+
+def test_kernels_equal_the_reference() -> None:
+    check_all(interpreted(4))
+
+
+@pytest.mark.full
+def test_kernels_equal_the_reference_on_many_shapes() -> None:
+    check_all(interpreted(60))
+
+
+POINTERS = {
+    **dict.fromkeys(("q_ptr", "key_ptr", "value_ptr", "out_ptr"), "bf16"),
+    **dict.fromkeys(("tables_ptr", "starts_ptr", "lengths_ptr"), "i32"),
+    **dict.fromkeys(("key_scale_ptr", "value_scale_ptr", "acc_ptr", "stat_ptr"), "fp32"),
+    **dict.fromkeys(("sinks_ptr",), "bf16"),
+    "slots_ptr": "i64",
+}
+CONSTANTS = {
+    **{"S": 64, "N": 4, "G": 8, "C": 128, "C_POW2": 128, "Z": 16, "MAX_Q": 1, "ROWS": 16},
+    **{"BLOCK_L": 64, "WORKERS": 66, "MIN_BLOCKS": 2, "WINDOW": 0, "SCALE": 0.088, "STAGES": 3},
+    **{"Q_T": 4096, "Q_H": 128, "K_T": 512, "K_N": 128, "V_T": 512, "V_N": 128, "WRITE": True},
+    **{"BLOCK_W": 16, "SINKS": False, "FP8": False, "PDL": True, "FEW": 8, "BLOCK_Q": 16},
+    **{"BLOCK": 512, "H": 32, "BLOCK_OUT": 4096},
+}
+
+
+def compiled(kernel: Any, arch: int, *, warps: int, cache: str = "bf16", **changes: Any) -> Any:
+    """Compile for sm_`arch`, as a launch would."""
+    pointers = {**POINTERS, "key_cache_ptr": cache, "value_cache_ptr": cache}
+    names = [parameter.name for parameter in kernel.params]
+    values = {**CONSTANTS, "PDL": arch >= 90, **changes}
+    constants = {name: values[name] for name in names if name.isupper()}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else f"*{pointers[name]}"
+        if name in pointers
+        else "i32"
+        for name in names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers
+    }
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    options = {"num_warps": warps, "num_stages": values["STAGES"]}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "cache", "page_size"), [(80, "bf16", 16), (90, "bf16", 64), (90, "fp8e4nv", 16)]
+)
+def test_decode_compiles(arch: int, cache: str, page_size: int) -> None:
+    done = compiled(
+        kernels.attend_few, arch, warps=4, cache=cache, Z=page_size, FP8=cache != "bf16"
+    )
+    assert done.metadata.shared <= 110_000  # two programs a multiprocessor
+    assert "cp.async" in done.asm["ptx"]
+    assert "mma.sync" in done.asm["ptx"]
+
+
+def test_prompts_use_the_warp_group_unit() -> None:
+    done = compiled(kernels.attend_many, 90, warps=8, ROWS=128)
+    assert done.metadata.shared <= 232_448
+    assert re.search(r"wgmma\.mma_async", done.asm["ptx"])
+
+
+@pytest.mark.parametrize("kernel", [kernels.merge_few, kernels.write_pages])
+def test_the_small_kernels_compile(kernel: Any) -> None:
+    done = compiled(kernel, 90, warps=1, SINKS=True)
+    assert "griddepcontrol.wait" in done.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"device": torch.device("cpu")}, "not on an NVIDIA GPU"),
+        ({"dtype": torch.float32}, "bfloat16 and float16"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "capability 8.9"),
+        ({"head_width": 100}, "head width 100"),
+        ({"num_heads": 512}, "share a key head"),
+    ],
+)
+def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch, facts: dict, words: str) -> None:
+    monkeypatch.setattr("mogul.kernels.triton._device_reason", lambda index: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    call = {
+        "device": torch.device("cuda", 0),
+        "dtype": torch.bfloat16,
+        "cache_dtype": torch.bfloat16,
+        "num_heads": 32,
+        "num_kv_heads": 2,
+        "head_width": 128,
+    }
+    assert why_not_triton_attention(**call) is None
+    assert words in (why_not_triton_attention(**{**call, **facts}) or "")
+
+
+def test_caches_that_are_views_are_refused_by_name() -> None:
+    paged = pytest.importorskip("mogul.kernels.triton.paged")
+    cache = torch.zeros(2, 4, 2, 16).transpose(1, 2)
+    with pytest.raises(BackendError, match="key_cache with strides"):
+        paged.check_pages(cache, cache)
