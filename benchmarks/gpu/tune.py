@@ -35,7 +35,7 @@ from common import (
 
 from mogul.kernels.triton import launch as launch_module
 from mogul.kernels.triton.layer import Layer, layer_of
-from mogul.kernels.triton.plans import FewPlan, Plan, Tile
+from mogul.kernels.triton.plans import FewPlan, Plan, Tile, plan_for
 
 START = time.time()
 
@@ -211,14 +211,18 @@ class Parts:
 
     def _call(self, kind: str, plan: Plan, inputs: Any, sort: Any) -> Any:
         layer, case, tile = self.layer, self.case, plan.up
-        x, _, weights = inputs
-        if tile.sync:
+        x, ids, weights = inputs
+        if tile.sync or tile.panel:
             experts = case.dims[0]
-            sort.head[experts + 2 : experts + 10].zero_()  # as a fresh sort leaves them
+            sort.head[experts + 2 : experts + 34].zero_()  # as a fresh sort leaves them
         if kind in ("up", "up_save"):
             save = kind == "up_save"
             layer.up(plan, x, case.gate_up, self.act, self.pre, sort, save=save)
             return self.act
+        if kind in ("down_sum", "up_grad_sum"):
+            back = kind == "up_grad_sum"
+            a, weight = (self.dpre, case.gate_up) if back else (self.act, case.down)
+            return layer.product_sum(plan, tile, a, weight, sort, ids, weights, transposed=back)
         if kind == "down":
             layer.product(plan, tile, self.act, case.down, self.y, sort, transposed=False)
             return self.y
@@ -268,6 +272,35 @@ def _compile_few(case: Case, plan: Any) -> str:
     x, ids, weights = make_tokens(case, 1)
     layer.few(x, case.gate_up, case.down, ids, weights)
     return ""
+
+
+def plan_jobs(name: str, tokens: int, train: bool) -> list[tuple[str, int, str, int, Any, int]]:
+    """The products that a layer's own plan uses."""
+    layer = layer_for(make_case(name, "meta"))
+    if layer.shape.uses_few(tokens) and not train:
+        return []
+    plan = plan_for(layer.shape, tokens)
+    kinds = {"up": plan.up, "down_sum": plan.down}
+    if train:
+        kinds = {"up_save": plan.up, "down_sum": plan.down, "down_grad": plan.down_grad}
+        kinds["up_grad_sum"] = plan.up_grad
+        kinds["gate_up_weight"] = plan.gate_up_weight
+        kinds["down_weight"] = plan.down_weight
+    return [
+        (name, tokens, kind, plan.rows, tile, tile.m if "weight" in kind else 0)
+        for kind, tile in kinds.items()
+        if tile is not None
+    ]
+
+
+def precompile(forward: list[tuple[str, int]], train: list[tuple[str, int]]) -> None:
+    """Compile what the layer needs for these cells, in parallel, into Triton's cache."""
+    jobs = [job for cell in forward for job in plan_jobs(*cell, False)]
+    jobs += [job for cell in train for job in plan_jobs(*cell, True)]
+    unique = list({repr(job[0]) + repr(job[2:]): job for job in jobs}.values())
+    with multiprocessing.get_context("spawn").Pool(15) as pool:
+        errors = [error for error in pool.map(compile_job, unique, chunksize=1) if error]
+    log("compiled", len(unique), "failed", len(errors), *errors[:1])
 
 
 # ---------------------------------------------------------------- run

@@ -97,27 +97,55 @@ def tile_type(block: list[int], element: str) -> str:
 ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 
 
-@pytest.mark.parametrize("element", ["bf16", "fp16"])
-def test_split_product_fits_hopper(element: str) -> None:
-    pointers = ("a_ptr", "a_desc", "out_ptr", "pre_ptr", "dpre_ptr")
+PRODUCT = {"NARROW": False, "DONE": 0, "WEIGHTED": False, "ADD_REGS": 0, "SAVE": False, "SYNC": 1}
+
+
+def split_product(element: str, boxes: tuple[list[int] | None, list[int]], **changes: Any) -> Any:
+    """hopper_kernels.row_product; `boxes` of the rows (None: gathered) and of the weights."""
+    rows, weights = boxes
+    pointers = ("out_ptr", "pre_ptr", "dpre_ptr", "sum_ptr", "a_ptr", "a_desc")
     types = {
         **dict.fromkeys(pointers, f"*{element}"),
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), INT),
-        "w_desc": tile_type([128, 64], element),
-        "weights_ptr": "*fp32",
-        "part_ptr": "*fp32",
-        "num_slots": "i32",
+        **dict.fromkeys(("weights_ptr", "part_ptr"), "*fp32"),
+        **{"w_desc": tile_type(weights, element), "num_slots": "i32", "ids_ptr": "*i64"},
     }
+    if rows:
+        types["a_desc"] = tile_type(rows, element)
     constants = {
-        **{"MODE": 0, "N": 1344, "C": 512, "K": 8, "E": 64, "BLOCK_T": 128, "BLOCK_K": 64},
-        **{"BLOCK_N": 128, "STAGES": 4, "BLOCK_GROUP": 8},
-        **{"GATHER": True, "TRANSPOSED": False, "SAVE": False, "SYNC": 1},
+        **{"N": 1344, "C": 512, "K": 8, "E": 64, "BLOCK_T": 128, "BLOCK_K": 64, "BLOCK_N": 128},
+        **{"STAGES": 4, "BLOCK_GROUP": 8, "GATHER": rows is None, "TRANSPOSED": False, "PANEL": 99},
+        **PRODUCT,
         **ROLES,
+        **changes,
     }
-    done = compiled(hopper_kernels.row_product, types, constants, 90, num_warps=4)
+    return compiled(hopper_kernels.row_product, types, constants, 90, num_warps=4)
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+def test_split_product_fits_hopper(element: str) -> None:
+    done = split_product(element, (None, [64, 64]), MODE=0, NARROW=True)
     assert done.metadata.shared <= 232_448
     assert "m64n256k16" in done.asm["ptx"]
+    assert "m64n128k16" in done.asm["ptx"]  # the last column tile, 64 of 128 columns
     assert "cp.async.bulk.tensor" in done.asm["ptx"]
+
+
+def test_product_with_panels_adds_beside_the_product() -> None:
+    roles = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 216, "ADD_REGS": 80}
+    sizes = {"MODE": 1, "N": 2048, "BLOCK_N": 256, "PANEL": 2, "DONE": 8, "WEIGHTED": True}
+    done = split_product("bf16", ([128, 64], [256, 64]), **sizes, **roles)
+    assert ".maxnreg 168" in done.asm["ptx"]  # three warp groups: 128 would not hold the product
+    assert re.search(r"atom\.global\.gpu\.release", done.asm["ptx"])
+    assert re.search(r"ld\.acquire\.gpu\.global", done.asm["ptx"])
+
+
+def test_backward_of_down_holds_256_columns() -> None:
+    sizes = {"MODE": 2, "BLOCK_N": 256, "TRANSPOSED": True, "NARROW": True}
+    done = split_product("bf16", (None, [64, 256]), **sizes)
+    assert done.metadata.shared <= 232_448
+    assert "m64n256k16" in done.asm["ptx"]
+    assert "m64n64k16" in done.asm["ptx"]
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
@@ -128,7 +156,7 @@ def test_split_weight_gradient_fits_hopper(element: str) -> None:
     }
     constants = {
         **{"M": 2688, "N": 512, "K": 8, "E": 64, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_R": 64},
-        **{"BLOCK_GROUP": 8, "STAGES": 4, "GATHER_LEFT": False, "SYNC": 0},
+        **{"BLOCK_GROUP": 8, "STAGES": 4, "GATHER_LEFT": False, "SYNC": 0, "NARROW": False},
         **ROLES,
     }
     done = compiled(hopper_weight_kernels.split_weight_grad, types, constants, 90, num_warps=4)

@@ -24,19 +24,37 @@ PRODUCT = gl.constexpr(1)
 DOWN_GRAD = gl.constexpr(2)
 
 
+@gluon.constexpr_function
+def last_width(width, block):
+    """Columns to compute in the last tile of `width`: 64, 128 or the whole block."""
+    left = width % block
+    return 64 if 0 < left <= 64 else 128 if 64 < left <= 128 else block
+
+
 @gluon.jit
-def _tile_at(tile, num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP: gl.constexpr):
-    """Expert, first row, end row, column tile.
+def _tile_at(
+    tile, num_tiles, num_m, tiles_ptr, NUM_N: gl.constexpr, PANEL: gl.constexpr,
+    BLOCK_GROUP: gl.constexpr,
+):  # fmt: skip
+    """Expert, first row, end row, column tile; panels of PANEL column tiles come one by one.
 
     Asked for ahead of time: past the end, the answer is that of the last tile.
     """
     tile = gl.maximum(gl.minimum(tile, num_tiles - 1), 0)
-    span = BLOCK_GROUP * num_n
+    before = 0
+    width = NUM_N
+    if PANEL < NUM_N:
+        panel = tile // gl.maximum(num_m * PANEL, 1)
+        before = panel * PANEL
+        width = gl.minimum(NUM_N - before, PANEL)
+        tile -= num_m * before
+    span = BLOCK_GROUP * width
     first = (tile // span) * BLOCK_GROUP
     height = gl.maximum(gl.minimum(num_m - first, BLOCK_GROUP), 1)
     inside = tile % span
     entry_ptr = tiles_ptr + (first + inside % height) * 4
-    return gl.load(entry_ptr), gl.load(entry_ptr + 1), gl.load(entry_ptr + 2), inside // height
+    n = before + inside // height
+    return gl.load(entry_ptr), gl.load(entry_ptr + 1), gl.load(entry_ptr + 2), n
 
 
 @gluon.jit
@@ -54,24 +72,48 @@ def wait_for_wave(counter_ptr, wave, total):
 
 
 @gluon.jit
+def _load_pair(w_desc, row, k, is_last, ready, b, N: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Gate and up columns of one step, by boxes as high as the narrowest tile.
+
+    In a narrow last tile the up columns follow the narrow gate columns at once.
+    """
+    BOX: gl.constexpr = w_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
+    if BOX < BLOCK_N and is_last:
+        mbarrier.expect(ready, BOX * BLOCK_K * 4)
+        tma.async_copy_global_to_shared(w_desc, [row, k], ready, b.slice(0, BOX))
+        tma.async_copy_global_to_shared(w_desc, [row + N, k], ready, b.slice(BOX, BOX))
+    else:
+        mbarrier.expect(ready, BLOCK_N * BLOCK_K * 4)
+        for part in gl.static_range(BLOCK_N // BOX):
+            at = row + part * BOX
+            tma.async_copy_global_to_shared(w_desc, [at, k], ready, b.slice(part * BOX, BOX))
+            tma.async_copy_global_to_shared(
+                w_desc, [at + N, k], ready, b.slice(BLOCK_N + part * BOX, BOX)
+            )
+
+
+@gluon.jit
 def _load(
     a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
+    PANEL: gl.constexpr,
 ):  # fmt: skip
     """Load weights [columns, BLOCK_K] and rows [BLOCK_T, BLOCK_K], every step of every tile."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     num_m = gl.load(head_ptr + E + 1)
-    num_n = gl.cdiv(N, BLOCK_N)
+    NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_bytes: gl.constexpr = 0 if GATHER else BLOCK_T * BLOCK_K * 2
-    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
     step = 0
-    num_tiles = num_m * num_n
-    e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
+    num_tiles = num_m * NUM_N
+    e, start, end, n = _tile_at(
+        gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
+    )
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         next_e, next_start, next_end, next_n = _tile_at(
-            tile + gl.num_programs(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP
+            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
         )
         if SYNC > 0:
             wait_for_wave(head_ptr + E + 1 + SYNC, tile // gl.num_programs(0), num_tiles)
@@ -86,19 +128,13 @@ def _load(
             s = step % STAGES
             mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
             ready = full.index(s)
-            mbarrier.expect(ready, wide * BLOCK_K * 2 + row_bytes)
             b = b_ring.index(s)
             if MODE == UP:
-                tma.async_copy_global_to_shared(
-                    w_desc, [e * 2 * N + n * BLOCK_N, k], ready, b.slice(0, BLOCK_N)
-                )
-                tma.async_copy_global_to_shared(
-                    w_desc, [e * 2 * N + N + n * BLOCK_N, k], ready, b.slice(BLOCK_N, BLOCK_N)
-                )
-            elif TRANSPOSED:
-                tma.async_copy_global_to_shared(w_desc, [e * C + k, n * BLOCK_N], ready, b)
+                _load_pair(w_desc, e * 2 * N + n * BLOCK_N, k, n == NUM_N - 1, ready, b, N, BLOCK_N)
             else:
-                tma.async_copy_global_to_shared(w_desc, [e * N + n * BLOCK_N, k], ready, b)
+                mbarrier.expect(ready, BLOCK_N * BLOCK_K * 2 + row_bytes)
+                at_w = [e * C + k, n * BLOCK_N] if TRANSPOSED else [e * N + n * BLOCK_N, k]
+                tma.async_copy_global_to_shared(w_desc, at_w, ready, b)
             if GATHER:
                 async_copy.async_copy_global_to_shared(a_ring.index(s), at + k, mask=keep)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
@@ -130,7 +166,7 @@ def _fetch(ptr, row, live, first, COLS: gl.constexpr, N: gl.constexpr, PITCH: gl
     layout: gl.constexpr = row.type.layout.parent
     cols = first + gl.arange(0, COLS, gl.SliceLayout(0, layout))
     at = ptr + row[:, None] * PITCH + cols[None, :]
-    return gl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0).to(gl.float32)
+    return gl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0)
 
 
 @gluon.jit
@@ -162,28 +198,30 @@ def _up_columns(gate, up, act_ptr, pre_ptr, row, live, first, F: gl.constexpr, S
 
 
 @gluon.jit
-def _grad_columns(acc, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F: gl.constexpr):
-    """Backward of SwiGLU, 4096 elements at a time; adds each row's share of d weight to `part`."""
-    if acc.shape[0] * acc.shape[1] > 4096:
-        half: gl.constexpr = acc.shape[1] // 2
+def _pieces(acc):
+    """The columns of acc, 32 at a time; in registers only."""
+    if acc.shape[1] > 32:
         left, right = halves(acc)
-        part = _grad_columns(left, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first, F)
-        part = _grad_columns(
-            right, weight, part, pre_ptr, dpre_ptr, act_ptr, row, live, first + half, F
-        )
-    else:
-        g = _fetch(pre_ptr, row, live, first, acc.shape[1], F, 2 * F)
-        u = _fetch(pre_ptr + F, row, live, first, acc.shape[1], F, 2 * F)
-        d = gl.convert_layout(acc, row.type.layout.parent)
-        sig = 1.0 / (1.0 + gl.exp(-g))
-        silu = g * sig
-        act = silu * u
-        part += gl.sum(d * act, 1)
-        _store(act * weight[:, None], act_ptr, row, live, first, F, F)
-        d = d * weight[:, None]
-        _store(d * silu, dpre_ptr + F, row, live, first, F, 2 * F)
-        _store(d * u * (sig + silu * (1.0 - sig)), dpre_ptr, row, live, first, F, 2 * F)
-    return part
+        return _pieces(left) + _pieces(right)
+    else:  # noqa: RET505 (decided when compiled)
+        return (acc,)
+
+
+@gluon.jit
+def _grad_piece(acc, g, u, weight, dpre_ptr, act_ptr, row, live, first, F: gl.constexpr):
+    """Backward of SwiGLU for 32 columns; returns each row's share of d weight."""
+    g = g.to(gl.float32)
+    u = u.to(gl.float32)
+    d = gl.convert_layout(acc, row.type.layout.parent)
+    sig = 1.0 / (1.0 + gl.exp(-g))
+    silu = g * sig
+    act = silu * u
+    share = gl.sum(d * act, 1)
+    _store(act * weight[:, None], act_ptr, row, live, first, F, F)
+    d = d * weight[:, None]
+    _store(d * silu, dpre_ptr + F, row, live, first, F, 2 * F)
+    _store(d * u * (sig + silu * (1.0 - sig)), dpre_ptr, row, live, first, F, 2 * F)
+    return share
 
 
 @gluon.jit
@@ -200,54 +238,109 @@ def _clear_after(total, num_slots, act_ptr, dpre_ptr, F: gl.constexpr):
 
 
 @gluon.jit
-def _tile_product(
-    ROWS: gl.constexpr, OFFSET: gl.constexpr, start, end, n, step,
-    out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full,
-    free,
-    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+def _steps(
+    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDE: gl.constexpr, step, a_ring, b_ring, full, free,
+    C: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a tile from row OFFSET on: all steps, then the epilogue."""
-    wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, wide, 16])
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    """Product of ROWS rows from OFFSET on with the first WIDE columns of the ring's weights."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    row = start + OFFSET + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-    live = row < end
-    row = row.to(gl.int64)
-    if MODE == PRODUCT:
-        row = gl.load(order_ptr + row, mask=live, other=0).to(gl.int64)
-    if MODE == DOWN_GRAD:
-        slot = gl.load(order_ptr + row, mask=live, other=0)
-        weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
-    acc = gl.zeros((ROWS, wide), gl.float32, layout)
+    acc = gl.zeros((ROWS, WIDE), gl.float32, layout)
     for k in range(num_k):
         s = (step + k) % STAGES
         mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
         if GATHER:
             fence_async_shared()
         a = a_ring.index(s).slice(OFFSET, ROWS)
-        b = b_ring.index(s)
-        if not TRANSPOSED:
-            b = b.permute((1, 0))
+        if TRANSPOSED:
+            b = b_ring.index(s).slice(0, WIDE, dim=1)
+        else:
+            b = b_ring.index(s).slice(0, WIDE).permute((1, 0))
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         if k > 0:
             mbarrier.arrive(free.index((step + k - 1) % STAGES))
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(free.index((step + num_k - 1) % STAGES))
+    return acc
+
+
+@gluon.jit
+def _tile_product(
+    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDTH: gl.constexpr, start, end, n, step,
+    out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full,
+    free,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a tile from row OFFSET on, WIDTH columns: all steps, then the epilogue."""
+    wide: gl.constexpr = 2 * WIDTH if MODE == UP else WIDTH
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = start + OFFSET + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+    live = row < end
+    if MODE == PRODUCT:
+        row = gl.load(order_ptr + row, mask=live, other=0)
+    acc = _steps(
+        ROWS, OFFSET, wide, step, a_ring, b_ring, full, free, C, BLOCK_K, STAGES, GATHER, TRANSPOSED
+    )
+    row = row.to(gl.int64)
     if MODE == UP:
         gate, up = halves(acc)
         _up_columns(gate, up, out_ptr, pre_ptr, row, live, n * BLOCK_N, N, SAVE)
-    elif MODE == PRODUCT:
-        store_columns(acc, out_ptr, row, live, n * BLOCK_N, N)
     else:
-        share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, out_layout))
-        share = _grad_columns(
-            acc, weight, share, pre_ptr, dpre_ptr, out_ptr, row, live, n * BLOCK_N, N
-        )
-        gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
+        store_columns(acc, out_ptr, row, live, n * BLOCK_N, N)
+
+
+@gluon.jit
+def _tile_grad(
+    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDTH: gl.constexpr, start, end, n, step,
+    out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full,
+    free,
+    MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+):  # fmt: skip
+    """_tile_product for DOWN_GRAD.
+
+    The epilogue goes 32 columns at a time and fetches `pre` one piece ahead, the first piece before
+    the steps: more at once would not fit the registers, less would wait for memory.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    first = n * BLOCK_N
+    row = start + OFFSET + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    live = row < end
+    slot = gl.load(order_ptr + row, mask=live, other=0)
+    weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
+    row = row.to(gl.int64)
+    g = _fetch(pre_ptr, row, live, first, 32, N, 2 * N)
+    u = _fetch(pre_ptr + N, row, live, first, 32, N, 2 * N)
+    acc = _steps(
+        ROWS, OFFSET, WIDTH, step, a_ring, b_ring, full, free, C, BLOCK_K, STAGES, GATHER,
+        TRANSPOSED,
+    )  # fmt: skip
+    pieces = _pieces(acc)
+    share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
+    for i in gl.static_range(WIDTH // 32):
+        next_g, next_u = g, u
+        if i < WIDTH // 32 - 1:
+            next_g = _fetch(pre_ptr, row, live, first + 32, 32, N, 2 * N)
+            next_u = _fetch(pre_ptr + N, row, live, first + 32, 32, N, 2 * N)
+        share += _grad_piece(pieces[i], g, u, weight, dpre_ptr, out_ptr, row, live, first, N)
+        g, u = next_g, next_u
+        first += 32
+    gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
+
+
+@gluon.jit
+def _skip(step, full, free, C: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """Pass over a tile's steps without using them."""
+    num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    for k in range(num_k):
+        s = (step + k) % STAGES
+        mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
+        mbarrier.arrive(free.index(s))
 
 
 @gluon.jit
@@ -258,53 +351,121 @@ def _multiply(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+    NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr,
 ):  # fmt: skip
-    """Multiplier PART (0 or 1): its half of the rows of every tile."""
+    """Multiplier PART (0 or 1): its half of the rows of every tile.
+
+    DONE > 0: counts finished half tiles of each panel from counter DONE of the sort's head on.
+    """
     HALF: gl.constexpr = BLOCK_T // 2
+    LAST: gl.constexpr = last_width(N, BLOCK_N) if NARROW else BLOCK_N
+    product: gl.constexpr = _tile_grad if MODE == DOWN_GRAD else _tile_product
     num_m = gl.load(head_ptr + E + 1)
-    num_n = gl.cdiv(N, BLOCK_N)
+    NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     if MODE == DOWN_GRAD and PART == 0:  # noqa: SIM102 (decided when compiled)
         if gl.program_id(0) == 0:
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
-    num_tiles = num_m * num_n
+    num_tiles = num_m * NUM_N
     step = 0
-    _, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP)
+    _, start, end, n = _tile_at(
+        gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
+    )
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _, next_start, next_end, next_n = _tile_at(
-            tile + gl.num_programs(0), num_tiles, num_m, num_n, tiles_ptr, BLOCK_GROUP
+            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
         )
-        if start + PART * HALF < end:
-            _tile_product(
-                HALF, PART * HALF, start, end, n, step, out_ptr, pre_ptr, dpre_ptr, weights_ptr,
-                part_ptr, num_slots,
-                order_ptr, a_ring, b_ring, full, free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES,
-                GATHER, TRANSPOSED, SAVE,
+        if start + PART * HALF >= end:
+            _skip(step, full, free, C, BLOCK_K, STAGES)
+        elif LAST < BLOCK_N and n == NUM_N - 1:
+            product(
+                HALF, PART * HALF, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         else:
-            for k in range(num_k):
-                s = (step + k) % STAGES
-                mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
-                mbarrier.arrive(free.index(s))
+            product(
+                HALF, PART * HALF, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+            )  # fmt: skip
+        if DONE > 0:
+            gl.thread_barrier()
+            gl.atomic_add(head_ptr + E + 2 + DONE + n // PANEL, 1, sem="release")
         step += num_k
         start, end, n = next_start, next_end, next_n
 
 
+@gluon.jit
+def _acquired(ptr):
+    """The value at ptr; what its writers released with it can be read from now on."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _add(
+    y_ptr, sum_ptr, ids_ptr, weights_ptr, head_ptr, num_slots,
+    N: gl.constexpr, K: gl.constexpr, E: gl.constexpr, BLOCK_N: gl.constexpr, PANEL: gl.constexpr,
+    DONE: gl.constexpr, WEIGHTED: gl.constexpr,
+):  # fmt: skip
+    """sum[t] = sum over k of (weight *) y[t * K + k] in the order of k, as soon as a panel is done.
+
+    Waits for the other programs' tiles: all programs must be resident (cooperative launch).
+    """
+    NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    WIDE: gl.constexpr = PANEL * BLOCK_N
+    ROWS: gl.constexpr = 512 // WIDE if WIDE < 512 else 1
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [ROWS, 2 // ROWS], [1, 0])
+    num_m = gl.load(head_ptr + E + 1)
+    lane = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    num_tokens = num_slots // K
+    for panel in range(0, (NUM_N + PANEL - 1) // PANEL):
+        done_ptr = head_ptr + E + 2 + DONE + panel
+        goal = 2 * num_m * gl.minimum(NUM_N - panel * PANEL, PANEL)
+        while _acquired(done_ptr) < goal:
+            pass
+        cols = panel * WIDE + column
+        for first in range(gl.program_id(0) * ROWS, num_tokens, gl.num_programs(0) * ROWS):
+            slot = (first + lane) * K
+            here = first + lane < num_tokens
+            acc = gl.zeros((ROWS, WIDE), gl.float32, layout)
+            for k in gl.static_range(K):
+                e = gl.load(ids_ptr + slot + k, mask=here, other=-1)
+                live = (e >= 0) & (e < E)
+                at = y_ptr + (slot + k).to(gl.int64)[:, None] * N + cols[None, :]
+                y = gl.load(
+                    at, mask=live[:, None] & (cols < N)[None, :], other=0.0, cache_modifier=".cg"
+                ).to(gl.float32)
+                if WEIGHTED:
+                    weight = gl.load(weights_ptr + slot + k, mask=live, other=0.0).to(gl.float32)
+                    y *= weight[:, None]
+                acc += y
+            out = sum_ptr + (first + lane).to(gl.int64)[:, None] * N + cols[None, :]
+            gl.store(
+                out, acc.to(sum_ptr.dtype.element_ty), mask=here[:, None] & (cols < N)[None, :]
+            )
+
+
 @gluon.jit(do_not_specialize=["num_slots"])
 def row_product(
-    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr, head_ptr,
-    tiles_ptr,
-    num_slots,
+    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, sum_ptr, ids_ptr,
+    order_ptr, head_ptr, tiles_ptr, num_slots,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    SYNC: gl.constexpr,
+    SYNC: gl.constexpr, NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr,
+    WEIGHTED: gl.constexpr, ADD_REGS: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
 
     Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
     SYNC > 0 keeps the programs in step by counter SYNC of the sort's head, see wait_for_wave.
+    NARROW computes only what is needed of a last column tile (64 or 128 columns).
+    DONE > 0 (PRODUCT only) also sums out over the picks of each token into `sum`, see _add.
     """
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
@@ -319,28 +480,55 @@ def row_product(
         mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
         mbarrier.init(free.index(s), 2)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_multiply, (
-                0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP,
-                STAGES, GATHER,
-                TRANSPOSED, SAVE,
-            )),
-            (_multiply, (
-                1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP,
-                STAGES, GATHER,
-                TRANSPOSED, SAVE,
-            )),
-            (_load, (
-                a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
-                MODE, N, C, K, E,
-                BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SYNC,
-            )),
-        ],
-        [4, LOAD_WARPS],
-        [MULTIPLY_REGS, LOAD_REGS],
-    )  # fmt: skip
+    if DONE > 0:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                    head_ptr, tiles_ptr,
+                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                )),
+                (_multiply, (
+                    1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                    head_ptr, tiles_ptr,
+                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                )),
+                (_load, (
+                    a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
+                    free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                    TRANSPOSED, SYNC, PANEL,
+                )),
+                (_add, (
+                    out_ptr, sum_ptr, ids_ptr, weights_ptr, head_ptr, num_slots, N, K, E, BLOCK_N,
+                    PANEL, DONE, WEIGHTED,
+                )),
+            ],
+            [4, LOAD_WARPS, 2],
+            [MULTIPLY_REGS, LOAD_REGS, ADD_REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (
+                    0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                    head_ptr, tiles_ptr,
+                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                )),
+                (_multiply, (
+                    1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                    head_ptr, tiles_ptr,
+                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                )),
+                (_load, (
+                    a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
+                    free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                    TRANSPOSED, SYNC, PANEL,
+                )),
+            ],
+            [4, LOAD_WARPS],
+            [MULTIPLY_REGS, LOAD_REGS],
+        )  # fmt: skip

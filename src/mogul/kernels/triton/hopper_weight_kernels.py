@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mogul.kernels.triton.hopper_kernels import store_columns, wait_for_wave
+from mogul.kernels.triton.hopper_kernels import last_width, store_columns, wait_for_wave
 
 
 @gluon.jit
@@ -85,37 +85,59 @@ def _load(
 
 
 @gluon.jit
+def _tile_product(
+    PART: gl.constexpr, WIDTH: gl.constexpr, step, num_k, out_ptr, e, m, n,
+    left_ring, right_ring, full, free,
+    M: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Half the rows of one tile, its first WIDTH columns."""
+    HALF: gl.constexpr = BLOCK_M // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    acc = gl.zeros((HALF, WIDTH), gl.float32, layout)
+    for k in range(num_k):
+        s = (step + k) % STAGES
+        mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
+        fence_async_shared()
+        left = left_ring.index(s).slice(PART * HALF, HALF, dim=1).permute((1, 0))
+        right = right_ring.index(s).slice(0, WIDTH, dim=1)
+        acc = warpgroup_mma(left, right, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        if k > 0:
+            mbarrier.arrive(free.index((step + k - 1) % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    if num_k > 0:
+        mbarrier.arrive(free.index((step + num_k - 1) % STAGES))
+    rows = m * BLOCK_M + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, out_layout))
+    store_columns(acc, out_ptr, e.to(gl.int64) * M + rows, rows < M, n * BLOCK_N, N)
+
+
+@gluon.jit
 def _multiply(
     PART: gl.constexpr, out_ptr, head_ptr, left_ring, right_ring, full, free,
     M: gl.constexpr, N: gl.constexpr, E: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
-    HALF: gl.constexpr = BLOCK_M // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     NUM_M: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    LAST: gl.constexpr = last_width(N, BLOCK_N) if NARROW else BLOCK_N
     step = 0
     for tile in range(gl.program_id(0), E * NUM_M * NUM_N, gl.num_programs(0)):
         e, m, n, start, end = _place(tile, head_ptr, NUM_M, NUM_N, BLOCK_GROUP)
-        acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout)
         num_k = gl.cdiv(end - start, BLOCK_R)
-        for k in range(num_k):
-            s = (step + k) % STAGES
-            mbarrier.wait(full.index(s), ((step + k) // STAGES) & 1)
-            fence_async_shared()
-            left = left_ring.index(s).slice(PART * HALF, HALF, dim=1).permute((1, 0))
-            acc = warpgroup_mma(left, right_ring.index(s), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            if k > 0:
-                mbarrier.arrive(free.index((step + k - 1) % STAGES))
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        if num_k > 0:
-            mbarrier.arrive(free.index((step + num_k - 1) % STAGES))
+        if LAST < BLOCK_N and n == NUM_N - 1:
+            _tile_product(
+                PART, LAST, step, num_k, out_ptr, e, m, n, left_ring, right_ring, full, free,
+                M, N, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
+        else:
+            _tile_product(
+                PART, BLOCK_N, step, num_k, out_ptr, e, m, n, left_ring, right_ring, full, free,
+                M, N, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
         step += num_k
-        rows = m * BLOCK_M + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, out_layout))
-        store_columns(acc, out_ptr, e.to(gl.int64) * M + rows, rows < M, n * BLOCK_N, N)
 
 
 @gluon.jit
@@ -123,10 +145,13 @@ def split_weight_grad(
     left_ptr, left_desc, right_ptr, right_desc, out_ptr, order_ptr, head_ptr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr,
+    STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr, NARROW: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
-    """out[e] [M, N] = left[rows of e].T @ right[rows of e]; one side gathered by token."""
+    """out[e] [M, N] = left[rows of e].T @ right[rows of e]; one side gathered by token.
+
+    NARROW computes only what is needed of a last column tile (64 or 128 columns).
+    """
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     left_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_R, BLOCK_M], dtype)
     right_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_R, BLOCK_N], dtype)
@@ -142,13 +167,11 @@ def split_weight_grad(
         [
             (_multiply, (
                 0, out_ptr, head_ptr, left_ring, right_ring, full, free, M, N, E, BLOCK_M, BLOCK_N,
-                BLOCK_R,
-                BLOCK_GROUP, STAGES,
+                BLOCK_R, BLOCK_GROUP, STAGES, NARROW,
             )),
             (_multiply, (
                 1, out_ptr, head_ptr, left_ring, right_ring, full, free, M, N, E, BLOCK_M, BLOCK_N,
-                BLOCK_R,
-                BLOCK_GROUP, STAGES,
+                BLOCK_R, BLOCK_GROUP, STAGES, NARROW,
             )),
             (_load, (
                 left_ptr, left_desc, right_ptr, right_desc, order_ptr, head_ptr, left_ring,

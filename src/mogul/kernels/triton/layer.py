@@ -34,11 +34,14 @@ _COUNTER_OF = {
     "DOWN_WEIGHT": 6,
 }
 """Counter of the sort's head that keeps the programs of a product in step."""
+_DONE_OF = {"DOWN": 8, "UP_GRAD": 16}
+"""First of the counters of finished tiles, one for each panel of columns: at most 8."""
 _ONE_LAUNCH_SLOTS = 8192
 """Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
 _SORT_BLOCK = 1024
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
+_SUM_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 216}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
 
 
@@ -163,9 +166,7 @@ class Layer:
         act = x.new_empty((slots, inner))
         pre = x.new_empty((slots, 2 * inner)) if save else act
         self.up(plan, x, gate_up, act, pre, sort, save=save)
-        y = x.new_empty((slots, self.shape.width))
-        self.product(plan, plan.down, act, down, y, sort, transposed=False)
-        out = self.sum(plan, y, ids, weights, weighted=True)[0]
+        out = self.product_sum(plan, plan.down, act, down, sort, ids, weights, transposed=False)
         return out, pre, sort.buffer
 
     def up(
@@ -184,9 +185,10 @@ class Layer:
         grid = self._row_grid(plan, tile, act.shape[0], inner)
         tables = (sort.order, sort.head, sort.tiles)
         if tile.split:
-            desc = split_descriptor(gate_up.view(-1, width), [tile.n, tile.k])
+            box = _narrowest(inner, tile)
+            desc = split_descriptor(gate_up.view(-1, width), [box, tile.k])
             launch = self._split_product("UP", plan, tile, inner, width, save=save)
-            launch(grid, self.device, x, x, desc, act, pre, pre, act, act, *tables, 0)
+            launch(grid, self.device, x, x, desc, act, pre, pre, *[act] * 4, *tables, 0)
             return
         flags = {"SAVE": save, **_flags(tile), "PDL": self.pdl}
         launch = self._launch(
@@ -224,7 +226,7 @@ class Layer:
             w_desc = split_descriptor(weight.view(-1, weight.shape[-1]), block)
             mode = "UP_GRAD" if transposed else "DOWN"
             launch = self._split_product(mode, plan, tile, width, contracted)
-            launch(grid, self.device, a, a_desc, w_desc, out, out, out, out, out, *tables, 0)
+            launch(grid, self.device, a, a_desc, w_desc, *[out] * 7, *tables, 0)
             return
         sizes = {"N": width, "C": contracted, "E": self.shape.experts, **_blocks(plan, tile)}
         flags = {"TRANSPOSED": transposed, **_flags(tile), "PDL": self.pdl}
@@ -245,35 +247,65 @@ class Layer:
             w_desc = descriptor(weight.view(-1, weight.shape[-1]), block)
         launch(grid, self.device, a, a_desc, weight, w_desc, out, *tables)
 
-    def sum(
+    def product_sum(
         self,
         plan: Plan,
-        y: Tensor,
+        tile: Tile,
+        a: Tensor,
+        weight: Tensor,
+        sort: Sorted,
         ids: Tensor,
         weights: Tensor,
         *,
-        weighted: bool,
-        part: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Ordered sum over picks; with `part` also the gradient of the weights."""
+        transposed: bool,
+    ) -> Tensor:
+        """Product, then the ordered sum over picks: weighted forward, plain in backward.
+
+        A tile with panels does both in one launch: sums run beside the product of the next panel.
+        """
+        tokens, width = ids.shape[0], self.shape.width
+        y = a.new_empty((a.shape[0], width))
+        if not tile.panel:
+            self.product(plan, tile, a, weight, y, sort, transposed=transposed)
+            return self.sum(plan, y, ids, weights, weighted=not transposed)
+        total = a.new_empty((tokens, width))
+        grid = self._row_grid(plan, tile, a.shape[0], width)
+        block = [tile.k, tile.n] if transposed else [tile.n, tile.k]
+        a_desc = split_descriptor(a, [plan.rows, tile.k])
+        w_desc = split_descriptor(weight.view(-1, weight.shape[-1]), block)
+        role = "UP_GRAD" if transposed else "DOWN"
+        launch = self._split_product(role, plan, tile, width, a.shape[1])
+        tables = (sort.order, sort.head, sort.tiles)
+        tensors = (a, a_desc, w_desc, y, y, y, weights, y, total, ids)
+        launch(grid, self.device, *tensors, *tables, a.shape[0])
+        return total
+
+    def sum(self, plan: Plan, y: Tensor, ids: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
+        """Ordered sum over picks."""
         width, tokens = self.shape.width, ids.shape[0]
-        parts = 0 if part is None else part.shape[0]
         block = min(plan.sum_block, next_power_of_2(width))
         out = y.new_empty((tokens, width))
-        dweights = weights if part is None else torch.empty_like(weights)
-        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "PARTS": parts, "PDL": self.pdl}
+        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "PDL": self.pdl}
         dims = {"D": width, "K": self.shape.picks, "E": self.shape.experts}
         launch = self._launch(
-            ("sum", weighted, parts),
+            ("sum", weighted),
             plan,
             lambda: Launch(
                 token_kernels.sum_slots, {**dims, **flags}, warps=plan.sum_warps, pdl=self.pdl
             ),
         )
-        part = y if part is None else part
-        grid = (tokens, cdiv(width, block))
-        launch(grid, self.device, y, ids, weights, part, out, dweights, ids.numel())
-        return out, dweights
+        launch((tokens, cdiv(width, block)), self.device, y, ids, weights, out)
+        return out
+
+    def sum_parts(self, part: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Gradient of the top-k weights from its parts by column tile [tiles, S]."""
+        dweights, slots = torch.empty_like(weights), ids.numel()
+        constants = {"E": self.shape.experts, "PARTS": part.shape[0], "BLOCK_S": 256}
+        launch = self._launch(
+            ("sum_parts", part.shape[0]), None, lambda: Launch(token_kernels.sum_parts, constants)
+        )
+        launch((cdiv(slots, 256), 1), self.device, part, ids, dweights, slots)
+        return dweights
 
     # ---- backward
 
@@ -304,14 +336,13 @@ class Layer:
             del act
             tile = _tile(plan.gate_up_weight)
             dgate_up = self.weight_grad(tile, dpre, x, gate_up, sort, gather_left=False)
-        if not need_input:
-            live = (ids >= 0) & (ids < shape.experts)
-            dweights = part.sum(0).view(ids.shape).where(live, 0.0).to(weights.dtype)
-            return dx, dgate_up, ddown, dweights
-        dx_slots = x.new_empty((pre.shape[0], shape.width))
-        self.product(plan, _tile(plan.up_grad), dpre, gate_up, dx_slots, sort, transposed=True)
-        dx, dweights = self.sum(plan, dx_slots, ids, weights, weighted=False, part=part)
-        return dx, dgate_up, ddown, dweights
+        if need_input:
+            tile = _tile(plan.up_grad)
+            if tile.panel:  # the second backward of a graph would find the first one's counts
+                done = shape.experts + 2 + _DONE_OF["UP_GRAD"]
+                sort.head[done : done + 8].zero_()
+            dx = self.product_sum(plan, tile, dpre, gate_up, sort, ids, weights, transposed=True)
+        return dx, dgate_up, ddown, self.sum_parts(part, ids, weights)
 
     def down_grad(
         self,
@@ -333,7 +364,7 @@ class Layer:
         if tile.split:
             desc = split_descriptor(down.view(-1, inner), block)
             launch = self._split_product("DOWN_GRAD", plan, tile, inner, self.shape.width)
-            tensors = (dout, dout, desc, act, pre, dpre, weights, part)
+            tensors = (dout, dout, desc, act, pre, dpre, weights, part, act, act)
             launch(grid, self.device, *tensors, *tables, slots)
             return part
         flags = {"TMA": tile.tma, "FLATTEN": tile.flatten}
@@ -402,7 +433,8 @@ class Layer:
         from mogul.kernels.triton.hopper_weight_kernels import split_weight_grad
 
         counter = _COUNTER_OF["DOWN_WEIGHT" if gather_left else "UP_WEIGHT"]
-        ring = {"STAGES": tile.stages, "SYNC": counter if tile.sync else 0}
+        sync = counter if tile.sync else 0
+        ring = {"STAGES": tile.stages, "SYNC": sync, "NARROW": tile.narrow}
         return Launch(split_weight_grad, {**constants, **ring, **_GATHER_ROLES})
 
     def _split_product(
@@ -434,9 +466,14 @@ class Layer:
             "TRANSPOSED": role in ("DOWN_GRAD", "UP_GRAD"),
             "SAVE": save,
             "SYNC": _COUNTER_OF[role] if tile.sync else 0,
-            **(_GATHER_ROLES if gathers else _TMA_ROLES),
+            "NARROW": tile.narrow,
+            "PANEL": tile.panel or cdiv(width, tile.n),
+            "DONE": _DONE_OF[role] if tile.panel else 0,
+            "WEIGHTED": role == "DOWN",
+            "ADD_REGS": 80 if tile.panel else 0,
+            **(_GATHER_ROLES if gathers else _SUM_ROLES if tile.panel else _TMA_ROLES),
         }
-        return Launch(kernels.row_product, constants)
+        return Launch(kernels.row_product, constants, cooperative=tile.panel > 0)
 
 
 def _tile(tile: Tile | None) -> Tile:
@@ -451,6 +488,12 @@ def _blocks(plan: Plan, tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.k,
         "BLOCK_GROUP": tile.group,
     }
+
+
+def _narrowest(width: int, tile: Tile) -> int:
+    """Columns of the narrowest tile, see hopper_kernels.last_width."""
+    left = width % tile.n if tile.narrow else 0
+    return 64 if 0 < left <= 64 else 128 if 64 < left <= 128 else tile.n
 
 
 def _flags(tile: Tile) -> dict[str, bool]:

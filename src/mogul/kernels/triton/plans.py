@@ -33,6 +33,12 @@ class Tile:
     """Hopper kernels with a loader and two multipliers; `stages` is the length of their ring."""
     sync: bool = False
     """Split kernels start their tiles in step, for products whose operands outgrow the cache."""
+    narrow: bool = False
+    """Split kernels compute only what is needed of a last column tile."""
+    panel: int = 0
+    """Column tiles a panel of a split product that also sums over picks; 0 = a launch of its own.
+
+    At most 8 panels. Fewer, wider panels read the rows less often and hide less of the sum."""
     per_sm: int = 0
     """Programs a multiprocessor for a persistent grid; 0 = one program a tile."""
 

@@ -2,8 +2,8 @@
 
 Slot `t * K + k` is pick k of token t.  The result is
 `order` [S] the slots sorted by expert (stable, null picks left out),
-`head` [E + 10] the first row of each expert, the number of rows, the number of row tiles,
-8 zeros (counters),
+`head` [E + 34] the first row of each expert, the number of rows, the number of row tiles,
+32 zeros (counters),
 `tiles` [n, 4] per row tile: expert, first row, end row of the expert, 0.
 One launch up to a few thousand slots (every program counts all ids itself), three above.
 No atomics: the order never depends on timing.
@@ -47,7 +47,7 @@ def _write_expert(
     if e == E - 1:
         tl.store(head_ptr + E, start + count)
         tl.store(head_ptr + E + 1, first_tile + tl.cdiv(count, BLOCK_T))
-        tl.store(head_ptr + E + 2 + tl.arange(0, 8), tl.zeros((8,), tl.int32))
+        tl.store(head_ptr + E + 2 + tl.arange(0, 32), tl.zeros((32,), tl.int32))
     _write_tiles(e, start, count, first_tile, tiles_ptr, BLOCK_T)
     return start
 

@@ -5,16 +5,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit
 def sum_slots(
-    y_ptr, ids_ptr, weights_ptr, part_ptr, out_ptr, dweights_ptr, num_slots,
+    y_ptr, ids_ptr, weights_ptr, out_ptr,
     D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
-    WEIGHTED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    WEIGHTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k of (weight *) y[t * K + k], in the order of k; null picks are skipped.
-
-    With PARTS > 0 also d weight[slot] = sum over column tiles of part[:, slot].
-    """
+    """out[t] = sum over k of (weight *) y[t * K + k], in the order of k; null picks are skipped."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -31,16 +28,22 @@ def sum_slots(
             y *= tl.load(weights_ptr + t * K + k, mask=live, other=0.0).to(tl.float32)
         acc += y
     tl.store(out_ptr + t * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
-    if PARTS > 0:  # noqa: SIM102 (decided when compiled)
-        if tl.program_id(1) == 0:
-            for k in tl.static_range(K):
-                e = tl.load(ids_ptr + t * K + k)
-                live = (e >= 0) & (e < E)
-                dweight = tl.zeros((), tl.float32)
-                for n in range(PARTS):
-                    at = part_ptr + n * num_slots.to(tl.int64) + t * K + k
-                    dweight += tl.load(at, mask=live, other=0.0)
-                tl.store(dweights_ptr + t * K + k, dweight.to(dweights_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def sum_parts(
+    part_ptr, ids_ptr, dweights_ptr, num_slots,
+    E: tl.constexpr, PARTS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dweights[slot] = sum over column tiles of part[:, slot]; 0 for a null pick."""
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    inside = slots < num_slots
+    e = tl.load(ids_ptr + slots, mask=inside, other=-1)
+    live = (e >= 0) & (e < E)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    for n in range(PARTS):
+        total += tl.load(part_ptr + n * num_slots.to(tl.int64) + slots, mask=live, other=0.0)
+    tl.store(dweights_ptr + slots, total.to(dweights_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
