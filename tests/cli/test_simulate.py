@@ -127,3 +127,17 @@ def test_calibrate_feeds_run(capsys, tmp_path):
     code, _, err = run(capsys, "run", "preset:smollm2-135m", "--measured", str(tmp_path))
     assert code == 1
     assert "holds no measured tables" in err
+
+
+def test_machine_json_is_read_back(capsys, tmp_path):
+    pytest.importorskip("torch")
+    flags = ("--out", str(tmp_path), "--dtype", "fp32", "--small")
+    assert run(capsys, "calibrate", "--device", "cpu-avx512", *flags)[0] == 0
+    machine = ("--machine", str(tmp_path / "machine.json"))
+    code, _, err = run(
+        capsys, "run", "preset:smollm2-135m", "--device", "cpu-avx512", "--batch", "1", *machine
+    )
+    assert code == 0, err
+    code, _, err = run(capsys, "run", "preset:smollm2-135m", "--device", "h100", *machine)
+    assert code == 2
+    assert "use --device cpu-avx512" in err

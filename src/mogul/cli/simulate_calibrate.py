@@ -9,15 +9,17 @@ from typing import Literal
 EXAMPLES = """
 examples:
   mogul simulate calibrate --device h100 --out my-h100
-  mogul simulate run preset:qwen3-30b-a3b --device h100 --measured my-h100
+  torchrun --nproc-per-node 2 --no-python mogul simulate calibrate --device h100 --out my-h100
+  mogul simulate run preset:qwen3-30b-a3b --device h100 --machine my-h100/machine.json
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure products, experts, attention and launches of this machine; at most 10 minutes.
+    """Measure products, experts, attention, launches and copies; at most 10 minutes.
 
-    The tables are used by `--measured FOLDER` of the other verbs.
+    Under torchrun the collectives between its processes are measured instead and added to the
+    machine.json of the folder. `--machine` and `--measured` of the other verbs use the results.
     """
 
     device: str
@@ -27,18 +29,29 @@ class Options:
     """Folder for the tables."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
+    budget: float = 540.0
+    """Seconds after which nothing new is measured."""
+
     small: bool = False
     """A few tiny cases only, to see that it works."""
 
 
 def run(options: Options) -> int:
     """Measure and name the files."""
-    from mogul.bench.calibrate import SMALL, Grid, calibrate
+    from dataclasses import replace
+
+    from mogul.bench.calibrate import SMALL, Grid, calibrate, calibrate_links_of
+    from mogul.bench.calibrate_links import world
     from mogul.core.log import say
     from mogul.spec.hardware import hardware
 
     name = hardware(options.device).name
     options.out.mkdir(parents=True, exist_ok=True)
-    for path in calibrate(options.out, name, SMALL if options.small else Grid(), options.dtype):
+    if world() > 1:
+        paths = calibrate_links_of(options.out, name)
+    else:
+        grid = replace(SMALL if options.small else Grid(), budget_s=options.budget)
+        paths = calibrate(options.out, name, grid, options.dtype)
+    for path in paths:
         say(f"wrote {path}")
     return 0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from mogul.core.table import Table
     from mogul.simulate.run import Setting
+    from mogul.spec.hardware import Hardware
     from mogul.spec.model import ModelSpec
     from mogul.spec.quant import QuantScheme
     from mogul.spec.workload import Workload
@@ -90,6 +91,10 @@ class Deployment:
     measured: Path | None = None
     """Folder of tables that `mogul simulate calibrate` wrote; they come before all others."""
 
+    machine: Path | None = None
+    """machine.json of `mogul simulate calibrate`: the tables beside it, and its launches and
+    collectives."""
+
     tables: Literal["own", "aiconfigurator"] = "own"
     """Measured kernels: mogul's own, or AIConfigurator's too (its wheel must be installed)."""
 
@@ -122,10 +127,9 @@ def setting_of(options: Deployment) -> Setting:
     from mogul.simulate.engines import Overlap, engine
     from mogul.simulate.routing import Routing
     from mogul.simulate.run import Setting
-    from mogul.spec.hardware import hardware
     from mogul.spec.parallel import Parallel
 
-    device = hardware(options.device)
+    device = _device(options)
     layout = Parallel(
         tp=options.tp,
         dp=options.dp,
@@ -152,7 +156,32 @@ def quant_of(options: Deployment) -> QuantScheme:
     return scheme(options.quant)
 
 
+def _device(options: Deployment) -> Hardware:
+    from mogul.spec.hardware import hardware
+
+    device = hardware(options.device)
+    if options.machine is None:
+        return device
+    from mogul.core.errors import ConfigError
+    from mogul.simulate.machine import read_machine
+
+    machine = read_machine(options.machine)
+    if machine.device != device.name:
+        raise ConfigError(
+            f"{options.machine} was measured on {machine.device!r}, not on {device.name!r}",
+            fix=f"use --device {machine.device}",
+        )
+    return machine.applied(device)
+
+
 def _measured(options: Deployment, device: str) -> dict[str, Any]:
+    if options.machine:
+        from mogul.simulate.calibration import with_measured
+        from mogul.simulate.machine import read_machine
+
+        folder = options.machine if options.machine.is_dir() else options.machine.parent
+        collectives = read_machine(options.machine).collective_tables()
+        return {"calibration": with_measured(folder), "collectives": collectives}
     if options.measured:
         from mogul.simulate.calibration import with_measured
 

@@ -166,6 +166,8 @@ def shipped(engine: str = "") -> Calibration:
 def with_measured(folder: Path) -> Calibration:
     """The tables of a folder (`mogul simulate calibrate`) with the shipped ones behind them.
 
+    Shipped tables of the same machine, kind and arithmetic make way.
+
     Raises:
         ArtifactError: the folder holds no table, or a broken one.
     """
@@ -174,7 +176,9 @@ def with_measured(folder: Path) -> Calibration:
         raise ArtifactError(
             f"{folder} holds no measured tables", fix="make them with `mogul simulate calibrate`"
         )
-    return Calibration((*found, *load_shipped()), engine=found[0].engine)
+    known = {(one.kind, one.device, one.dtype) for one in found}
+    others = [t for t in load_shipped() if (t.kind, t.device, t.dtype) not in known]
+    return Calibration((*found, *others))
 
 
 @cache
