@@ -8,6 +8,7 @@ dtypes, constants, 16-byte alignment of every pointer (checked once a layer call
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ class Launch:
     def _first(self, grid: tuple[int, int], args: tuple[Any, ...]) -> None:
         options = {} if INTERPRETED else self.options
         compiled = self.kernel[grid](*args, **self.constants, **options)
-        plain = all(isinstance(arg, (torch.Tensor, int)) for arg in args)
-        if INTERPRETED or compiled is None or not plain or not hasattr(compiled, "packed_metadata"):
+        if INTERPRETED or compiled is None or not hasattr(compiled, "packed_metadata"):
             return
         names = self.kernel.arg_names[len(args) :]
         self._tail = tuple(self.constants[name] for name in names)
@@ -70,30 +70,38 @@ class Launch:
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
     """TMA descriptor of a 2-D row-major matrix."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+    return _describe(matrix, block, *_descriptor_kind(None, None))
 
 
 def split_descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
     """TMA descriptor for the Gluon kernels, which also fix the layout in shared memory."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor(
-        matrix,
-        list(matrix.shape),
-        list(matrix.stride()),
-        block,
-        _shared_layout(block, matrix.dtype),
-    )
+    return _describe(matrix, block, *_descriptor_kind(tuple(block), matrix.dtype))
 
 
-def _shared_layout(block: list[int], dtype: torch.dtype) -> Any:
+def _describe(matrix: torch.Tensor, block: list[int], kind: Any, layout: Any) -> Any:
+    """A descriptor without its own checks, which cost more than the launch; callers made them."""
+    made = object.__new__(kind)
+    made.base, made.block_shape, made.padding = matrix, block, "zero"
+    made.shape, made.strides = list(matrix.shape), list(matrix.stride())
+    if layout is not None:
+        made.layout = layout
+    return made
+
+
+@cache
+def _descriptor_kind(
+    block: tuple[int, ...] | None, dtype: torch.dtype | None
+) -> tuple[Any, Any | None]:
+    """Class of a descriptor and its layout: Triton's without a block, else Gluon's."""
+    if block is None or dtype is None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor, None
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    return gl.NVMMASharedLayout.get_default_for(
-        block, {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    )
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return GluonDescriptor, gl.NVMMASharedLayout.get_default_for(list(block), element)
 
 
 def cdiv(a: int, b: int) -> int:
