@@ -23,7 +23,6 @@ from mogul.core.errors import BackendError
 from mogul.kernels.paged_attention import paged_attention
 
 NAME = "mogul_paged"
-_LAYER = "_mogul_paged_layer"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def find_layers(model: nn.Module, device: torch.device) -> list[LayerShape]:
             fix="use a family whose layers all have plain attention, or Transformers' generate",
         )
     for index, (module, _) in enumerate(found):
-        vars(module)[_LAYER] = torch.tensor(index)  # a tensor: its value is no part of the code
+        # A tensor, because its value then is no part of the compiled code.
+        module._mogul_paged_layer = torch.tensor(index)  # pyright: ignore[reportArgumentType]
     return [shape for _, shape in found]
 
 
@@ -134,7 +134,7 @@ def attention_forward(
     if value_width < width:
         value_TNC = F.pad(value_TNC, (0, width - value_width))
     scaling = width**-0.5 if scaling is None else scaling
-    layer = vars(module)[_LAYER]
+    layer: Any = module._mogul_paged_layer
     attend = torch.ops.mogul.attend if torch.compiler.is_compiling() else _attend
     out_THC = attend(query_THC, key_TNC, value_TNC, layer, scaling, sliding_window, s_aux)
     return out_THC[None, ..., :value_width], None

@@ -95,7 +95,7 @@ class Engine:
         self._num_steps = self._prompt_tokens = self._output_tokens = 0
         if self.options.record_experts:
             self.runner.tap.open()
-        self.runner.warm_up(self.options)
+        self.runner.warm_up(self.options, sizes.largest_step)
 
     @classmethod
     def from_pretrained(
@@ -354,6 +354,15 @@ class Engine:
             self._flight = None
             for live in list(self._live.values()):
                 self._end(live, fail(live, reason))
+
+    def close(self) -> None:
+        """Abort everything and give the cache's memory back; the model stays usable."""
+        with self._lock:
+            self._land()
+            for number in list(self._live):
+                self.abort(number)
+            self._mail.clear()
+            self.runner.close()
 
     @property
     def stats(self) -> Stats:

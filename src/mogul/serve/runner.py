@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mogul.core.errors import BackendError, ConfigError
+from mogul.core.log import say
 from mogul.serve.attention import NAME, LayerCache, LayerShape, StepState, find_layers, running
+from mogul.serve.graphs import Ladder, compile_layers, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
 from mogul.serve.options import EngineOptions
 from mogul.serve.routed import ExpertTap
@@ -33,6 +37,8 @@ class Runner:
         self.caches: list[LayerCache] = []
         self.page_size = 0
         self.tap = ExpertTap(model)
+        self.ladder: Ladder | None = None
+        self.is_compiled = False
 
     @property
     def token_bytes(self) -> int:
@@ -53,18 +59,43 @@ class Runner:
             self.caches.append(LayerCache(torch.zeros(size, **kind), torch.zeros(size, **kind)))
 
     def want_picks(self) -> None:
-        """Keep the picks of every step from now on."""
+        """Keep the picks of every step from now on.
+
+        Raises:
+            ConfigError: steps are compiled or captured, which hides them.
+        """
+        if not self.tap.is_open and (self.is_compiled or self.ladder is not None):
+            raise ConfigError(
+                "this engine's steps are compiled, so picks cannot be read",
+                fix="open it with record_experts=True",
+            )
         self.tap.open()
 
-    def warm_up(self, options: EngineOptions) -> None:
-        """Make ready what costs time once."""
+    def warm_up(self, options: EngineOptions, limits: Layout) -> None:
+        """Compile and capture, on accelerators; the first step then takes no longer than others."""
+        if self.device.type == "cpu":
+            return
+        if options.compile and not self.tap.is_open:
+            self.is_compiled = bool(compile_layers(self.model))
+        start_s = time.perf_counter()
+        for tokens in (limits.tokens, limits.sequences):
+            layout = replace(limits, tokens=tokens, rows=1, max_query_len=tokens)
+            with torch.inference_mode():
+                self.forward(self.arena.send((), layout, self.page_size, {}))
+        torch.accelerator.synchronize(self.device)
+        say(f"first steps in {time.perf_counter() - start_s:.1f} s")
+        if options.graphs and not self.tap.is_open:
+            self.ladder = try_ladder(self, limits.sequences, limits.pages)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
         """Compute a step: logits [R, V] of the rows its entries want, in their order."""
+        ladder = self.ladder
+        if ladder is not None and (rung := ladder.rung_of(entries)) is not None:
+            self.arena.send(entries, ladder.layout(rung), self.page_size, last_row)
+            return ladder.replay(rung, len(entries))
         layout = layout_of(entries, self.page_size)
-        inputs = self.arena.send(entries, layout, self.page_size, last_row)
-        return self.forward(inputs)
+        return self.forward(self.arena.send(entries, layout, self.page_size, last_row))
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The module itself, through Transformers' own forward."""
@@ -94,6 +125,12 @@ class Runner:
             max_query_len=inputs.layout.max_query_len,
             caches=self.caches,
         )
+
+    def close(self) -> None:
+        """Give back pages, graphs and hooks."""
+        self.tap.close()
+        self.ladder = None
+        self.caches = []
 
     def keep_ids(self, ids_R: Tensor) -> None:
         """Leave a step's tokens on the device for the next step."""

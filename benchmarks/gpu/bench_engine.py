@@ -1,0 +1,279 @@
+"""Generation on one GPU: time a token and prompt speed of a model's shape, against its byte floor.
+
+Random weights, distinct random prompts, no reuse, no stop; tokens are forced at random, so that the
+experts touched are those of a varied text. TPOT is the time between tokens while every request of
+the batch decodes; the floor reads every weight that is touched and all keys and values once.
+
+    python benchmarks/gpu/bench_engine.py --preset qwen3-30b-a3b --record
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from mogul.bench import ledger
+from mogul.core.log import say
+from mogul.serve.engine import Engine
+from mogul.serve.loading import random_model
+from mogul.serve.options import EngineOptions
+from mogul.serve.params import SamplingParams
+from mogul.serve.sampling import Sampled, Sampler
+from mogul.spec import presets
+
+VLLM = {"qwen3-30b-a3b": {1: 4.98, 8: 11.66, 16: 16.64, 64: 25.86, 96: 48.11}}
+BARS = {"qwen3-30b-a3b": {1: 3.6, 8: 10.3, 16: 15.5, 64: 24.0, 96: 26.0}}
+
+
+class ForcedSampler(Sampler):
+    """Chooses as usual and then says something else: any token, all alike."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def sample(self, logits_SV, batch) -> Sampled:
+        chosen = super().sample(logits_SV, batch)
+        return Sampled(torch.randint_like(chosen.ids, self.vocab), chosen.is_valid)
+
+
+def main() -> None:
+    options = read_options()
+    folder = Path(options.out) / "shape"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = presets.config(options.preset)
+    if options.layers:
+        config["num_hidden_layers"] = options.layers
+    (folder / "config.json").write_text(json.dumps(config))
+    start_s = time.perf_counter()
+    torch.manual_seed(0)
+    model = random_model(folder, dtype="bfloat16", device="cuda", experts="mogul")
+    torch.cuda.synchronize()
+    note(options, kind="weights", seconds=time.perf_counter() - start_s)
+    distinct = {} if options.no_distinct else count_distinct(model, options)
+    batches = options.batches
+    length = options.input + options.output
+    start_s = time.perf_counter()
+    engine = Engine(
+        model,
+        None,
+        EngineOptions(
+            max_length=length,
+            max_sequences=max(batches),
+            step_tokens=options.step_tokens,
+            cache_tokens=max(batches) * (length + options.page_size),
+            page_size=options.page_size,
+            reuse_prefix=False,
+            compile=not options.no_compile,
+            graphs=not options.no_graphs,
+            kv_dtype=options.kv_dtype,
+        ),
+    )
+    note(options, kind="ready", seconds=time.perf_counter() - start_s)
+    engine.steps.sampler = ForcedSampler(config["vocab_size"])
+    bandwidth = copy_bandwidth()
+    note(options, kind="bandwidth", bytes_per_s=bandwidth)
+    for batch in batches:
+        try:
+            measure(engine, batch, options, distinct.get(batch), bandwidth)
+        except Exception as error:
+            note(options, kind="failed", batch=batch, why=f"{type(error).__name__}: {error}")
+    for batch in options.profile:
+        try:
+            profile(engine, batch, options)
+        except Exception as error:
+            note(options, kind="failed", batch=batch, why=f"{type(error).__name__}: {error}")
+
+
+def read_options() -> Any:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--preset", default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=0, help="0: all")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 64, 96])
+    parser.add_argument("--input", type=int, default=1024)
+    parser.add_argument("--output", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--profile", type=int, nargs="*", default=[])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--no-distinct", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--out", default=".")
+    return parser.parse_args()
+
+
+def note(options: Any, **fields: Any) -> None:
+    """Print a partial result and keep it, in case the rest never comes."""
+    line = json.dumps(fields)
+    say(line)
+    with (Path(options.out) / "engine.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    size = 2**30
+    a = torch.empty(size, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    times = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        b.copy_(a)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start_s)
+    return 2 * size / min(times)
+
+
+def prompts_of(batch: int, options: Any, vocab: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (batch, options.input), generator=generator).tolist()
+
+
+def count_distinct(model: Any, options: Any) -> dict[int, float]:
+    """Mean distinct experts a layer in decode steps of each batch size, tokens forced."""
+    vocab = model.config.vocab_size
+    most = max(options.batches)
+    engine = Engine(
+        model,
+        None,
+        EngineOptions(
+            max_length=64, max_sequences=most, step_tokens=4096, cache_tokens=most * 80,
+            reuse_prefix=False, record_experts=True, compile=False, graphs=False,
+        ),
+    )  # fmt: skip
+    engine.steps.sampler = ForcedSampler(vocab)
+    found = {}
+    for batch in options.batches:
+        for prompt in prompts_of(batch, options, vocab, batch):
+            engine.add(prompt[:32], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+        counts = []
+        while engine.has_work:
+            engine.step()
+            for picks in engine.last_picks or []:
+                if picks is not None and len(picks) == batch:
+                    ids = picks.permute(1, 0, 2).flatten(1).tolist()
+                    counts += [len(set(layer)) for layer in ids]
+        if counts:
+            found[batch] = sum(counts) / len(counts)
+            experts = model.config.num_experts
+            share = model.config.num_experts_per_tok / experts
+            even = experts * (1 - (1 - share) ** batch)
+            note(options, kind="distinct", batch=batch, experts=found[batch], even=even)
+    engine.close()
+    return found
+
+
+def measure(
+    engine: Engine, batch: int, options: Any, distinct: float | None, bandwidth: float
+) -> None:
+    """Run one batch size a few times and print its medians."""
+    params = SamplingParams(max_tokens=options.output, temperature=0, ignore_eos=True)
+    steady, own, prompt_s = [], [], []
+    for run in range(options.runs + 1):
+        prompts = prompts_of(batch, options, engine.runner.vocab_size, 1000 * batch + run)
+        start_s = time.perf_counter()
+        answers = engine.generate(prompts, params)
+        bad = [answer.error for answer in answers if answer.finish != "length"]
+        if bad:
+            raise RuntimeError(bad[0])
+        times = [answer.token_times_s for answer in answers]
+        first, last = max(t[0] for t in times), min(t[-1] for t in times)
+        steps = sum(1 for t in times[-1] if first < t <= last)
+        if run:
+            steady.append(1e3 * (last - first) / max(steps, 1))
+            own.append(1e3 * median((t[-1] - t[0]) / (len(t) - 1) for t in times))
+            prompt_s.append(first - start_s)
+    floor = floor_ms(engine, batch, options, distinct, bandwidth)
+    tpot = median(steady)
+    fields: dict[str, Any] = dict(
+        tpot_ms=round(tpot, 3), spread=[round(min(steady), 3), round(max(steady), 3)],
+        own_tpot_ms=round(median(own), 3), floor_ms=round(floor, 3), ratio=round(tpot / floor, 3),
+        prefill_tokens_per_s=round(batch * options.input / median(prompt_s)),
+        first_token_ms=round(1e3 * median(prompt_s), 2), distinct=distinct,
+        bar_ms=BARS.get(options.preset, {}).get(batch), vllm_ms=VLLM.get(options.preset, {}).get(batch),
+    )  # fmt: skip
+    note(options, kind="measured", batch=batch, **fields)
+    if options.record:
+        record(engine, batch, options, fields)
+
+
+def floor_ms(
+    engine: Engine, batch: int, options: Any, distinct: float | None, bandwidth: float
+) -> float:
+    """Least time of a decode step: touched weights and all keys and values, read once."""
+    config = engine.runner.model.config
+    names = [
+        (name, p.numel() * p.element_size()) for name, p in engine.runner.model.named_parameters()
+    ]
+    experts = sum(size for name, size in names if ".experts." in name)
+    embedding = sum(size for name, size in names if "embed_tokens" in name)
+    rest = sum(size for _, size in names) - experts - embedding
+    num = getattr(config, "num_experts", 1)
+    touched = distinct or num * (1 - (1 - config.num_experts_per_tok / num) ** batch)
+    context = options.input + options.output / 2
+    kv = batch * context * engine.runner.token_bytes
+    return 1e3 * (rest + experts * touched / num + kv) / bandwidth
+
+
+def record(engine: Engine, batch: int, options: Any, fields: dict[str, Any]) -> None:
+    """Ledger rows beside the notes."""
+    layers = engine.runner.model.config.num_hidden_layers
+    case = f"{options.preset} ({layers} layers) bf16, batch {batch}, {options.input} + "
+    case += f"{options.output} tokens, one GPU"
+    device = torch.cuda.get_device_name()
+    rows = [
+        ledger.row(
+            device=device, bench="engine", case=case, metric="TPOT", unit="ms",
+            value=fields["tpot_ms"], spread=fields["spread"], runs=options.runs,
+            floor=fields["floor_ms"], ratio=fields["ratio"], distinct_experts=fields["distinct"],
+            peers={"vllm 0.22.1 (another run)": fields["vllm_ms"]},
+        ),
+        ledger.row(
+            device=device, bench="engine", case=case, metric="prefill speed", unit="tokens/s",
+            value=fields["prefill_tokens_per_s"], runs=options.runs,
+        ),
+    ]  # fmt: skip
+    ledger.append(rows, Path(options.out) / "ledger.jsonl")
+
+
+def profile(engine: Engine, batch: int, options: Any) -> None:
+    """Device time of a decode step by kernel."""
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    for prompt in prompts_of(batch, options, engine.runner.vocab_size, 7):
+        engine.add(prompt, params)
+    while engine.scheduler.waiting or engine.scheduler.prompting or engine.stats.num_steps == 0:
+        engine.step()
+    for _ in range(3):
+        engine.step()
+    steps = 8
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as seen:
+        start_s = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+        wall_s = time.perf_counter() - start_s
+    while engine.has_work:
+        engine.step()
+    events = [e for e in seen.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) / steps / 1e3
+    note(options, kind="profile", batch=batch, device_ms=total, wall_ms=1e3 * wall_s / steps)
+    for e in events[:24]:
+        note(
+            options, kind="kernel", batch=batch, name=e.key[:90],
+            ms=round(e.self_device_time_total / steps / 1e3, 4), calls=e.count / steps,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Decode steps as captured graphs, over a ladder of batch sizes; one compiled decoder layer.
+
+A decode step is thousands of small launches; captured once, the device runs them without the host.
+Layers of one kind share their compiled code: the first one compiles it, the others find it, and the
+next start finds it on disk. A step with prompts runs uncaptured, through the same compiled layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mogul.core.log import log, say
+from mogul.serve.inputs import Entry, Layout
+
+if TYPE_CHECKING:
+    from mogul.serve.runner import Runner
+
+LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+def rungs_up_to(most: int) -> list[int]:
+    """Batch sizes that are captured for at most `most` sequences."""
+    rungs = [rung for rung in LADDER if rung < most]
+    last = LADDER[-1]
+    rungs += range(last + 64, most, 64)
+    return [*rungs, most]
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The repeated blocks of a model, by the class names it declares."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def compile_layers(model: Any) -> int:
+    """Compile every decoder layer, lazily and for any number of tokens; returns how many."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
+class Ladder:
+    """Captured decode steps by batch size."""
+
+    def __init__(self, runner: Runner, most_sequences: int, pages_a_table: int) -> None:
+        self.runner = runner
+        self.rungs = rungs_up_to(most_sequences)
+        self.pages = pages_a_table
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}
+
+    def layout(self, rung: int) -> Layout:
+        """One token, one row a sequence."""
+        return Layout(rung, rung, rung, self.pages, 1)
+
+    def capture(self) -> None:
+        """Capture every rung, the largest first: the smaller ones reuse its memory."""
+        start_s = time.perf_counter()
+        pool = torch.cuda.graph_pool_handle()
+        for rung in reversed(self.rungs):
+            inputs = self.runner.arena.send((), self.layout(rung), self.runner.page_size, {})
+            stream = torch.cuda.Stream(self.runner.device)
+            stream.wait_stream(torch.cuda.current_stream(self.runner.device))
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.runner.forward(inputs)
+            torch.cuda.current_stream(self.runner.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self.runner.forward(inputs)
+            self._graphs[rung] = (graph, logits)
+        torch.cuda.synchronize(self.runner.device)
+        say(
+            f"captured decode steps of {', '.join(map(str, self.rungs))} sequences "
+            f"in {time.perf_counter() - start_s:.1f} s"
+        )
+
+    def rung_of(self, entries: Sequence[Entry]) -> int | None:
+        """The smallest rung that holds a step of one token a request; None for other steps."""
+        if not self._graphs or any(e.count != 1 or e.rows != 1 for e in entries):
+            return None
+        return next((rung for rung in self.rungs if rung >= len(entries)), None)
+
+    def replay(self, rung: int, count: int) -> Tensor:
+        """Run a captured step whose numbers lie in the arena: logits of its first rows."""
+        graph, logits = self._graphs[rung]
+        graph.replay()
+        return logits[:count]
+
+
+def try_ladder(runner: Runner, most_sequences: int, pages_a_table: int) -> Ladder | None:
+    """Capture where it can be done; where not, say why and run uncaptured."""
+    if runner.device.type != "cuda":
+        return None
+    ladder = Ladder(runner, most_sequences, pages_a_table)
+    try:
+        with torch.inference_mode():
+            ladder.capture()
+    except Exception as error:  # a kernel that synchronises, a family that branches on data
+        log.warning(f"decode steps are not captured: {type(error).__name__}: {error}")
+        torch.cuda.synchronize(runner.device)
+        return None
+    return ladder

@@ -1,0 +1,67 @@
+"""On a device: captured and compiled steps say what plain ones say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mogul.serve import SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+
+def device_engine(tiny, family, dtype, **options):
+    from mogul.serve.engine import Engine
+    from mogul.serve.options import EngineOptions
+
+    small = {"max_sequences": 6, "step_tokens": 64, "cache_tokens": 1600, "page_size": 16}
+    model = copy.deepcopy(tiny.model(family)).to("cuda", dtype)
+    return Engine(model, None, EngineOptions(**{**small, "seed": 0, **options}))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_answers_fit_the_models_own_logits(tiny, family, graphs, compiled):
+    engine = device_engine(tiny, family, torch.bfloat16, graphs=graphs, compile=compiled)
+    assert (engine.runner.ladder is not None) == graphs
+    prompts = tiny.prompts(3, 30, 11, 100, 64, 7, 90)
+    params = SamplingParams(max_tokens=20, temperature=0, logprobs=0)
+    for prompt, answer in zip(prompts, engine.generate(prompts, params), strict=True):
+        assert answer.finish == "length", answer.error
+        want = tiny.logprobs(family, [*prompt, *answer.token_ids])[len(prompt) - 1 : -1]
+        got = torch.tensor([record.logprob for record in answer.logprobs])
+        picked = want.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert float((want.amax(-1) - picked).median()) < 0.05, "not the likeliest tokens"
+        assert float((got - picked).abs().median()) < 0.05
+    engine.check()
+
+
+def test_running_ahead_changes_nothing(tiny):
+    prompts = tiny.prompts(3, 30, 11, 40, seed=3)
+    for params in (
+        SamplingParams(max_tokens=30, temperature=0),
+        SamplingParams(max_tokens=30, seed=4, top_p=0.9),
+        SamplingParams(max_tokens=30, temperature=0, repetition_penalty=1.2),
+        SamplingParams(max_tokens=30, temperature=0, stop_token_ids=tuple(range(20))),
+    ):
+        engine = device_engine(tiny, "llama", torch.float32, compile=False)
+        ahead = [answer.token_ids for answer in engine.generate(prompts, params)]
+        engine.check()
+        engine._may_overlap = lambda: False
+        behind = [answer.token_ids for answer in engine.generate(prompts, params)]
+        assert ahead == behind
+
+
+def test_requests_that_give_way_lose_nothing(tiny):
+    prompts = tiny.prompts(20, 25, 30, 22)
+    params = SamplingParams(max_tokens=20, temperature=0)
+    roomy = device_engine(tiny, "moge", torch.float32, compile=False)
+    tight = device_engine(
+        tiny, "moge", torch.float32, compile=False, cache_tokens=96, reuse_prefix=False
+    )
+    want = [answer.token_ids for answer in roomy.generate(prompts, params)]
+    got = [answer.token_ids for answer in tight.generate(prompts, params)]
+    assert tight.stats.num_preemptions > 0
+    assert sum(a == b for a, b in zip(want, got, strict=True)) >= 3, "near ties aside"
