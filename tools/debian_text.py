@@ -217,6 +217,11 @@ def documents(package: Package, folder: Path, seen: Remembered) -> Iterator[tupl
 # ------------------------------------------------------------------------------------- packages
 
 
+def is_chosen(name: str, share: float) -> bool:
+    """Whether a document is in the sample of this share, by its name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
+
+
 def fetch(name: str, debs: Path) -> Path | None:
     """The package file, downloaded unless it is there; None where the archive lacks it."""
     if found := sorted(debs.glob(f"{name}_*.deb")):
@@ -243,6 +248,7 @@ def main() -> int:
     """Fetch, read, write, and print a line a package."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("debian-text"), help="folder to write")
+    parser.add_argument("--share", type=float, default=1.0, help="keep this share of documents")
     parser.add_argument("--debs", type=Path, help="where packages are (kept); default OUT/debs")
     options = parser.parse_args()
     debs = options.debs or options.out / "debs"
@@ -255,6 +261,8 @@ def main() -> int:
                 continue
             count = size = 0
             for name, text in documents(package, unpack(deb, debs), seen):
+                if not is_chosen(name, options.share):
+                    continue
                 record = {"text": text, "source": package.name, "name": name}
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
                 count, size = count + 1, size + len(text.encode())
