@@ -124,6 +124,7 @@ def quantise_experts(
     layout: ExpertLayout = DEFAULT_LAYOUT,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    importance: tuple[Tensor, Tensor] | None = None,
 ) -> QuantisedExperts:
     """Quantise an experts layer of any layout, expert by expert: peak is the result and one expert.
 
@@ -134,6 +135,8 @@ def quantise_experts(
         layout: of the given weights and of the biases.
         gate_up_bias: in the column order of gate_up; stays as it is.
         down_bias: stays as it is.
+        importance: mean squares of the inputs of both matmuls, [E, D] and [E, F]; int4 then
+            weighs its rounding errors by them.
     """
     chosen = expert_format(format)
     layout.sizes(gate_up, down)
@@ -142,8 +145,8 @@ def quantise_experts(
         gate_up_bias = _rows_in_order(gate_up_bias[..., None], layout)[..., 0].contiguous()
     return QuantisedExperts(
         chosen,
-        _quantise(first, chosen, layout),
-        _quantise(second, chosen, None),
+        _quantise(first, chosen, layout, importance and importance[0]),
+        _quantise(second, chosen, None, importance and importance[1]),
         replace(layout, is_transposed=False, is_concatenated=True),
         gate_up_bias,
         down_bias,
@@ -157,15 +160,21 @@ def _rows_in_order(matrix: Tensor, layout: ExpertLayout) -> Tensor:
     return torch.cat((matrix[..., ::2, :], matrix[..., 1::2, :]), dim=-2)
 
 
-def _quantise(weight: Tensor, format: ExpertFormat, layout: ExpertLayout | None) -> QuantisedWeight:
+def _quantise(
+    weight: Tensor,
+    format: ExpertFormat,
+    layout: ExpertLayout | None,
+    importance_EC: Tensor | None,
+) -> QuantisedWeight:
     parts: list[list[Tensor]] = []
     with torch.no_grad():
-        for expert in weight.detach().unbind():
+        for index, expert in enumerate(weight.detach().unbind()):
             rows = expert if layout is None else _rows_in_order(expert, layout)
             if format.kind == "fp8":
                 found = quantise_rows(rows)
             else:
-                found = quantise_int4(rows, format.group)
+                importance = None if importance_EC is None else importance_EC[index]
+                found = quantise_int4(rows, format.group, importance)
             if not parts:
                 parts = [[] for _ in found]
             for part, tensor in zip(parts, found, strict=True):

@@ -1,0 +1,134 @@
+"""Load a checkpoint with quantised experts, layer by layer: the whole model never exists.
+
+Decides how the experts' tensors are found: Transformers' own conversions, reversed on the meta
+device, name the tensors on disk of every fused one; they are read, fused and quantised one layer at
+a time. All other tensors go through Transformers' loader. Peak: the quantised model and one layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from mogul.core.errors import ArtifactError
+from mogul.core.log import progress
+from mogul.kernels import ExpertFormat, expert_format
+from mogul.models.check_tensors import check_names
+from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
+from mogul.models.quantise import Importance, experts_modules, no_experts, quantise_module
+from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
+
+
+def load_quantised(
+    path: str | Path,
+    format: str | ExpertFormat,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    importance: Mapping[str, Importance] | None = None,
+) -> PreTrainedModel:
+    """Load a mixture-of-experts checkpoint and quantise its experts on the way.
+
+    Args:
+        path: a folder with `config.json` and safetensors, or a hub id.
+        format: fp8, int4-32, int4-64 or int4-128.
+        dtype: of everything else; "auto" is as stored.
+        device: where the model goes; each layer is quantised there. None is the CPU.
+        importance: from `expert_inputs` of the unquantised model.
+
+    Raises:
+        ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name.
+        ConfigError: no experts, or an unknown format.
+    """
+    chosen, folder = expert_format(format), find_folder(path)
+    config = load_config(folder)
+    skeleton = _skeleton(config)
+    skipped = check_names(folder, skeleton, _stored(folder))
+    found = dict(experts_modules(skeleton))
+    if not found:
+        raise no_experts(skeleton)
+    places = stored_tensors(folder)
+    pieces = {name: _pieces(folder, skeleton, name, module) for name, module in found.items()}
+    with _without_experts(type(skeleton), list(found)):
+        model = _load(folder, config, skipped, dtype=_dtype(dtype), experts={})
+    target = torch.device(device or "cpu")
+    model = model.to(target)  # pyright: ignore[reportArgumentType]
+    with progress(f"quantising to {chosen.name}", len(found)) as bar:
+        for name, module in found.items():
+            for parameter, names in pieces[name].items():
+                weight = _fused(folder, places, names, getattr(module, parameter).shape)
+                kept = weight.to(target, model.dtype)
+                setattr(module, parameter, nn.Parameter(kept, requires_grad=False))
+            parent, _, last = name.rpartition(".")
+            quantised = quantise_module(module, chosen, (importance or {}).get(name))
+            setattr(model.get_submodule(parent), last, quantised)
+            for parameter in pieces[name]:
+                setattr(module, parameter, None)  # let the unquantised layer go
+            bar.advance()
+    return model.eval()
+
+
+@contextmanager
+def _without_experts(model_class: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
+    """Models of this class are built without experts; their tensors are neither read nor missed."""
+    build = model_class.__init__
+    ignored = model_class._keys_to_ignore_on_load_unexpected
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        for name, _ in list(experts_modules(self)):
+            parent, _, last = name.rpartition(".")
+            setattr(self.get_submodule(parent), last, nn.Identity())
+
+    model_class.__init__ = init  # type: ignore[method-assign]
+    patterns = [re.escape(name) for name in names]
+    model_class._keys_to_ignore_on_load_unexpected = [*(ignored or ()), *patterns]
+    try:
+        yield
+    finally:
+        model_class.__init__ = build  # type: ignore[method-assign]
+        model_class._keys_to_ignore_on_load_unexpected = ignored
+
+
+def _pieces(
+    folder: Path, skeleton: PreTrainedModel, name: str, module: nn.Module
+) -> dict[str, list[str]]:
+    """For every parameter of an experts module its tensors on disk, in the order of fusing."""
+    found = {}
+    for parameter, tensor in module.named_parameters():
+        on_disk = revert_weight_conversion(skeleton, {f"{name}.{parameter}": tensor})
+        count = sum(piece.numel() for piece in on_disk.values())
+        if count != tensor.numel():
+            raise ArtifactError(
+                f"{folder}: {name}.{parameter} is stored in a way that cannot be read by layers",
+                fix="load the model whole and use quantise_model",
+            )
+        found[parameter] = list(on_disk)
+    return found
+
+
+def _fused(
+    folder: Path, places: Mapping[str, StoredTensor], names: list[str], shape: torch.Size
+) -> Tensor:
+    """One parameter [E, ...]: stored as it is, or one tensor an expert and part."""
+    if absent := [name for name in names if name not in places]:
+        raise ArtifactError(
+            f"{folder}: {len(absent)} tensors of the experts are missing, first {absent[0]}",
+            fix="fetch the files again",
+        )
+    if len(names) == 1:
+        return places[names[0]].read().view(shape)
+    experts = shape[0]
+    tensors = [places[name].read() for name in names]
+    parts = [
+        torch.stack(tensors[first : first + experts]) for first in range(0, len(names), experts)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(shape)
