@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from mogul.bench import ledger
-from mogul.bench.calibrate import TORCH_TYPES, copy_bandwidth
+from mogul.bench.calibrate_timing import copy_bandwidth
 from mogul.bench.kernels_peers import Forward, Layer, variants
 from mogul.core.errors import ConfigError
 from mogul.core.log import log
 from mogul.core.table import Table
 
-DTYPES = {**TORCH_TYPES, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GPU_TOKENS = (1, 8, 64, 456, 4096)
 CPU_TOKENS = (1, 8, 64, 456)
 GRAPH_TOKENS = 4096
