@@ -15,6 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mogul.core.errors import ConfigError
+from mogul.kernels.moe import choose_backend
+from mogul.models.experts import NAME as EXPERTS
+from mogul.models.experts import layout_of
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -30,15 +33,23 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def prepared_layers(
-    model: nn.Module, *, compile: bool = False, recompute: bool | int = False
+    model: nn.Module, *, compile: bool | str = False, recompute: bool | int = False
 ) -> Iterator[None]:
-    """Inside the block, layers run compiled, and every `recompute`-th is computed twice."""
+    """Inside the block, layers run compiled, and every `recompute`-th is computed twice.
+
+    `compile` may name a backend of torch.compile.
+    """
+    if compile:
+        _choose_kernels(model)
     changed: list[Any] = []
     every = int(recompute)
     try:
         for index, layer in enumerate(decoder_layers(model) if compile or every else ()):
             one: Any = layer
-            forward = torch.compile(one.forward, dynamic=False) if compile else one.forward
+            forward = one.forward
+            if compile:
+                backend = compile if isinstance(compile, str) else "inductor"
+                forward = torch.compile(forward, dynamic=False, backend=backend)
             is_again = bool(every) and index % every == 0
             one.forward = _Recomputed(one, forward) if is_again else forward
             changed.append(one)
@@ -46,6 +57,32 @@ def prepared_layers(
     finally:
         for one in changed:
             del one.forward
+
+
+def _choose_kernels(model: Any) -> None:
+    """Ask for the experts' backend now: the search for it must not end up in a graph."""
+    if getattr(model.config, "_experts_implementation", None) != EXPERTS:
+        return
+    for module in model.modules():
+        experts: Any = module
+        if not isinstance(getattr(experts, "down_proj", None), nn.Parameter):
+            continue
+        layout = layout_of(experts)
+        first = experts.gate_up_proj if layout.has_gate else experts.up_proj
+        sizes = zip(
+            ("num_experts", "hidden_size", "expert_width"),
+            layout.sizes(first, experts.down_proj),
+            strict=True,
+        )
+        choose_backend(
+            first.device,
+            first.dtype,
+            **dict(sizes),
+            top_k=model.config.num_experts_per_tok,
+            layout=layout,
+            has_bias=experts.has_bias,
+            needs_grad=True,
+        )
 
 
 class _Recomputed:

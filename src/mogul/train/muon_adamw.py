@@ -133,7 +133,8 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
         if "master" in states[0]:
-            torch._foreach_copy_([p.detach() for p, _ in pairs], masters)
+            for (parameter, _), master in zip(pairs, masters, strict=True):
+                parameter.copy_(master)
 
     def _adamw_in_halves(
         self, pairs: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], factor: float

@@ -138,5 +138,6 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     for dtype in {tensor.dtype for tensor in tensors}:
         wide = torch.promote_types(dtype, torch.float32)
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        norms += [one.double() for one in torch._foreach_norm(same, 2.0, dtype=wide)]
+        each: Any = torch.ops.aten._foreach_norm.Scalar(same, 2.0, wide)
+        norms += [one.double() for one in each]
     return torch.linalg.vector_norm(torch.stack(norms))
