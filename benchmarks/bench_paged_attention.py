@@ -178,7 +178,12 @@ def clones(call: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def decode_cell(
-    shape: str, cache: str, batch: int, context: int, page_size: int, tiles: list[paged.FewTile]
+    shape: str,
+    cache: str,
+    batch: int,
+    context: int,
+    page_size: int,
+    tiles: list[paged.FewTile | None],
 ) -> list[dict[str, Any]]:
     """Milliseconds of each tile at one size."""
     calls = clones(make(shape, [(1, context)] * batch, cache, page_size))
@@ -189,7 +194,7 @@ def decode_cell(
         paged.few_tile = tile
         row = {
             "kind": "decode", "shape": shape, "cache": cache, "batch": batch, "context": context,
-            "page": page_size, "bytes": size, "tile": asdict(tile),
+            "page": page_size, "bytes": size, "tile": asdict(tile) if tile else "chosen",
         }  # fmt: skip
         try:
             run = [lambda c=c: paged_attention(**c, backend="triton") for c in calls]
@@ -241,10 +246,10 @@ def prompt_cell(
     return rows
 
 
-def few_tiles(kind: str) -> list[paged.FewTile]:
-    """One tile, or the candidates of a search."""
+def few_tiles(kind: str) -> list[paged.FewTile | None]:
+    """What the product chooses, or the candidates of a search."""
     if kind == "default":
-        return [paged.few_tile]
+        return [None]
     return [
         paged.FewTile(block=64, per_sm=2, min_blocks=2, stages=3),
         paged.FewTile(block=64, per_sm=2, min_blocks=1, stages=3),

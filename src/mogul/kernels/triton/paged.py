@@ -39,13 +39,19 @@ class FewTile:
 class ManyTile:
     """Rows (queries times heads) and keys of one tile, launch."""
 
-    rows: int = 128
+    rows: int = 64
     block: int = 64
-    warps: int = 8
+    warps: int = 4
     stages: int = 3
 
 
-few_tile = FewTile()
+# Measured on an H100 over 1 to 64 sequences of 1,024 to 8,192 keys, see bench_paged_attention.py:
+# short work wants long blocks and few partial sums to merge, long work many small blocks in flight.
+small_tile = FewTile(block=64, per_sm=2, min_blocks=1, stages=3)
+large_tile = FewTile(block=32, per_sm=4, min_blocks=2, stages=4)
+few_tile: FewTile | None = None
+"""Used instead of these two where set."""
+
 many_tile = ManyTile()
 
 
@@ -102,6 +108,14 @@ class Call:
 @cache
 def _processors(device: int) -> int:
     return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tile_of(call: Call, sequences: int) -> FewTile:
+    """How the keys of so many sequences are shared out."""
+    if few_tile is not None:
+        return few_tile
+    is_small = 2 * sequences * call.kv_heads < _processors(call.device)
+    return small_tile if is_small else large_tile
 
 
 @cache
@@ -262,8 +276,8 @@ def _run_few(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    attend, merge, workers = _few(call, max_queries, writes, few_tile)
     slots, tables, starts, lengths = where
+    attend, merge, workers = _few(call, max_queries, writes, tile_of(call, len(lengths)))
     num_seqs, rows = len(lengths), call.group * max_queries
     parts = (workers + num_seqs) * call.kv_heads * rows
     acc = torch.empty(parts, call.width, dtype=torch.float32, device=out.device)
