@@ -42,10 +42,11 @@ class Picks:
     """[T, E] or more columns; None where the router shows none."""
 
 
-def moe_blocks(model: nn.Module) -> list[MoeBlock]:
+def moe_blocks(model: nn.Module, *, with_mtp: bool = False) -> list[MoeBlock]:
     """Every block with experts that a forward passes, in the order of the model.
 
-    A multi-token-prediction layer is no part of it: only training and speculation run that layer.
+    A multi-token-prediction layer is left out unless `with_mtp`: only training and speculation
+    run that layer.
 
     Raises:
         BackendError: The model has none that can be seen.
@@ -53,7 +54,7 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
     found: list[MoeBlock] = []
     config = getattr(model, "config", None)
     has_mtp = getattr(config, "num_nextn_predict_layers", 0) or 0
-    beyond = config.num_hidden_layers if config is not None and has_mtp else None
+    beyond = config.num_hidden_layers if config is not None and has_mtp and not with_mtp else None
     for name, block in model.named_modules():
         for child in block.children():
             if type(child).__name__.endswith("Experts"):

@@ -50,7 +50,7 @@ class Balancer:
         if shape is None:
             raise ConfigError("a dense model has nothing to balance", fix="leave out [balance]")
         self.model, self.section, self.shape = model, section, shape
-        self.blocks: list[MoeBlock] = moe_blocks(model)
+        self.blocks: list[MoeBlock] = moe_blocks(model, with_mtp=True)
         self.routers: list[Any] = [_router_of(block) for block in self.blocks]
         self.num_steps, self.updates, self.steps = num_steps, 0, 0
         self.micro_batches = micro_batches
