@@ -1,0 +1,298 @@
+"""What grouped routing costs or gains against plain top-k at equal budget: runs and their table.
+
+python benchmarks/bench_study.py run --tokens tokens --seeds 0 1 2          the missing runs
+python benchmarks/bench_study.py run --scale recipes/study-mini.toml ...    at another scale
+python benchmarks/bench_study.py table                                     what is known so far
+
+Runs that stand in `benchmarks/study.jsonl` are not run again, a run that was cut off resumes from
+its last checkpoint: the study can be done in pieces. Several runs share one device with `--jobs`;
+tokens/s is then left out. All variants of a seed see the same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import NormalDist, mean, stdev
+from typing import Any
+
+RESULTS = Path("benchmarks/study.jsonl")
+VARIANTS = ("topk-aux", "topk-bias", "moge2", "moge4", "moge8")
+DEVICES = (2, 4, 8)
+BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
+SAMPLED = 16_384  # held-out tokens whose picks are looked at
+POWER = 0.8
+
+
+def main() -> int:
+    """Run, or show the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "one", "table"))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scale", type=Path, help="a recipe laid over every variant")
+    parser.add_argument("--tokens", default="tokens", help="token folder")
+    parser.add_argument("--set", action="append", default=[], help="section.key=value")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--deadline-s", type=float, help="begin no run after this many seconds")
+    parser.add_argument("--stop-s", type=float, help="stop every run after this many seconds")
+    options = parser.parse_args()
+    if options.what == "table":
+        show(read_results(options.results))
+        return 0
+    if options.what == "one":
+        return run_one(options, options.variants[0], options.seeds[0])
+    return run_all(options)
+
+
+def scale_name(options: argparse.Namespace) -> str:
+    """The name under which results are kept."""
+    return options.scale.stem if options.scale else "study"
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Every finished run."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------- many runs
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """Start what is missing, `--jobs` at a time, seed after seed."""
+    done = {(r["scale"], r["variant"], r["seed"]) for r in read_results(options.results)}
+    waiting = [
+        (variant, seed)
+        for seed in options.seeds
+        for variant in options.variants
+        if (scale_name(options), variant, seed) not in done
+    ]
+    start_s, failed = time.monotonic(), 0
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    while waiting or running:
+        elapsed_s = time.monotonic() - start_s
+        if options.deadline_s is not None and elapsed_s > options.deadline_s and waiting:
+            print(f"{len(waiting)} runs are left for another time", flush=True)
+            waiting.clear()
+        while waiting and len(running) < options.jobs:
+            running[waiting[0]] = start(options, *waiting[0])
+            waiting.pop(0)
+        for key, process in list(running.items()):
+            if options.stop_s is not None and elapsed_s > options.stop_s:
+                process.terminate()  # it saves and stops
+            if (code := process.poll()) is not None:
+                print(f"{elapsed_s:.0f} s: {key} ended with {code}", flush=True)
+                failed += code != 0
+                del running[key]
+        time.sleep(0.5)
+    return 1 if failed else 0
+
+
+def start(options: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen[bytes]:
+    """One run as a process of its own."""
+    command = [
+        sys.executable, __file__, "one", "--variants", variant, "--seeds", str(seed),
+        "--tokens", options.tokens, "--out", str(options.out), "--results", str(options.results),
+        "--jobs", str(options.jobs),
+    ]  # fmt: skip
+    command += ["--scale", str(options.scale)] if options.scale else []
+    command += [word for change in options.set for word in ("--set", change)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / f"{scale_name(options)}-{variant}-{seed}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+# ------------------------------------------------------------------------------------ one run
+
+
+def changes_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A recipe's tables as `section.key=value`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from changes_of(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(value)}"
+
+
+def run_one(options: argparse.Namespace, variant: str, seed: int) -> int:
+    """Train one variant (or go on with it), look at it, add a line of results."""
+    from mogul.core.errors import ArtifactError
+    from mogul.train.metrics import METRICS_FILE, read_lines
+    from mogul.train.recipe_file import read_recipe
+    from mogul.train.session import Session
+
+    changes = [f"run.seed={seed}", f"data.sources={json.dumps([options.tokens])}"]
+    if options.scale:
+        changes += changes_of(tomllib.loads(options.scale.read_text(encoding="utf-8")))
+    recipe = read_recipe(f"recipes/study-{variant}.toml", [*changes, *options.set])
+    folder = options.out / f"{scale_name(options)}-{variant}-{seed}"
+    try:
+        session = Session(recipe, folder, resume=folder.exists())
+    except ArtifactError:  # cut off before its first checkpoint
+        session = Session(recipe, folder)
+    with session:
+        if not session.run():
+            return 3
+        config: Any = session.model.config
+        found = {
+            "scale": scale_name(options),
+            "variant": variant,
+            "seed": seed,
+            "steps": session.step,
+            "tokens": session.tokens,
+            "epochs": round(session.tokens / session.stream.tokens_per_epoch, 3),
+            "parameters": session.model.num_parameters(),
+            **held_out(session.model, recipe, config),
+        }
+    lines = read_lines(folder / METRICS_FILE)
+    speeds = sorted(line["tokens_per_s"] for line in lines[len(lines) // 4 :])
+    found["tokens_per_s"] = round(speeds[len(speeds) // 2]) if options.jobs == 1 else None
+    found["runs_at_a_time"] = options.jobs
+    found |= provenance(session.device)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(found) + "\n")
+    return 0
+
+
+def provenance(device: Any) -> dict[str, Any]:
+    """Device, versions, commit."""
+    import torch
+
+    from mogul.bench.ledger import row
+
+    name = ""
+    if device.type != "cpu":
+        name = str(torch.get_device_module(device).get_device_name(device))
+    known = row(device=name, bench="study", case="", metric="", unit="", value=0, runs=1)
+    return {key: known[key] for key in ("date", "commit", "device", "versions")}
+
+
+def held_out(model: Any, recipe: Any, config: Any) -> dict[str, Any]:
+    """Bits per byte and the balance of the experts on held-out text."""
+    import torch
+
+    from mogul.observe.recorder import record_routing
+    from mogul.train.data import held_out_windows
+    from mogul.train.evaluate import held_out_loss
+
+    windows = held_out_windows(recipe.data, recipe.run.sequence_length)
+    with torch.compiler.set_stance("force_eager"):
+        loss = held_out_loss(model, windows, batch_size=16)
+        few = windows.spread(min(len(windows), SAMPLED // windows.length))
+        with record_routing(model) as recording:
+            held_out_loss(model, few, batch_size=16)
+    return {
+        "bits_per_byte": loss.bits_per_byte,
+        "held_out_tokens": loss.tokens,
+        **balance_numbers(recording.ids(), config.num_experts, config.router_n_groups),
+    }
+
+
+def balance_numbers(ids: Any, num_experts: int, num_groups: int) -> dict[str, Any]:
+    """MaxVio over all tokens; rho and delta by devices and batch; means over layers [l, T, K]."""
+    import numpy as np
+
+    from mogul.spec import balance
+
+    rows = [balance.rows_per_expert(layer, num_experts) for layer in ids]
+    found: dict[str, Any] = {
+        "max_vio": mean(balance.max_violation(one) for one in rows),
+        "max_vio_in_groups": mean(balance.max_violation_in_groups(o, num_groups) for o in rows),
+        "dead_experts": int(sum((one == 0).sum() for one in rows)),
+        "rho": {},
+        "delta": {},
+    }
+    # A decode step holds tokens of many sequences: windows are interleaved, not cut.
+    for batch in BATCHES:
+        steps = ids.shape[1] // batch
+        cut = ids[:, : steps * batch].reshape(len(ids), batch, steps, -1)
+        some = cut[:, :, :: max(1, steps // 64)].swapaxes(1, 2).reshape(-1, batch, ids.shape[2])
+        for devices in DEVICES:
+            owner = np.arange(num_experts) // (num_experts // devices)
+            loads = [balance.rows_per_device(one, owner, devices) for one in some]
+            reads = [balance.distinct_per_device(one, owner, devices) for one in some]
+            key = f"D{devices} T{batch}"
+            found["rho"][key] = mean(balance.rho(one) for one in loads)
+            found["delta"][key] = mean(balance.delta(one) for one in reads)
+    return found
+
+
+# -------------------------------------------------------------------------------------- table
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """Student's t by the expansion of Cornish and Fisher; within 1 % from 4 degrees on."""
+    z = NormalDist().inv_cdf(share)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
+def detectable(values: Mapping[str, list[float]]) -> tuple[float, float] | None:
+    """Pooled sd of the seeds, and the difference of two means found at 5 % with 80 % power."""
+    groups = [found for found in values.values() if len(found) > 1]
+    freedom = sum(len(found) - 1 for found in groups)
+    if not freedom:
+        return None
+    pooled = (sum((len(f) - 1) * stdev(f) ** 2 for f in groups) / freedom) ** 0.5
+    seeds = min(len(found) for found in groups)
+    factor = t_quantile(0.975, freedom) + t_quantile(POWER, freedom)
+    return pooled, factor * pooled * (2 / seeds) ** 0.5
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """One table a scale."""
+    from mogul.core.table import Table
+
+    for scale in dict.fromkeys(result["scale"] for result in results):
+        runs = [result for result in results if result["scale"] == scale]
+        by = {v: [r for r in runs if r["variant"] == v] for v in VARIANTS}
+        bits = {v: [r["bits_per_byte"] for r in found] for v, found in by.items() if found}
+        first = runs[0]
+        size = f"{first['parameters'] / 1e6:.1f}M parameters, {first['tokens'] / 1e6:.0f}M tokens"
+        notes = [
+            f"{size} ({first['epochs']} epochs), {first['device']}",
+            "rho and delta: D devices, T tokens a step, held-out text",
+        ]
+        if spread := detectable(bits):
+            notes.append(
+                f"sd over seeds {spread[0]:.4f}; smallest detectable difference {spread[1]:.4f} "
+                f"bits a byte (5 %, power {POWER:.0%})"
+            )
+        columns = (
+            *("variant", "seeds", "bits/byte", "sd", "MaxVio", "in groups", "dead"),
+            *("rho D8 T16", "rho D8 T512", "delta D8 T16", "delta D8 T64", "tokens/s"),
+        )
+        rows = [summary(variant, found) for variant, found in by.items() if found]
+        Table(title=scale, columns=columns, rows=rows, notes=notes).show()
+
+
+def summary(variant: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """One row: means over seeds."""
+    bits = [run["bits_per_byte"] for run in found]
+    speeds = [run["tokens_per_s"] for run in found if run["tokens_per_s"]]
+    return (
+        variant, len(found), f"{mean(bits):.4f}", f"{stdev(bits):.4f}" if len(bits) > 1 else None,
+        *(f"{mean(run[key] for run in found):.2f}" for key in ("max_vio", "max_vio_in_groups")),
+        f"{mean(run['dead_experts'] for run in found):.1f}",
+        *(f"{mean(r['rho'][key] for r in found):.3f}" for key in ("D8 T16", "D8 T512")),
+        *(f"{mean(r['delta'][key] for r in found):.3f}" for key in ("D8 T16", "D8 T64")),
+        round(mean(speeds)) if speeds else None,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
