@@ -1,0 +1,74 @@
+"""Which guesses the model itself would have said.
+
+Decides nothing by chance of its own. The model draws a token for every guessed position exactly as
+it would without guesses: same distribution (options, penalties and structure applied as if the
+guesses before it had been said), same random number of the request's stream. Guesses stand as far
+as they equal the draws, and the first draw that differs is kept too. So speculation changes speed
+alone: greedy or sampled, the tokens of a seed are those of plain decoding, and for a guess x the
+share that stands is p(x), as in rejection sampling with a certain draft (arXiv 2211.17192).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mogul.serve.params import SamplingRow
+    from mogul.serve.structured import Matcher
+
+
+def draft_rows(
+    row: SamplingRow, drafts: Sequence[int], matcher: Matcher | None = None
+) -> list[SamplingRow]:
+    """What to sample from each of a request's 1 + K rows of logits, guesses taken as said.
+
+    Args:
+        row: the request before any guess.
+        drafts: its guesses.
+        matcher: of a request with a structure; stands where it stood when this returns.
+    """
+    if not drafts:
+        return [row]
+    known = row.output_ids
+    is_read = row.params.has_penalties
+    rows, walked = [row], 0
+    for i in range(1, len(drafts) + 1):
+        said = [*known, *drafts[:i]] if is_read else range(len(known) + i)
+        allowed_V = rows[-1].allowed_V
+        if matcher is not None and walked == i - 1 and matcher.count_allowed(drafts[i - 1 : i]):
+            matcher.advance(drafts[i - 1])
+            walked = i
+            allowed_V = matcher.allowed()
+        rows.append(replace(row, output_ids=said, allowed_V=allowed_V))
+    if matcher is not None:
+        matcher.back(walked)
+    return rows
+
+
+def count_tokens(ids_R: Tensor, drafts: Sequence[Sequence[int]]) -> Tensor:
+    """How many of each request's drawn tokens are its next tokens: [S], from 1 to 1 + K.
+
+    Args:
+        ids_R: tokens drawn, 1 + K rows for a request with K guesses, one request after the other.
+        drafts: the guesses of each.
+    """
+    most = max(map(len, drafts), default=0)
+    counts = np.array([len(one) for one in drafts], dtype=np.int64)
+    if most == 0:
+        return torch.ones(len(drafts), dtype=torch.int64, device=ids_R.device)
+    starts = np.cumsum(counts + 1) - counts - 1
+    guess_SK = np.full((len(drafts), most), -1, dtype=np.int64)
+    for guess_K, one in zip(guess_SK, drafts, strict=True):
+        guess_K[: len(one)] = one
+    row_SK = starts[:, None] + np.minimum(np.arange(most), counts[:, None])
+    table = torch.from_numpy(np.stack([guess_SK, row_SK]))
+    if ids_R.device.type != "cpu":
+        table = table.pin_memory().to(ids_R.device, non_blocking=True)
+    stands_SK = ids_R[table[1]] == table[0]
+    return 1 + stands_SK.to(torch.int64).cumprod(1).sum(1)
