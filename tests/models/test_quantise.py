@@ -13,7 +13,7 @@ from mogul.core.errors import ArtifactError, ConfigError
 from mogul.kernels import dequantise_experts
 from mogul.models import MogeConfig, MogeForCausalLM, load_model
 from mogul.models.expert_inputs import expert_inputs
-from mogul.models.quantise import QuantisedExpertsModule, experts_modules, quantise_model
+from mogul.models.quantise import PackedExperts, experts_modules, quantise_model
 from mogul.models.quantise_load import load_quantised
 
 SMALL = {
@@ -60,7 +60,7 @@ def test_int4_in_place_equals_the_model_with_dequantised_weights(family):
     assert quantise_model(model, "int4-32") is model
     after = logits(model)
     assert 1e-3 < relative(after, before) < 0.3
-    modules = [m for m in model.modules() if isinstance(m, QuantisedExpertsModule)]
+    modules = [m for m in model.modules() if isinstance(m, PackedExperts)]
     for (_, experts), quantised in zip(experts_modules(twin), modules, strict=True):
         gate_up, down = dequantise_experts(quantised.experts, torch.float32)
         if family == "GptOss":

@@ -34,7 +34,7 @@ class Importance(NamedTuple):
     down: Float[Tensor, "E F"]
 
 
-class QuantisedExpertsModule(nn.Module):
+class PackedExperts(nn.Module):
     """Stands where a Transformers experts module stood, with its call."""
 
     def __init__(self, experts: QuantisedExperts) -> None:
@@ -133,7 +133,7 @@ def quantise_model(
 
 def quantise_module(
     module: nn.Module, format: ExpertFormat, importance: Importance | None = None
-) -> QuantisedExpertsModule:
+) -> PackedExperts:
     """The quantised twin of one experts module."""
     experts: Any = module
     layout = layout_of(module)
@@ -147,7 +147,7 @@ def quantise_module(
         down_bias=_bias(experts, "down_proj"),
         importance=importance,
     )
-    return QuantisedExpertsModule(packed)
+    return PackedExperts(packed)
 
 
 def _bias(experts: Any, name: str) -> Tensor | None:

@@ -76,7 +76,7 @@ class QuantLayer:
         rows, scale = self._rounded(act, sort, counted=True)
         y = x.new_empty((slots, layer.shape.width))
         self._down(plan, rows, scale, weights, y, sort)
-        return layer.sum(plan, y, ids, factors, weighted=True)[0]
+        return layer.sum(plan, y, ids, factors, weighted=True)
 
     def _rounded(self, x: Tensor, sort: Sorted, *, counted: bool) -> tuple[Tensor, Tensor]:
         """Rows as e4m3 with their scales; int4 leaves them as they are."""
@@ -88,7 +88,7 @@ class QuantLayer:
         block = min(_ROUND_COLUMNS, next_power_of_2(columns))
         constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": self.layer.pdl}
         launch = self._launch(
-            ("round", counted),
+            ("round", columns, counted),
             None,
             lambda: Launch(quant_kernels.round_rows, constants, warps=4, pdl=self.layer.pdl),
         )
