@@ -26,7 +26,6 @@ SMALL = plans.Plan(
     up_grad=TILE,
     gate_up_weight=plans.Tile(n=32, k=16, m=32),
     down_weight=plans.Tile(n=32, k=16, m=32),
-    sum_block=32,
 )
 SWAPPED = plans.Plan(
     rows=16,

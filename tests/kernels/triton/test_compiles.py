@@ -97,7 +97,15 @@ def tile_type(block: list[int], element: str) -> str:
 ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 
 
-PRODUCT = {"NARROW": False, "DONE": 0, "WEIGHTED": False, "ADD_REGS": 0, "SAVE": False, "SYNC": 1}
+PRODUCT = {
+    "NARROW": False,
+    "TURNS": False,
+    "DONE": 0,
+    "WEIGHTED": False,
+    "ADD_REGS": 0,
+    "SAVE": False,
+    "SYNC": 1,
+}
 
 
 def split_product(element: str, boxes: tuple[list[int] | None, list[int]], **changes: Any) -> Any:

@@ -198,18 +198,18 @@ def _up_columns(gate, up, act_ptr, pre_ptr, row, live, first, F: gl.constexpr, S
 
 
 @gluon.jit
-def _pieces(acc):
-    """The columns of acc, 32 at a time; in registers only."""
-    if acc.shape[1] > 32:
+def _pieces(acc, WIDTH: gl.constexpr):
+    """The columns of acc, WIDTH at a time; in registers only."""
+    if acc.shape[1] > WIDTH:
         left, right = halves(acc)
-        return _pieces(left) + _pieces(right)
+        return _pieces(left, WIDTH) + _pieces(right, WIDTH)
     else:  # noqa: RET505 (decided when compiled)
         return (acc,)
 
 
 @gluon.jit
 def _grad_piece(acc, g, u, weight, dpre_ptr, act_ptr, row, live, first, F: gl.constexpr):
-    """Backward of SwiGLU for 32 columns; returns each row's share of d weight."""
+    """Backward of SwiGLU for some columns; returns each row's share of d weight."""
     g = g.to(gl.float32)
     u = u.to(gl.float32)
     d = gl.convert_layout(acc, row.type.layout.parent)
@@ -304,32 +304,33 @@ def _tile_grad(
 ):  # fmt: skip
     """_tile_product for DOWN_GRAD.
 
-    The epilogue goes 32 columns at a time and fetches `pre` one piece ahead, the first piece before
-    the steps: more at once would not fit the registers, less would wait for memory.
+    The epilogue goes 2,048 elements at a time and fetches `pre` one piece ahead, the first piece
+    before the steps: more at once would not fit the registers, less would wait for memory.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    PIECE: gl.constexpr = 2048 // ROWS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PIECE, PIECE // 8], [4, 1], [1, 0])
     first = n * BLOCK_N
     row = start + OFFSET + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     live = row < end
     slot = gl.load(order_ptr + row, mask=live, other=0)
     weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
     row = row.to(gl.int64)
-    g = _fetch(pre_ptr, row, live, first, 32, N, 2 * N)
-    u = _fetch(pre_ptr + N, row, live, first, 32, N, 2 * N)
+    g = _fetch(pre_ptr, row, live, first, PIECE, N, 2 * N)
+    u = _fetch(pre_ptr + N, row, live, first, PIECE, N, 2 * N)
     acc = _steps(
         ROWS, OFFSET, WIDTH, step, a_ring, b_ring, full, free, C, BLOCK_K, STAGES, GATHER,
         TRANSPOSED,
     )  # fmt: skip
-    pieces = _pieces(acc)
+    pieces = _pieces(acc, PIECE)
     share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
-    for i in gl.static_range(WIDTH // 32):
+    for i in gl.static_range(WIDTH // PIECE):
         next_g, next_u = g, u
-        if i < WIDTH // 32 - 1:
-            next_g = _fetch(pre_ptr, row, live, first + 32, 32, N, 2 * N)
-            next_u = _fetch(pre_ptr + N, row, live, first + 32, 32, N, 2 * N)
+        if i < WIDTH // PIECE - 1:
+            next_g = _fetch(pre_ptr, row, live, first + PIECE, PIECE, N, 2 * N)
+            next_u = _fetch(pre_ptr + N, row, live, first + PIECE, PIECE, N, 2 * N)
         share += _grad_piece(pieces[i], g, u, weight, dpre_ptr, out_ptr, row, live, first, N)
         g, u = next_g, next_u
-        first += 32
+        first += PIECE
     gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
 
 
@@ -351,13 +352,15 @@ def _multiply(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr,
+    NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Multiplier PART (0 or 1): its half of the rows of every tile.
+    """Multiplier PART (0 or 1): its half of the rows of every tile, or every other tile (TURNS).
 
     DONE > 0: counts finished half tiles of each panel from counter DONE of the sort's head on.
     """
     HALF: gl.constexpr = BLOCK_T // 2
+    ROWS: gl.constexpr = BLOCK_T if TURNS else HALF
+    OFFSET: gl.constexpr = 0 if TURNS else PART * HALF
     LAST: gl.constexpr = last_width(N, BLOCK_N) if NARROW else BLOCK_N
     product: gl.constexpr = _tile_grad if MODE == DOWN_GRAD else _tile_product
     num_m = gl.load(head_ptr + E + 1)
@@ -367,32 +370,38 @@ def _multiply(
         if gl.program_id(0) == 0:
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
     num_tiles = num_m * NUM_N
-    step = 0
-    _, start, end, n = _tile_at(
-        gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
-    )
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    begin = gl.program_id(0) + (gl.num_programs(0) * PART if TURNS else 0)
+    stride = gl.num_programs(0) * (2 if TURNS else 1)
+    step = 0 + (num_k * PART if TURNS else 0)
+    _, start, end, n = _tile_at(begin, num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP)
+    for tile in range(begin, num_tiles, stride):
         _, next_start, next_end, next_n = _tile_at(
-            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
+            tile + stride, num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
         )
-        if start + PART * HALF >= end:
+        if start + OFFSET >= end:
             _skip(step, full, free, C, BLOCK_K, STAGES)
         elif LAST < BLOCK_N and n == NUM_N - 1:
             product(
-                HALF, PART * HALF, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                ROWS, OFFSET, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+            )  # fmt: skip
+        elif TURNS and start + HALF >= end:
+            product(
+                HALF, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
                 BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         else:
             product(
-                HALF, PART * HALF, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                ROWS, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
                 BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         if DONE > 0:
             gl.thread_barrier()
             gl.atomic_add(head_ptr + E + 2 + DONE + n // PANEL, 1, sem="release")
-        step += num_k
+        step += num_k * (2 if TURNS else 1)
         start, end, n = next_start, next_end, next_n
 
 
@@ -405,6 +414,16 @@ def _acquired(ptr):
 
 
 @gluon.jit
+def _picks(ids_ptr, token, num_tokens, K: gl.constexpr):
+    """The picks of some tokens as 32-bit numbers, one vector a pick; -1 past the end."""
+    picks = ()
+    for k in gl.static_range(K):
+        e = gl.load(ids_ptr + token * K + k, mask=token < num_tokens, other=-1)
+        picks = picks + (e.to(gl.int32),)  # noqa: RUF005
+    return picks
+
+
+@gluon.jit
 def _add(
     y_ptr, sum_ptr, ids_ptr, weights_ptr, head_ptr, num_slots,
     N: gl.constexpr, K: gl.constexpr, E: gl.constexpr, BLOCK_N: gl.constexpr, PANEL: gl.constexpr,
@@ -412,6 +431,7 @@ def _add(
 ):  # fmt: skip
     """sum[t] = sum over k of (weight *) y[t * K + k] in the order of k, as soon as a panel is done.
 
+    The last panel is left to another launch: nothing would hide it here.
     Waits for the other programs' tiles: all programs must be resident (cooperative launch).
     """
     NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -422,31 +442,31 @@ def _add(
     lane = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
     num_tokens = num_slots // K
-    for panel in range(0, (NUM_N + PANEL - 1) // PANEL):
+    for panel in range(0, (NUM_N - 1) // PANEL):
         done_ptr = head_ptr + E + 2 + DONE + panel
-        goal = 2 * num_m * gl.minimum(NUM_N - panel * PANEL, PANEL)
-        while _acquired(done_ptr) < goal:
+        while _acquired(done_ptr) < 2 * num_m * PANEL:
             pass
         cols = panel * WIDE + column
-        for first in range(gl.program_id(0) * ROWS, num_tokens, gl.num_programs(0) * ROWS):
+        first = gl.program_id(0) * ROWS
+        e_K = _picks(ids_ptr, first + lane, num_tokens, K)
+        for _ in range(first, num_tokens, gl.num_programs(0) * ROWS):
             slot = (first + lane) * K
             here = first + lane < num_tokens
+            next_K = _picks(ids_ptr, first + gl.num_programs(0) * ROWS + lane, num_tokens, K)
             acc = gl.zeros((ROWS, WIDE), gl.float32, layout)
             for k in gl.static_range(K):
-                e = gl.load(ids_ptr + slot + k, mask=here, other=-1)
-                live = (e >= 0) & (e < E)
+                live = (e_K[k] >= 0) & (e_K[k] < E)
                 at = y_ptr + (slot + k).to(gl.int64)[:, None] * N + cols[None, :]
-                y = gl.load(
-                    at, mask=live[:, None] & (cols < N)[None, :], other=0.0, cache_modifier=".cg"
-                ).to(gl.float32)
+                keep = live[:, None] & (cols < N)[None, :]
+                y = gl.load(at, mask=keep, other=0.0, cache_modifier=".cg").to(gl.float32)
                 if WEIGHTED:
                     weight = gl.load(weights_ptr + slot + k, mask=live, other=0.0).to(gl.float32)
                     y *= weight[:, None]
                 acc += y
-            out = sum_ptr + (first + lane).to(gl.int64)[:, None] * N + cols[None, :]
-            gl.store(
-                out, acc.to(sum_ptr.dtype.element_ty), mask=here[:, None] & (cols < N)[None, :]
-            )
+            at = sum_ptr + (first + lane).to(gl.int64)[:, None] * N + cols[None, :]
+            gl.store(at, acc.to(sum_ptr.dtype.element_ty), mask=here[:, None] & (cols < N)[None, :])
+            e_K = next_K
+            first += gl.num_programs(0) * ROWS
 
 
 @gluon.jit(do_not_specialize=["num_slots"])
@@ -457,7 +477,7 @@ def row_product(
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
     SYNC: gl.constexpr, NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr,
-    WEIGHTED: gl.constexpr, ADD_REGS: gl.constexpr,
+    WEIGHTED: gl.constexpr, ADD_REGS: gl.constexpr, TURNS: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
@@ -465,6 +485,7 @@ def row_product(
     Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
     SYNC > 0 keeps the programs in step by counter SYNC of the sort's head, see wait_for_wave.
     NARROW computes only what is needed of a last column tile (64 or 128 columns).
+    TURNS gives each multiplier whole tiles in turn: one's epilogue runs under the other's product.
     DONE > 0 (PRODUCT only) also sums out over the picks of each token into `sum`, see _add.
     """
     dtype: gl.constexpr = a_ptr.dtype.element_ty
@@ -478,7 +499,7 @@ def row_product(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
-        mbarrier.init(free.index(s), 2)
+        mbarrier.init(free.index(s), 1 if TURNS else 2)
     fence_async_shared()
     if DONE > 0:
         gl.warp_specialize(
@@ -487,13 +508,13 @@ def row_product(
                     0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                     head_ptr, tiles_ptr,
                     a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
                 )),
                 (_multiply, (
                     1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                     head_ptr, tiles_ptr,
                     a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
                 )),
                 (_load, (
                     a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
@@ -515,13 +536,13 @@ def row_product(
                     0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                     head_ptr, tiles_ptr,
                     a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
                 )),
                 (_multiply, (
                     1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                     head_ptr, tiles_ptr,
                     a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE,
+                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
                 )),
                 (_load, (
                     a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,

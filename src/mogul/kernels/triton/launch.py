@@ -112,3 +112,8 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """Smallest power of two >= n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def even_block(width: int) -> int:
+    """Power of two, 256 to 1024, that wastes least of `width` in its last block."""
+    return min((1024, 512, 256), key=lambda block: cdiv(width, block) * block)

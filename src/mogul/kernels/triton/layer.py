@@ -19,6 +19,7 @@ from mogul.kernels.triton.launch import (
     Launch,
     cdiv,
     descriptor,
+    even_block,
     next_power_of_2,
     split_descriptor,
 )
@@ -278,23 +279,36 @@ class Layer:
         tables = (sort.order, sort.head, sort.tiles)
         tensors = (a, a_desc, w_desc, y, y, y, weights, y, total, ids)
         launch(grid, self.device, *tensors, *tables, a.shape[0])
-        return total
+        panel = tile.panel * tile.n
+        last = (cdiv(width, panel) - 1) * panel
+        weighted = not transposed
+        return self.sum(plan, y, ids, weights, weighted=weighted, out=total, first=last)
 
-    def sum(self, plan: Plan, y: Tensor, ids: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
-        """Ordered sum over picks."""
+    def sum(
+        self,
+        plan: Plan,
+        y: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        weighted: bool,
+        out: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Ordered sum over picks, of the columns from `first` on."""
         width, tokens = self.shape.width, ids.shape[0]
-        block = min(plan.sum_block, next_power_of_2(width))
-        out = y.new_empty((tokens, width))
-        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "PDL": self.pdl}
+        block = even_block(width - first)
+        out = y.new_empty((tokens, width)) if out is None else out
+        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "FIRST": first, "PDL": self.pdl}
         dims = {"D": width, "K": self.shape.picks, "E": self.shape.experts}
         launch = self._launch(
-            ("sum", weighted),
+            ("sum", weighted, first),
             plan,
             lambda: Launch(
-                token_kernels.sum_slots, {**dims, **flags}, warps=plan.sum_warps, pdl=self.pdl
+                token_kernels.sum_slots, {**dims, **flags}, warps=max(1, block // 256), pdl=self.pdl
             ),
         )
-        launch((tokens, cdiv(width, block)), self.device, y, ids, weights, out)
+        launch((tokens, cdiv(width - first, block)), self.device, y, ids, weights, out)
         return out
 
     def sum_parts(self, part: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -467,6 +481,7 @@ class Layer:
             "SAVE": save,
             "SYNC": _COUNTER_OF[role] if tile.sync else 0,
             "NARROW": tile.narrow,
+            "TURNS": tile.turns,
             "PANEL": tile.panel or cdiv(width, tile.n),
             "DONE": _DONE_OF[role] if tile.panel else 0,
             "WEIGHTED": role == "DOWN",

@@ -35,6 +35,8 @@ class Tile:
     """Split kernels start their tiles in step, for products whose operands outgrow the cache."""
     narrow: bool = False
     """Split kernels compute only what is needed of a last column tile."""
+    turns: bool = False
+    """The two multipliers take whole tiles in turn (backward of down only)."""
     panel: int = 0
     """Column tiles a panel of a split product that also sums over picks; 0 = a launch of its own.
 
@@ -54,8 +56,6 @@ class Plan:
     up_grad: Tile | None = None
     gate_up_weight: Tile | None = None
     down_weight: Tile | None = None
-    sum_block: int = 1024
-    sum_warps: int = 4
 
 
 @dataclass(frozen=True)
