@@ -4,6 +4,7 @@ from __future__ import annotations
 
 SUBVERBS = {
     "kernels": ("mogul.cli.bench_kernels", "time the experts layer here against its floor"),
+    "devices": ("mogul.cli.bench_devices", "time experts spread over devices: who waits for whom"),
 }
 
 EXAMPLES = """

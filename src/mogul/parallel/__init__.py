@@ -15,7 +15,7 @@ from mogul.parallel.layout import Laid, lay_out, sync_gradients
 from mogul.parallel.owners import Owners, contiguous, placed
 from mogul.parallel.process import World, launch, start, stop
 from mogul.parallel.shard import ExpertSpread, spread_experts
-from mogul.parallel.training import clip_gradients, shard_for_training
+from mogul.parallel.training import by_mesh, clip_gradients, shard_for_training
 
 __all__ = [
     "DISPATCH",
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "World",
     "agree",
+    "by_mesh",
     "clip_gradients",
     "contiguous",
     "launch",

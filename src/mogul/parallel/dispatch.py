@@ -27,7 +27,7 @@ from mogul.parallel.owners import Owners
 from mogul.spec.grouping import Grouping
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [R, D], local ids [R, K], weights [R, K]) -> [R, D]; ids from the local count on: no row."""
+"""(rows [R, D], local ids [R, K], weights [R, K]) -> [R, D]; the local count is no expert."""
 
 Rows = int | Literal["equal", "agree"]
 """Rows each rank hands in: a number known to all, the own one ("equal": all have the same), or the

@@ -124,7 +124,7 @@ def _decoder_of(model: nn.Module) -> Any:
     if not isinstance(getattr(base, "layers", None), nn.ModuleList) or not hasattr(base, "norm"):
         raise ConfigError(
             f"{type(model).__name__} is no decoder of layers and a last norm",
-            fix="give a causal language model of Transformers, such as Qwen3-MoE or MogeForCausalLM",
+            fix="give a causal language model of Transformers, such as MogeForCausalLM",
         )
     return base
 

@@ -46,8 +46,10 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def grouping_of(experts: Any) -> Grouping:
+def grouping_of(experts: Any, num_experts: int | None = None) -> Grouping:
     """The grouping of the router in front of an experts module, from the model's config.
+
+    `num_experts` is for a module that has been cut already.
 
     One group unless the router is known to list its picks group by group (mogul's own).
     """
@@ -56,7 +58,9 @@ def grouping_of(experts: Any) -> Grouping:
     if config.model_type not in ("moge", "PanguProMoE"):
         groups = 1
     return Grouping(
-        num_experts=experts.num_experts, num_groups=groups, top_k=config.num_experts_per_tok
+        num_experts=num_experts or experts.num_experts,
+        num_groups=groups,
+        top_k=config.num_experts_per_tok,
     )
 
 

@@ -47,10 +47,13 @@ class Static(Dispatcher):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        share = plan.grouping.top_k // self.owners.ep
-        self.picks = slice(plan.expert_rank * share, (plan.expert_rank + 1) * share)
-        """Columns of the picks that stand on this rank."""
         self.first = plan.expert_rank * self.owners.slots
+        self.picks = self._columns()
+        """Columns of the picks that stand on this rank."""
+
+    def _columns(self) -> slice:
+        share = self.plan.grouping.top_k // self.owners.ep
+        return slice(self.plan.expert_rank * share, (self.plan.expert_rank + 1) * share)
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, chunks: int) -> Tensor:
         """One gather a chunk first, then experts and scatter chunk by chunk."""
@@ -73,17 +76,19 @@ class Static(Dispatcher):
         return _Gathered(begin(x, move), begin(ids.int(), move), begin(weights, move))
 
     def _local(self, ids: Tensor) -> Tensor:
-        """Global ids to local ones; what stands elsewhere, or nowhere, is the sentinel."""
-        local = ids.long() - self.first
-        return local.masked_fill((local < 0) | (local >= self.owners.slots), self.owners.slots)
+        """Global ids of this rank's columns to local ones; a null pick is the sentinel."""
+        return (ids.long() - self.first).clamp_(max=self.owners.slots)
 
 
 class Masked(Static):
     """The same for any router: all picks, those of other ranks masked."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        self.picks = slice(None)
+    def _columns(self) -> slice:
+        return slice(None)
+
+    def _local(self, ids: Tensor) -> Tensor:
+        local = ids.long() - self.first
+        return local.masked_fill(local < 0, self.owners.slots).clamp_(max=self.owners.slots)
 
 
 DISPATCH.add("static", Static, why_not=why_not_static)

@@ -8,7 +8,7 @@ those of the mean of the ranks' losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +153,18 @@ def _average(module: nn.Module, world: int) -> set[nn.Parameter]:
     return found
 
 
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters apart by mesh and placement: an optimizer's fused step takes one kind at a time.
+
+    Give each list as a parameter group of its own.
+    """
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for one in parameters:
+        is_cut = isinstance(one, DTensor)
+        kinds.setdefault((one.device_mesh, one.placements) if is_cut else None, []).append(one)
+    return list(kinds.values())
+
+
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale gradients on several meshes down to a norm over all of them; returns the norm.
@@ -164,7 +176,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     device = parts[0].device
     square = torch.zeros((), dtype=torch.float64, device=device)
     for grad, part in zip(held, parts, strict=True):
-        square += part.float().square().sum().double() / _copies(grad)
+        wide = torch.promote_types(part.dtype, torch.float32)
+        square += torch.linalg.vector_norm(part, dtype=wide).double().square() / _copies(grad)
     dist.all_reduce(square)
     norm = square.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

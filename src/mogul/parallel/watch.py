@@ -25,7 +25,8 @@ class Watch:
     def __init__(self, rank: int, size: int, patience_s: float) -> None:
         self.rank, self.size, self.patience_s = rank, size, patience_s
         store: Any = PrefixStore("mogul_watch", _get_default_store())
-        self._store = store.clone()  # a connection of its own: a thread may wait in the other
+        # A connection of its own where torch can make one: a thread may wait in the other.
+        self._store = store.clone() if hasattr(store, "clone") else store
         self._stopped = threading.Event()
         self._beats = 0
         self._beat()

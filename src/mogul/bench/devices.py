@@ -1,0 +1,287 @@
+"""Measure one experts layer spread over devices: what each way to dispatch costs, and who waits.
+
+Every rank runs `measure`; rank 0's rows are the result. A way's time is its best of called and
+captured in a graph. Experts alone are timed on the very rows each rank got: the slowest rank's
+experts are what a perfect dispatch would take, the rest of the layer's time is exposed
+communication, and the difference between ranks is waiting. The floor is the larger of an even share
+of the work at this run's limits and of the bytes over this run's link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.bench.devices_cases import (
+    Inputs,
+    Way,
+    Weights,
+    dispatcher_of,
+    local_weights,
+    make_inputs,
+    sent_bytes,
+)
+from mogul.bench.devices_clock import Clock, Link, host_waits, measure_link
+from mogul.bench.kernels import DTYPES, LayerShape, Limits
+from mogul.core.errors import BackendError
+from mogul.core.log import log
+from mogul.parallel import Dispatcher, World
+
+WAYS = (
+    Way("grouped", "static"),
+    Way("grouped", "all_to_all"),
+    Way("top-k", "all_to_all"),
+    Way("top-k", "gather"),
+    Way("grouped", "all_to_all", capacity=1.0),
+    Way("grouped", "static", chunks=2),
+    Way("grouped", "static", chunks=4),
+    Way("top-k", "all_to_all", chunks=2),
+)
+CHUNKED_TOKENS = 4096
+"""Fewer tokens than this are not cut: every chunk reads the experts again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to measure."""
+
+    shape: LayerShape
+    tokens: tuple[int, ...] = (16, 64, 456, 4096, 16384)
+    """Of all ranks together."""
+    routings: tuple[str, ...] = ("uniform", "skewed")
+    ways: tuple[Way, ...] = WAYS
+    dtype: str = "bf16"
+    budget_s: float = 0.1
+    """Seconds of measuring for one number."""
+    traced_tokens: tuple[int, ...] = ()
+    """Numbers of tokens for which the phases of every rank are recorded, and waits for the host
+    are counted."""
+
+
+@dataclass
+class Setup:
+    """What all cells of a run share."""
+
+    world: World
+    request: Request
+    clock: Clock
+    limits: Limits
+    link: Link
+    weights: Weights
+    phases: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and tokens."""
+        return DTYPES[self.request.dtype]
+
+
+def measured_limits(clock: Clock, dtype: torch.dtype) -> Limits:
+    """Arithmetic and memory that the slowest device reaches now."""
+    size = 8192 if clock.on_gpu else 1024
+    a = torch.randn(size, size, device=clock.device, dtype=dtype)
+    seconds = clock.most(clock.own_s(lambda: a @ a, 0.2))
+    return Limits(2.0 * size**3 / seconds, -clock.most(-_copy_rate(clock)))
+
+
+def _copy_rate(clock: Clock) -> float:
+    source = torch.ones(1 << (30 if clock.on_gpu else 26), dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / clock.own_s(lambda: target.copy_(source), 0.1)
+
+
+def prepare(world: World, request: Request) -> Setup:
+    """Weights and limits."""
+    clock = Clock(world.device)
+    dtype = DTYPES[request.dtype]
+    limits = measured_limits(clock, dtype)
+    link = measure_link(clock, (1 << 28) if clock.on_gpu else (1 << 22))
+    return Setup(world, request, clock, limits, link, local_weights(world, request.shape, dtype))
+
+
+def measure(world: World, request: Request) -> Iterator[dict[str, Any]]:
+    """One row a cell, as it is done; every rank yields the same rows."""
+    setup = prepare(world, request)
+    yield from measure_cells(setup)
+
+
+def measure_cells(setup: Setup) -> Iterator[dict[str, Any]]:
+    """The rows of a prepared run."""
+    request = setup.request
+    for tokens in request.tokens:
+        for routing in request.routings:
+            for way in request.ways:
+                if way.chunks > 1 and tokens < CHUNKED_TOKENS:
+                    continue
+                yield _cell(setup, routing, way, tokens)
+
+
+@torch.no_grad()
+def _cell(setup: Setup, routing: str, way: Way, tokens: int) -> dict[str, Any]:
+    world, shape, clock = setup.world, setup.request.shape, setup.clock
+    row: dict[str, Any] = {
+        "shape": shape.name, "ranks": world.size, "tokens": tokens, "routing": routing,
+        "way": way.name,
+    }  # fmt: skip
+    try:
+        dispatcher = dispatcher_of(world, shape, way, tokens)
+    except BackendError as refused:
+        return {**row, "refused": str(refused)}
+    inputs = make_inputs(world, shape, way, routing, tokens, setup.dtype)
+
+    def call() -> Tensor:
+        return dispatcher(inputs.x, inputs.ids, inputs.weights, setup.weights.run)
+
+    budget = setup.request.budget_s
+    row["called_s"] = clock.most(clock.own_s(call, budget))
+    if clock.on_gpu and way.fits_a_graph:
+        try:
+            with clock.captured(call) as replay:
+                row["graph_s"] = clock.most(clock.own_s(replay, budget))
+        except RuntimeError as error:
+            row["graph_failed"] = str(error)[:300]
+    row["layer_s"] = min(row["called_s"], row.get("graph_s", float("inf")))
+    own_s = _experts_s(setup, dispatcher, inputs, budget)
+    experts = clock.of_all(own_s)
+    row |= _verdict(setup, inputs, way, row["layer_s"], experts)
+    if tokens in setup.request.traced_tokens:
+        if clock.on_gpu:
+            row["host_waits"] = host_waits(call)
+        setup.phases += record_phases(setup, dispatcher, inputs, row)
+    return row
+
+
+def _experts_s(setup: Setup, dispatcher: Dispatcher, inputs: Inputs, budget_s: float) -> float:
+    """This rank's experts alone, on the rows that the dispatcher brings it."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def note(*rows: Tensor) -> Tensor:
+        seen.append(tuple(part.clone() for part in rows))
+        return setup.weights.run(*rows)
+
+    dispatcher(inputs.x, inputs.ids, inputs.weights, note)
+
+    def alone() -> None:
+        for rows in seen:
+            setup.weights.run(*rows)
+
+    called = setup.clock.own_s(alone, budget_s)
+    if not setup.clock.on_gpu:
+        return called
+    with setup.clock.captured(alone) as replay:
+        return min(called, setup.clock.own_s(replay, budget_s))
+
+
+def _verdict(
+    setup: Setup, inputs: Inputs, way: Way, layer_s: float, experts: list[float]
+) -> dict[str, Any]:
+    """Floor, ratio, waiting, exposed communication, balance."""
+    shape, ranks = setup.request.shape, setup.world.size
+    tokens, element = len(inputs.all_ids), setup.dtype.itemsize
+    rows = 2 * tokens * shape.width * element
+    weights = inputs.distinct * 3 * shape.width * shape.inner * element
+    work_s = setup.limits.floor_s(shape.flop(tokens) / ranks, (weights + rows) / ranks)
+    sent = sent_bytes(inputs, way, ranks, shape, element)
+    floor_s = max(work_s, sent / setup.link.bytes_per_s)
+    slowest = max(experts)
+    return {
+        "experts_s": experts,
+        "wait_s": [slowest - one for one in experts],
+        "exposed_s": layer_s - slowest,
+        "exposed": (layer_s - slowest) / layer_s,
+        "sent_bytes": sent,
+        "floor_s": floor_s,
+        "ratio": layer_s / floor_s,
+        "rho": inputs.rho,
+        "delta": inputs.delta,
+    }
+
+
+def record_phases(
+    setup: Setup, dispatcher: Dispatcher, inputs: Inputs, row: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """When this rank's experts ran within one call, chunk by chunk; of all ranks, on rank 0."""
+    clock = setup.clock
+    marks: list[Any] = []
+
+    def mark() -> None:
+        marks.append(_now(clock))
+
+    def noted(*rows: Tensor) -> Tensor:
+        mark()
+        out = setup.weights.run(*rows)
+        mark()
+        return out
+
+    for _ in range(3):
+        marks.clear()
+        clock.line_up()
+        mark()
+        dispatcher(inputs.x, inputs.ids, inputs.weights, noted)
+        mark()
+        clock.sync()
+    times = [_between(marks[0], one) for one in marks]
+    gathered: list[Any] = [None] * setup.world.size
+    torch.distributed.all_gather_object(gathered, times)
+    return [
+        {**{k: row[k] for k in ("shape", "tokens", "routing", "way")}, "rank": r, "marks_s": m}
+        for r, m in enumerate(gathered)
+    ]
+
+
+def _now(clock: Clock) -> Any:
+    if clock.on_gpu:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    return perf_counter()
+
+
+def _between(first: Any, last: Any) -> float:
+    if isinstance(first, float):
+        return last - first
+    return first.elapsed_time(last) / 1e3
+
+
+def check_exact(setup: Setup, way: Way, tokens: int) -> float:
+    """Largest relative error of a way, forward and backward, against all experts on one device."""
+    world, shape = setup.world, setup.request.shape
+    inputs = make_inputs(world, shape, way, "skewed", tokens, setup.dtype)
+    dispatcher = dispatcher_of(world, shape, way, tokens)
+    whole = [_all_experts(part) for part in (setup.weights.gate_up, setup.weights.down)]
+    x = inputs.x.clone().requires_grad_()
+    y = dispatcher(x, inputs.ids, inputs.weights, setup.weights.run)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    wanted_x = inputs.x.clone().requires_grad_()
+    wanted = Weights(*whole).run(wanted_x, inputs.ids, inputs.weights)
+    (wanted_dx,) = torch.autograd.grad(wanted, wanted_x, torch.ones_like(wanted))
+    errors = [_error(y.detach(), wanted.detach()), _error(dx, wanted_dx)]
+    return setup.clock.most(max(errors))
+
+
+def _all_experts(part: Tensor) -> Tensor:
+    out = part.new_empty((part.shape[0] * torch.distributed.get_world_size(), *part.shape[1:]))
+    torch.distributed.all_gather_into_tensor(out, part)
+    return out
+
+
+def _error(given: Tensor, wanted: Tensor) -> float:
+    error = float((given.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-20))
+    return error if error == error else float("inf")
+
+
+def explain(setup: Setup) -> dict[str, Any]:
+    """The limits of this run, for tables and the ledger."""
+    found = {
+        "tflop_per_s": setup.limits.flop_per_s / 1e12,
+        "memory_gb_per_s": setup.limits.bytes_per_s / 1e9,
+        "link_gb_per_s": setup.link.bytes_per_s / 1e9,
+        "link_latency_s": setup.link.latency_s,
+    }
+    log.info("limits of this run: %s", found)
+    return found

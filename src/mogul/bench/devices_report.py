@@ -1,0 +1,173 @@
+"""Show what `bench devices` measured: a table, a page with the timeline of every rank, ledger rows.
+
+The timeline is drawn from marks of one call: a rank's experts are bars, the gaps before and after
+them are communication and waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mogul.bench import ledger
+from mogul.core.table import Table
+from mogul.core.units import show_s
+from mogul.draw.page import Page
+
+Row = Mapping[str, Any]
+COLUMNS = (
+    "tokens", "routing", "way", "layer us", "experts us", "waits us", "exposed %", "floor us",
+    "x floor", "rho", "delta", "sent KiB", "host waits",
+)  # fmt: skip
+NOTES = (
+    "layer: the slowest rank's, called or in a graph, whichever is less",
+    "experts: the slowest rank's, alone",
+    "waits: the rank with the fewest work waits so long for the slowest rank's experts",
+    "exposed: share of the layer that is not the slowest rank's experts",
+    "floor: an even share of the work at this run's limits, or the bytes over this run's link",
+    "rho, delta: rows and distinct experts on the busiest device over the mean",
+)
+WIDTH, BAR, LEFT = 900, 16, 210
+COLORS = {"experts": "#2b6cb0", "rest": "#d9dde3"}
+
+
+def table(rows: Sequence[Row], facts: Row) -> Table:
+    """One line a cell; refused ones say why in the notes."""
+    lines = [_line(row) for row in rows if "refused" not in row]
+    refused = {f"{row['way']}: {row['refused']}" for row in rows if "refused" in row}
+    shape, ranks = (rows[0]["shape"], rows[0]["ranks"]) if rows else ("", "")
+    limits = (
+        f"limits of this run: {facts['tflop_per_s']:.3g} TFLOP/s, "
+        f"{facts['memory_gb_per_s']:.4g} GB/s memory, {facts['link_gb_per_s']:.4g} GB/s link, "
+        f"{show_s(facts['link_latency_s'])} for the smallest gather"
+    )
+    title = f"experts layer {shape} on {ranks} devices"
+    data = {"facts": dict(facts), "rows": [dict(row) for row in rows]}
+    return Table(title, COLUMNS, lines, (limits, *NOTES, *sorted(refused)), data=data)
+
+
+def _line(row: Row) -> list[Any]:
+    return [
+        row["tokens"],
+        row["routing"],
+        row["way"],
+        round(row["layer_s"] * 1e6),
+        round(max(row["experts_s"]) * 1e6),
+        round(max(row["wait_s"]) * 1e6),
+        f"{row['exposed'] * 100:.0f}",
+        round(row["floor_s"] * 1e6),
+        f"{row['ratio']:.2f}",
+        f"{row['rho']:.3f}",
+        f"{row['delta']:.3f}",
+        round(row["sent_bytes"] / 1024),
+        row.get("host_waits", ""),
+    ]
+
+
+def timeline(phases: Sequence[Row]) -> str:
+    """An SVG: one bar a rank for every case, experts dark, the rest of the call light."""
+    longest = max(one["marks_s"][-1] for one in phases)
+    scale = (WIDTH - LEFT - 60) / longest
+    parts, y, last = [], 4, ""
+    for one in phases:
+        title = f"{one['tokens']} tokens, {one['routing']}, {one['way']}"
+        if title != last:
+            y += 18
+            parts.append(f'<text x="0" y="{y}" font-size="12">{escape(title)}</text>')
+            last, y = title, y + 6
+        parts.append(_bar(one, y, scale))
+        y += BAR + 3
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {y + 8}" width="100%" role="img" '
+        f'font-family="sans-serif">{"".join(parts)}</svg>'
+    )
+
+
+def _bar(one: Row, y: int, scale: float) -> str:
+    marks = one["marks_s"]
+    text = f'<text x="{LEFT - 8}" y="{y + 12}" font-size="11" text-anchor="end">'
+    end_x, shown = LEFT + marks[-1] * scale + 5, escape(show_s(marks[-1]))
+    parts = [
+        f"{text}rank {one['rank']}</text>",
+        _box(0.0, marks[-1], y, scale, COLORS["rest"]),
+        *(
+            _box(begin, end, y, scale, COLORS["experts"])
+            for begin, end in zip(marks[1:-1:2], marks[2:-1:2], strict=True)
+        ),
+        f'<text x="{end_x:.1f}" y="{y + 12}" font-size="11">{shown}</text>',
+    ]
+    return "".join(parts)
+
+
+def _box(begin: float, end: float, y: int, scale: float, color: str) -> str:
+    x, width = LEFT + begin * scale, max((end - begin) * scale, 0.5)
+    return f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{color}"/>'
+
+
+def write_page(folder: Path, tables: Iterable[Table], phases: Sequence[Row]) -> Path:
+    """The report as one HTML file."""
+    page = Page(
+        "Devices that wait",
+        "One experts layer spread over devices, by router and dispatch: how long it takes, who "
+        "waits for whom, and how far it is from what the devices could do.",
+    )
+    for one in tables:
+        page.table(one)
+    if phases:
+        page.section("One call of every rank")
+        page.drawing(
+            timeline(phases),
+            "Dark: the rank's experts. Light: communication, and waiting for the other ranks.",
+        )
+    return page.write(folder / "devices.html")
+
+
+def ledger_rows(rows: Iterable[Row], facts: Row, device: str) -> list[dict[str, Any]]:
+    """A ledger row for every measured cell."""
+    found = []
+    for row in rows:
+        if "refused" in row:
+            continue
+        case = f"{row['shape']} x{row['ranks']} {row['way']} {row['routing']} T{row['tokens']}"
+        measured = {k: v for k, v in row.items() if k not in ("shape", "ranks", "way", "layer_s")}
+        found.append(
+            ledger.row(
+                device,
+                bench="devices",
+                case=case,
+                metric="layer",
+                unit="s",
+                value=row["layer_s"],
+                runs=5,
+                floor=row["floor_s"],
+                ratio=row["ratio"],
+                detail=measured,
+                limits=dict(facts),
+            )
+        )
+    return found
+
+
+def training_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
+    """A ledger row for every training step; the floor is one device's time for its tokens."""
+    alone = next((step for step in steps if step["ranks"] == 1), None)
+    found = []
+    for step in steps:
+        gain = step["tokens_per_s"] / alone["tokens_per_s"] if alone else None
+        case = f"train x{step['ranks']} {step['dispatch']} in {step['chunks']} chunks"
+        found.append(
+            ledger.row(
+                device,
+                bench="devices",
+                case=case,
+                metric="step",
+                unit="s",
+                value=step["step_s"],
+                runs=5,
+                gain=gain,
+                detail=dict(step),
+            )
+        )
+    return found
