@@ -52,7 +52,7 @@ def token_folder(tmp_path_factory) -> Path:
     words = ["ab", "cad", "bead", "face", "deaf", "decade"]
     folder = tmp_path_factory.mktemp("text")
     for i in range(8):
-        text = " ".join(rng.choice(words, size=400))
+        text = "\n".join(" ".join(rng.choice(words, size=8)) for _ in range(60))
         (folder / f"{i}.txt").write_text(text + ".\n")
     out = tmp_path_factory.mktemp("tokens") / "shards"
     build(
@@ -60,3 +60,41 @@ def token_folder(tmp_path_factory) -> Path:
         out,
     )
     return out
+
+
+@pytest.fixture
+def recipe(token_folder):
+    """A recipe of six steps of the tiny model; keyword `section__key` changes a value."""
+    from mogul.train.recipe import Recipe
+    from mogul.train.recipe_file import merged
+
+    values = {
+        "model": {
+            "config": {
+                "vocab_size": 300,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "router_n_groups": 2,
+                "moe_intermediate_size": 16,
+                "max_position_embeddings": 64,
+            }
+        },
+        "data": {"sources": [str(token_folder)]},
+        "run": {"steps": 6, "batch_size": 2, "sequence_length": 32, "device": "cpu"},
+        "optimizer": {"lr": 0.01, "kind": "muon"},
+        "balance": {"loss": "global", "bias": "sign"},
+        "checkpoint": {"every_steps": 2},
+        "log": {"every_steps": 1, "report": False, "eval_batches": 1},
+    }
+
+    def make(**changes) -> Recipe:
+        laid = values
+        for path, value in changes.items():
+            section, key = path.split("__", 1)
+            laid = merged(laid, {section: {key: value}})
+        return Recipe.parse(laid)
+
+    return make

@@ -34,6 +34,7 @@ from mogul.train.checkpoint import (
     to_host,
 )
 from mogul.train.data import held_out_windows, open_stream
+from mogul.train.data.shards import TOKENIZER
 from mogul.train.evaluate import held_out_loss
 from mogul.train.export import export
 from mogul.train.guard import SpikeGuard
@@ -334,12 +335,20 @@ class Session:
         if is_stopped:
             say(f"stopped at step {self.step} of {self.num_steps}; go on with --resume")
             return
-        export(self.model, self.folder / MODEL, tokenizer=self.recipe.model.tokenizer)
+        export(self.model, self.folder / MODEL, tokenizer=self._tokenizer())
         if self.recipe.log.report:
             from mogul.train.report import write_report
 
             write_report(self.folder)
         say(f"trained {self.step} steps, {show_count(self.tokens)} tokens: {self.folder / MODEL}")
+
+
+    def _tokenizer(self) -> Path | None:
+        """The folder of the tokenizer: named, or beside the tokens it made."""
+        if self.recipe.model.tokenizer:
+            return Path(self.recipe.model.tokenizer)
+        beside = Path(self.recipe.data.sources[0].path) / TOKENIZER
+        return beside if beside.is_dir() else None
 
 
 def _without_ties(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

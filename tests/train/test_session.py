@@ -1,0 +1,232 @@
+"""A recipe runs to an exported model, and goes on bit by bit after any kind of end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from mogul.core.errors import ArtifactError, ConfigError, MogulError
+from mogul.models import load_model
+from mogul.spec.trace import load_trace
+from mogul.train import checkpoint
+from mogul.train.session import CHECKPOINTS, MODEL, Session
+
+
+def _run(recipe, folder, *, resume=False):
+    with Session(recipe, folder, resume=resume) as session:
+        session.run()
+        return session
+
+
+def _files(session) -> dict[str, torch.Tensor]:
+    """Every tensor of a session's state."""
+    return {f"{f}/{n}": t for f, ts in session.snapshot().tensors.items() for n, t in ts.items()}
+
+
+def _same(first, second) -> bool:
+    a, b = _files(first), _files(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(recipe, tmp_path):
+    session = _run(recipe(log__report=True), tmp_path)
+    lines = _lines(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["tokens"] == 6 * 2 * 32
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["rho_2"] == 1.0  # two groups on two devices: by construction
+    assert lines[-1]["max_vio_in_groups"] >= 0
+    assert lines[-1]["bits_per_byte"] > 0
+    loads = [json.loads(line) for line in (tmp_path / "loads.jsonl").read_text().splitlines()]
+    assert all(sum(row) == 2 * 32 * 2 for line in loads for row in line["rows"])
+    assert load_trace(tmp_path / "trace").meta.num_tokens == 6 * 64
+    assert "Rows of every expert" in (tmp_path / "report.html").read_text()
+    assert checkpoint.steps_in(tmp_path / CHECKPOINTS) == [4, 6]  # keep = 2
+    loaded = load_model(tmp_path / MODEL)
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, session.model.eval()(input_ids=ids).logits)
+    assert (tmp_path / MODEL / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"run__accumulation": 2, "optimizer__kind": "adamw"}])
+def test_resumed_is_bit_identical(recipe, tmp_path, changes):
+    whole = _run(recipe(**changes), tmp_path / "whole")
+    part = recipe(**changes)
+    with Session(part, tmp_path / "part") as session:
+        for _ in range(3):
+            session.take_step()
+        checkpoint.write(tmp_path / "part" / CHECKPOINTS, session.snapshot(), keep=2)
+    resumed = _run(part, tmp_path / "part", resume=True)
+    assert _same(whole, resumed)
+
+
+def test_resumed_with_a_batch_waiting_is_bit_identical(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("mogul.train.guard.RETURN_AFTER_STEPS", 3)
+    spiky = recipe(run__spike_factor=9.0)
+    with monkeypatch.context() as patch:
+        _spoil(patch, at=(2,))
+        whole = _run(spiky, tmp_path / "whole")
+    with monkeypatch.context() as patch, Session(spiky, tmp_path / "part") as session:
+        _spoil(patch, at=(2,))
+        for _ in range(4):
+            session.take_step()
+        checkpoint.write(tmp_path / "part" / CHECKPOINTS, session.snapshot(), keep=2)
+    resumed = _run(spiky, tmp_path / "part", resume=True)
+    assert resumed.optimizer.num_updates == 5
+    assert _same(whole, resumed)
+
+
+def test_sigterm_saves_and_stops(recipe, tmp_path, monkeypatch):
+    taken = Session.take_step
+
+    def kill_at_three(self):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken(self)
+
+    rare = recipe(checkpoint__every_steps=100)
+    monkeypatch.setattr(Session, "take_step", kill_at_three)
+    with Session(rare, tmp_path / "part") as session:
+        assert session.run() is False
+    assert checkpoint.steps_in(tmp_path / "part" / CHECKPOINTS) == [4]
+    assert not (tmp_path / "part" / MODEL).exists()
+    monkeypatch.undo()
+    resumed = _run(rare, tmp_path / "part", resume=True)
+    assert _same(resumed, _run(rare, tmp_path / "whole"))
+    assert [line["step"] for line in _lines(tmp_path / "part")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, capsys):
+    whole = _run(recipe(), tmp_path)
+    newest = tmp_path / CHECKPOINTS / "step-00000006" / "optimizer.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    with Session(recipe(), tmp_path, resume=True) as session:
+        assert session.step == 4
+        assert "step 6 is passed over" in capsys.readouterr().err
+        while session.step < 6:
+            session.take_step()
+        assert _same(session, whole)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def test_no_pickle_is_ever_read(recipe, tmp_path, monkeypatch):
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    _run(recipe(), tmp_path / "run")
+    bomb = pickle.dumps(_Bomb())
+    for folder in (tmp_path / "run" / CHECKPOINTS).iterdir():
+        for name in ("optimizer.pt", "pytorch_model.bin", "more.bin", "training_args.bin"):
+            (folder / name).write_bytes(bomb)
+    with Session(recipe(run__steps=8), tmp_path / "run", resume=True) as session:
+        assert session.step == 6
+    newest = tmp_path / "run" / CHECKPOINTS / "step-00000006"
+    (newest / "model.safetensors").write_bytes(bomb)
+    state = json.loads((newest / "state.json").read_text())
+    state["files"]["model.safetensors"] = checkpoint._seal_of(newest / "model.safetensors")
+    (newest / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ArtifactError, match="is no safetensors file"):
+        checkpoint.read(newest)
+    state["files"] = {"../evil.safetensors": {}}
+    (newest / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ArtifactError, match="strange file"):
+        checkpoint.read(newest)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, asynchronous):
+    part = recipe(checkpoint__asynchronous=asynchronous)
+    save = checkpoint.save_file
+    calls = []
+
+    def full_later(tensors, file):
+        calls.append(file)
+        if len(calls) == 5:  # the second file of the second checkpoint
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_later)
+    with pytest.raises(ArtifactError, match="no space left to write"):
+        _run(part, tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.steps_in(tmp_path / CHECKPOINTS) == [2]
+    assert not list((tmp_path / CHECKPOINTS).glob(".*"))
+    assert _same(_run(part, tmp_path, resume=True), _run(part, tmp_path / "whole"))
+
+
+def test_a_loss_that_is_no_number_stops_with_the_checkpoint_whole(recipe, tmp_path, monkeypatch):
+    _spoil(monkeypatch, at=(4,))
+    with pytest.raises(MogulError, match="the loss is nan at step 4"):
+        _run(recipe(), tmp_path)
+    assert checkpoint.read_newest(tmp_path / CHECKPOINTS).step in (2, 4)
+
+
+def test_a_spike_changes_nothing_and_its_batch_returns(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("mogul.train.guard.RETURN_AFTER_STEPS", 2)
+    _spoil(monkeypatch, at=(2,))
+    seen = []
+    with Session(recipe(run__spike_factor=6.0, run__steps=8), tmp_path) as session:
+        gradients = session.stepper.gradients
+        session.stepper.gradients = lambda batches: (seen.append(batches), gradients(batches))[1]
+        for step in range(5):
+            before = _files(session)
+            session.take_step()
+            after = _files(session)
+            kept = [name for name in before if not name.startswith("more/")]
+            changed = [name for name in kept if not torch.equal(before[name], after[name])]
+            assert bool(changed) == (step != 2)
+        assert session.optimizer.num_updates == 4
+    assert torch.equal(seen[4][0], seen[2][0])  # the same batch, two steps later
+    assert not torch.equal(seen[3][0], seen[2][0])
+
+
+def _spoil(monkeypatch, *, at):
+    """Let the gradients of some steps be no number."""
+    from mogul.train.step import Stepper
+
+    original, calls = Stepper.gradients, []
+
+    def spoiled(self, batches):
+        found = original(self, batches)
+        calls.append(1)
+        if len(calls) - 1 in at:
+            object.__setattr__(found, "loss", math.nan)
+        return found
+
+    monkeypatch.setattr(Stepper, "gradients", spoiled)
+
+
+def test_folders_are_not_mixed(recipe, tmp_path):
+    _run(recipe(), tmp_path)
+    with pytest.raises(ConfigError, match="holds checkpoints of another run") as caught:
+        Session(recipe(), tmp_path)
+    assert "--resume" in caught.value.__notes__[0]
+    with pytest.raises(ConfigError, match=r"changed: optimizer\.lr"):
+        Session(recipe(optimizer__lr=0.02), tmp_path, resume=True)
+    longer = _run(recipe(run__steps=7), tmp_path, resume=True)
+    assert longer.step == 7
+
+
+def test_a_small_vocabulary_is_refused(recipe, tmp_path):
+    config = {**recipe().model.config, "vocab_size": 200}
+    with pytest.raises(
+        ConfigError, match="the data have ids up to 2.., the model a vocabulary of 200"
+    ):
+        Session(recipe(model__config=config), tmp_path)
