@@ -21,12 +21,15 @@ import torch
 from mogul.bench import ledger
 from mogul.core.log import say
 from mogul.serve.engine import Engine
+from mogul.serve.graphs import decoder_layers
 from mogul.serve.loading import random_model
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
+from mogul.serve.routed import distinct_experts
 from mogul.serve.sampling import Sampled, Sampler
 from mogul.spec import presets
 
+START_S = time.perf_counter()
 VLLM = {"qwen3-30b-a3b": {1: 4.98, 8: 11.66, 16: 16.64, 64: 25.86, 96: 48.11}}
 BARS = {"qwen3-30b-a3b": {1: 3.6, 8: 10.3, 16: 15.5, 64: 24.0, 96: 26.0}}
 
@@ -55,7 +58,6 @@ def main() -> None:
     model = random_model(folder, dtype="bfloat16", device="cuda", experts="mogul")
     torch.cuda.synchronize()
     note(options, kind="weights", seconds=time.perf_counter() - start_s)
-    distinct = {} if options.no_distinct else count_distinct(model, options)
     batches = options.batches
     length = options.input + options.output
     start_s = time.perf_counter()
@@ -72,22 +74,63 @@ def main() -> None:
             compile=not options.no_compile,
             graphs=not options.no_graphs,
             kv_dtype=options.kv_dtype,
+            graph_sizes=tuple(batches),
         ),
     )
     note(options, kind="ready", seconds=time.perf_counter() - start_s)
+    plain = engine.steps.sampler
     engine.steps.sampler = ForcedSampler(config["vocab_size"])
     bandwidth = copy_bandwidth()
     note(options, kind="bandwidth", bytes_per_s=bandwidth)
     for batch in batches:
-        try:
-            measure(engine, batch, options, distinct.get(batch), bandwidth)
-        except Exception as error:
-            note(options, kind="failed", batch=batch, why=f"{type(error).__name__}: {error}")
+        attempt(options, measure, engine, batch, options, bandwidth)
     for batch in options.profile:
-        try:
-            profile(engine, batch, options)
-        except Exception as error:
-            note(options, kind="failed", batch=batch, why=f"{type(error).__name__}: {error}")
+        attempt(options, profile, engine, batch, options)
+    engine.steps.sampler = plain
+    if options.check:
+        attempt(options, check, engine, options)
+    if options.distinct:
+        attempt(options, count_distinct, engine, options)
+
+
+def attempt(options: Any, part: Any, *args: Any) -> None:
+    """Let the other parts go on when one fails."""
+    try:
+        part(*args)
+    except Exception as error:
+        note(options, kind="failed", part=part.__name__, why=f"{type(error).__name__}: {error}")
+
+
+def uncompile(engine: Engine) -> Any:
+    """The model without compiled layers."""
+    for layer in decoder_layers(engine.runner.model):
+        layer._compiled_call_impl = None
+    return engine.runner.model
+
+
+def check(engine: Engine, options: Any) -> None:
+    """Compare compiled, captured, paged answers with one plain forward of Transformers."""
+    params = SamplingParams(max_tokens=24, temperature=0, logprobs=0, ignore_eos=True)
+    prompts = prompts_of(3, options, engine.runner.vocab_size, 5)
+    prompts = [prompts[0][:7], prompts[1][:333], prompts[2]]
+    answers = engine.generate(prompts, params)
+    engine.check()
+    model = uncompile(engine)
+    model.set_attn_implementation("sdpa")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = torch.tensor([[*prompt, *answer.token_ids]], device="cuda")
+        with torch.inference_mode():
+            logits = model(tokens, logits_to_keep=len(answer.token_ids) + 1).logits[0, :-1]
+        want = logits.float().log_softmax(-1)
+        got = torch.tensor([one.logprob for one in answer.logprobs or ()], device="cuda")
+        picked = want.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+        note(
+            options, kind="check", prompt=len(prompt), finish=answer.finish, error=answer.error,
+            logprob_gap=round(float((got - picked).abs().max()), 4),
+            regret=round(float((want.amax(-1) - picked).max()), 4),
+            same_top=round(float((want.argmax(-1) == tokens[0, len(prompt) :]).float().mean()), 3),
+        )  # fmt: skip
+    model.set_attn_implementation("mogul_paged")
 
 
 def read_options() -> Any:
@@ -104,7 +147,8 @@ def read_options() -> Any:
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument("--no-distinct", action="store_true")
+    parser.add_argument("--distinct", action="store_true", help="count the experts touched")
+    parser.add_argument("--check", action="store_true", help="compare with a plain forward")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--out", default=".")
     return parser.parse_args()
@@ -112,7 +156,7 @@ def read_options() -> Any:
 
 def note(options: Any, **fields: Any) -> None:
     """Print a partial result and keep it, in case the rest never comes."""
-    line = json.dumps(fields)
+    line = json.dumps({"at_s": round(time.perf_counter() - START_S, 1), **fields})
     say(line)
     with (Path(options.out) / "engine.jsonl").open("a") as file:
         file.write(line + "\n")
@@ -138,10 +182,11 @@ def prompts_of(batch: int, options: Any, vocab: int, seed: int) -> list[list[int
     return torch.randint(0, vocab, (batch, options.input), generator=generator).tolist()
 
 
-def count_distinct(model: Any, options: Any) -> dict[int, float]:
+def count_distinct(engine: Engine, options: Any) -> None:
     """Mean distinct experts a layer in decode steps of each batch size, tokens forced."""
-    vocab = model.config.vocab_size
-    most = max(options.batches)
+    model = uncompile(engine)
+    engine.close()
+    vocab, most = model.config.vocab_size, max(options.batches)
     engine = Engine(
         model,
         None,
@@ -151,30 +196,23 @@ def count_distinct(model: Any, options: Any) -> dict[int, float]:
         ),
     )  # fmt: skip
     engine.steps.sampler = ForcedSampler(vocab)
-    found = {}
+    experts, picks_a_token = model.config.num_experts, model.config.num_experts_per_tok
     for batch in options.batches:
         for prompt in prompts_of(batch, options, vocab, batch):
             engine.add(prompt[:32], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
-        counts = []
+        counts: list[float] = []
         while engine.has_work:
             engine.step()
             for picks in engine.last_picks or []:
                 if picks is not None and len(picks) == batch:
-                    ids = picks.permute(1, 0, 2).flatten(1).tolist()
-                    counts += [len(set(layer)) for layer in ids]
-        if counts:
-            found[batch] = sum(counts) / len(counts)
-            experts = model.config.num_experts
-            share = model.config.num_experts_per_tok / experts
-            even = experts * (1 - (1 - share) ** batch)
-            note(options, kind="distinct", batch=batch, experts=found[batch], even=even)
+                    counts += distinct_experts(picks.cpu().numpy(), batch).tolist()
+        even = experts * (1 - (1 - picks_a_token / experts) ** batch)
+        found = sum(counts) / max(len(counts), 1)
+        note(options, kind="distinct", batch=batch, experts=round(found, 2), even=round(even, 2))
     engine.close()
-    return found
 
 
-def measure(
-    engine: Engine, batch: int, options: Any, distinct: float | None, bandwidth: float
-) -> None:
+def measure(engine: Engine, batch: int, options: Any, bandwidth: float) -> None:
     """Run one batch size a few times and print its medians."""
     params = SamplingParams(max_tokens=options.output, temperature=0, ignore_eos=True)
     steady, own, prompt_s = [], [], []
@@ -192,13 +230,13 @@ def measure(
             steady.append(1e3 * (last - first) / max(steps, 1))
             own.append(1e3 * median((t[-1] - t[0]) / (len(t) - 1) for t in times))
             prompt_s.append(first - start_s)
-    floor = floor_ms(engine, batch, options, distinct, bandwidth)
+    floor = floor_ms(engine, batch, options, bandwidth)
     tpot = median(steady)
     fields: dict[str, Any] = dict(
         tpot_ms=round(tpot, 3), spread=[round(min(steady), 3), round(max(steady), 3)],
         own_tpot_ms=round(median(own), 3), floor_ms=round(floor, 3), ratio=round(tpot / floor, 3),
         prefill_tokens_per_s=round(batch * options.input / median(prompt_s)),
-        first_token_ms=round(1e3 * median(prompt_s), 2), distinct=distinct,
+        first_token_ms=round(1e3 * median(prompt_s), 2),
         bar_ms=BARS.get(options.preset, {}).get(batch), vllm_ms=VLLM.get(options.preset, {}).get(batch),
     )  # fmt: skip
     note(options, kind="measured", batch=batch, **fields)
@@ -206,10 +244,8 @@ def measure(
         record(engine, batch, options, fields)
 
 
-def floor_ms(
-    engine: Engine, batch: int, options: Any, distinct: float | None, bandwidth: float
-) -> float:
-    """Least time of a decode step: touched weights and all keys and values, read once."""
+def floor_ms(engine: Engine, batch: int, options: Any, bandwidth: float) -> float:
+    """Least time of a decode step: weights touched by even picks, all keys and values, once."""
     config = engine.runner.model.config
     names = [
         (name, p.numel() * p.element_size()) for name, p in engine.runner.model.named_parameters()
@@ -218,7 +254,7 @@ def floor_ms(
     embedding = sum(size for name, size in names if "embed_tokens" in name)
     rest = sum(size for _, size in names) - experts - embedding
     num = getattr(config, "num_experts", 1)
-    touched = distinct or num * (1 - (1 - config.num_experts_per_tok / num) ** batch)
+    touched = num * (1 - (1 - config.num_experts_per_tok / num) ** batch)
     context = options.input + options.output / 2
     kv = batch * context * engine.runner.token_bytes
     return 1e3 * (rest + experts * touched / num + kv) / bandwidth
@@ -234,7 +270,7 @@ def record(engine: Engine, batch: int, options: Any, fields: dict[str, Any]) -> 
         ledger.row(
             device=device, bench="engine", case=case, metric="TPOT", unit="ms",
             value=fields["tpot_ms"], spread=fields["spread"], runs=options.runs,
-            floor=fields["floor_ms"], ratio=fields["ratio"], distinct_experts=fields["distinct"],
+            floor=fields["floor_ms"], ratio=fields["ratio"],
             peers={"vllm 0.22.1 (another run)": fields["vllm_ms"]},
         ),
         ledger.row(

@@ -48,9 +48,9 @@ def compile_layers(model: Any) -> int:
 class Ladder:
     """Captured decode steps by batch size."""
 
-    def __init__(self, runner: Runner, most_sequences: int, pages_a_table: int) -> None:
+    def __init__(self, runner: Runner, rungs: Sequence[int], pages_a_table: int) -> None:
         self.runner = runner
-        self.rungs = rungs_up_to(most_sequences)
+        self.rungs = sorted(rungs)
         self.pages = pages_a_table
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
 
@@ -93,11 +93,11 @@ class Ladder:
         return logits[:count]
 
 
-def try_ladder(runner: Runner, most_sequences: int, pages_a_table: int) -> Ladder | None:
+def try_ladder(runner: Runner, rungs: Sequence[int], pages_a_table: int) -> Ladder | None:
     """Capture where it can be done; where not, say why and run uncaptured."""
     if runner.device.type != "cuda":
         return None
-    ladder = Ladder(runner, most_sequences, pages_a_table)
+    ladder = Ladder(runner, rungs, pages_a_table)
     try:
         with torch.inference_mode():
             ladder.capture()

@@ -39,6 +39,9 @@ class EngineOptions:
     graphs: bool = True
     """Capture decode steps as graphs, on accelerators."""
 
+    graph_sizes: tuple[int, ...] = ()
+    """Batch sizes to capture; empty is a ladder up to `max_sequences`."""
+
     compile: bool = True
     """Compile the decoder layer, on accelerators."""
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mogul.core.errors import BackendError, ConfigError
 from mogul.core.log import say
 from mogul.serve.attention import NAME, LayerCache, LayerShape, StepState, find_layers, running
-from mogul.serve.graphs import Ladder, compile_layers, try_ladder
+from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
 from mogul.serve.options import EngineOptions
 from mogul.serve.routed import ExpertTap
@@ -85,7 +85,9 @@ class Runner:
         torch.accelerator.synchronize(self.device)
         say(f"first steps in {time.perf_counter() - start_s:.1f} s")
         if options.graphs and not self.tap.is_open:
-            self.ladder = try_ladder(self, limits.sequences, limits.pages)
+            most = limits.sequences
+            rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
+            self.ladder = try_ladder(self, rungs, limits.pages)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
