@@ -133,14 +133,30 @@ def plain_model(name: str):
     return model
 
 
-def make_engine(name: str, **options: object):
+def make_engine(name: str, tokenizer=None, speculator=None, **options: object):
     """An engine over a copy of the plain model."""
     from mogul.serve.engine import Engine
     from mogul.serve.options import EngineOptions
 
     small = {"max_sequences": 4, "step_tokens": 24, "cache_tokens": 400, "page_size": 4}
     model = copy.deepcopy(plain_model(name))
-    return Engine(model, None, EngineOptions(**{**small, "seed": 0, **options}), name=name)
+    settled = EngineOptions(**{**small, "seed": 0, **options})
+    return Engine(model, tokenizer, settled, name=name, speculator=speculator)
+
+
+@cache
+def letters():
+    """A tokenizer with a token for each byte, as many as the tiny models have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
+    vocab = {c: i for i, c in enumerate(characters)}
+    fast = Tokenizer(models.BPE(vocab, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>")
 
 
 def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -197,6 +213,7 @@ def tiny() -> SimpleNamespace:
         engine=make_engine,
         model=plain_model,
         prompts=random_prompts,
+        letters=letters,
         expected=expected,
         logprobs=logprobs_of,
         assert_greedy=assert_greedy,

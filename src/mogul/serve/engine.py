@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogul.core.errors import BackendError, ConfigError
-from mogul.schedule.policy import Limits, Scheduler
+from mogul.schedule.policy import Limits, Scheduler, StepPlan
 from mogul.serve.blocks import BlockPool, root_digest
 from mogul.serve.loading import Load, default_device, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
@@ -29,11 +29,15 @@ from mogul.serve.results import fail, take
 from mogul.serve.runner import Runner
 from mogul.serve.sizes import choose_sizes
 from mogul.serve.steps import Flight, Steps
+from mogul.serve.stops import TextStream
+from mogul.serve.structured import Matchers
 from mogul.serve.tables import PageRoom
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mogul.serve.speculate import Speculator
 
 Prompt = str | Sequence[int]
 PROMPT_ROWS = 256
@@ -70,6 +74,7 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         name: str = "",
+        speculator: Speculator | None = None,
     ) -> None:
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
@@ -84,6 +89,8 @@ class Engine:
         self.last_picks: Any = None
         """Picks of the last step read [T, layers, K], where `record_experts` is on."""
 
+        self.speculator = speculator
+        self._matchers: Matchers | None = None
         self._salt = (name, str(model.dtype), self.options.kv_dtype)
         self._end_ids = _end_ids(model, tokenizer)
         self._live: dict[int, Live] = {}
@@ -93,6 +100,7 @@ class Engine:
         self._seeds = random.Random(self.options.seed)
         self._lock = threading.RLock()
         self._num_steps = self._prompt_tokens = self._output_tokens = 0
+        self._last_step_s = 0.0
         if self.options.record_experts:
             self.runner.tap.open()
         self.runner.warm_up(self.options, sizes.largest_step)
@@ -106,6 +114,7 @@ class Engine:
         device: str | None = None,
         experts: str = "mogul",
         load: Load = "checkpoint",
+        speculator: Speculator | None = None,
         **options: Any,
     ) -> Engine:
         """Open a checkpoint folder or hub id.
@@ -116,6 +125,7 @@ class Engine:
             device: None is an accelerator where there is one.
             experts: implementation of the experts.
             load: "random" makes weights of the config's shape on the device instead.
+            speculator: guesses tokens that are verified together; None guesses nothing.
             options: fields of `EngineOptions`.
 
         Raises:
@@ -126,7 +136,8 @@ class Engine:
         model = open_model(
             path, load=load, dtype=dtype, device=device or default_device(), experts=experts
         )
-        return cls(model, open_tokenizer(path), settled, name=str(path))
+        tokenizer = open_tokenizer(path)
+        return cls(model, tokenizer, settled, name=str(path), speculator=speculator)
 
     # ------------------------------------------------------------------------------ requests
 
@@ -210,11 +221,18 @@ class Engine:
     def _equip(self, live: Live) -> None:
         """Give a request what its text and its structure need."""
         if self.tokenizer is not None:
-            live.stream = TextStream(self.tokenizer, live.params)  # noqa: F821
+            live.stream = TextStream(self.tokenizer, live.params)
         if live.params.structure is not None:
-            live.matcher = self._matchers.matcher(live.params.structure)
+            live.matcher = self._make_matchers().matcher(live.params.structure)
         if live.params.routed_experts:
             self.runner.want_picks()
+
+    def _make_matchers(self) -> Matchers:
+        if self._matchers is None:
+            if self.tokenizer is None:
+                raise ConfigError("structured answers need a tokenizer")
+            self._matchers = Matchers(self.tokenizer, self.runner.vocab_size, self._end_ids)
+        return self._matchers
 
     def abort(self, number: int) -> bool:
         """End a request now; its pages are free before the next step. False if it had ended."""
@@ -239,7 +257,7 @@ class Engine:
             chunks: list[Chunk] = []
             if self._flight is not None and not self._may_overlap():
                 chunks += self._land()
-            plan = self.scheduler.plan()
+            plan = self._plan()
             before = self._flight
             self._flight = None if plan.is_empty else self._launch(plan)
             if before is not None:
@@ -249,20 +267,48 @@ class Engine:
             return chunks
 
     def _may_overlap(self) -> bool:
-        if self.runner.device.type == "cpu" or (self._flight and self._flight.failed):
+        if self.runner.device.type == "cpu" or self.speculator is not None:
+            return False
+        if self._flight is not None and self._flight.failed:
             return False
         running = itertools.chain(self.scheduler.prompting, self.scheduler.decoding)
         return not any(live.needs_results for live in running)
 
-    def _launch(self, plan: Any) -> Flight:
+    def _plan(self) -> StepPlan[Live]:
+        """Choose the next step, with guesses where they pay."""
+        speculator = self.speculator
+        if speculator is None:
+            return self.scheduler.plan()
+        speculator.wish(self.scheduler.decoding)
+        plan = self.scheduler.plan()
+        speculator.guess(plan.decodes)
+        return plan
+
+    def _launch(self, plan: StepPlan[Live]) -> Flight:
         flight = self.steps.launch(plan)
         for live, _ in flight.failed:
             plan.decodes = [one for one in plan.decodes if one is not live]
             plan.prompts = [(one, count) for one, count in plan.prompts if one is not live]
         self._num_steps += 1
         self._prompt_tokens += plan.prompt_tokens
-        self.scheduler.advance(plan)
+        emitted = self._verify(flight) if self.speculator is not None else None
+        self.scheduler.advance(plan, emitted)
         return flight
+
+    def _verify(self, flight: Flight) -> dict[int, int]:
+        """Count the guesses that stood; waits for the step."""
+        assert self.speculator is not None
+        counts = flight.count_tokens()
+        now_s = time.perf_counter()
+        decodes = flight.plan.decodes
+        is_pure = not flight.plan.prompts and self._last_step_s > 0
+        self.speculator.learn(
+            [one.drafts for one in decodes],
+            [counts[one.id] for one in decodes],
+            now_s - self._last_step_s if is_pure else None,
+        )
+        self._last_step_s = now_s
+        return counts
 
     def _land(self) -> list[Chunk]:
         flight, self._flight = self._flight, None
@@ -284,6 +330,8 @@ class Engine:
 
     def _end(self, live: Live, chunk: Chunk) -> Chunk:
         self.scheduler.drop(live)
+        if self.speculator is not None:
+            self.speculator.forget(live.id)
         del self._live[live.id]
         chunk = replace(chunk, answer=live.answer())
         self._mail[live.id].append(chunk)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,7 +27,7 @@ def take(flight: Flight) -> list[tuple[Live, Chunk]]:
     for piece in flight.pieces:
         _take_prompts(piece)
         _take_picks(piece)
-        for live, rows in _tokens(piece):
+        for live, rows in piece.draws():
             if live.finish is None:
                 given.append((live, _give(live, rows, piece.sampled, now_s)))
     return given
@@ -38,15 +37,6 @@ def fail(live: Live, reason: str) -> Chunk:
     """End a request by an error."""
     live.finish, live.error = "error", reason
     return Chunk(live.id, "", ())
-
-
-def _tokens(piece: Piece) -> Iterator[tuple[Live, range]]:
-    """Each request that drew, with its rows of `sampled`."""
-    at = 0
-    for entry in piece.entries:
-        if entry.draws:
-            yield entry.request, range(at, at + 1)
-            at += 1
 
 
 def _give(live: Live, rows: range, sampled: Sampled, now_s: float) -> Chunk:
@@ -130,11 +120,13 @@ def _take_picks(piece: Piece) -> None:
     if not any(entry.request.params.routed_experts for entry in piece.entries):
         return
     picks_TLK = piece.picks_TLK.numpy().astype(np.int16)
+    stand = {live.id: len(rows) for live, rows in piece.draws()}
     at = 0
     for entry in piece.entries:
         live = entry.request
+        wrong = entry.draws - stand.get(live.id, entry.draws)
         if live.params.routed_experts:
-            for offset in range(entry.count):
+            for offset in range(entry.count - wrong):
                 if entry.first + offset == len(live.routed):
                     live.routed.append(picks_TLK[at + offset].copy())
         at += entry.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from mogul.serve.params import SamplingRow
 from mogul.serve.requests import Live
 from mogul.serve.runner import Runner
 from mogul.serve.sampling import Sampled, Sampler, SamplingBatch, with_logprobs
+from mogul.serve.speculate import count_tokens, draft_rows
 
 
 @dataclass
@@ -29,6 +30,24 @@ class Piece:
     """Rows of prompt tokens whose log-probabilities are asked for."""
 
     picks_TLK: Tensor | None
+    counts: list[int] | None = None
+    """Drawn tokens of each entry that stand, where tokens were guessed."""
+
+    def draws(self) -> Iterator[tuple[Live, range]]:
+        """Each request that drew, with its rows of `sampled` that stand."""
+        at = number = 0
+        for entry in self.entries:
+            if entry.draws:
+                stands = self.counts[number] if self.counts is not None else entry.draws
+                yield entry.request, range(at, at + stands)
+                at += entry.draws
+                number += 1
+
+    def count(self) -> None:
+        """Find which guesses stand; waits for the draws."""
+        drafts = [entry.drafts for entry in self.entries if entry.draws]
+        if any(drafts):
+            self.counts = count_tokens(self.sampled.ids, drafts).tolist()
 
 
 @dataclass
@@ -44,6 +63,14 @@ class Flight:
         """Until the results are on the host."""
         if self.landed is not None:
             self.landed.synchronize()
+
+    def count_tokens(self) -> dict[int, int]:
+        """Tokens that each decoding request gains, its right guesses included; waits."""
+        self.wait()
+        for piece in self.pieces:
+            piece.count()
+        found = {live.id: len(rows) for piece in self.pieces for live, rows in piece.draws()}
+        return {live.id: found[live.id] for live in self.plan.decodes}
 
 
 def entries_of(plan: StepPlan[Live]) -> list[Entry]:
@@ -105,7 +132,7 @@ class Steps:
         prompt = self._prompt_logprobs(logits_RV, entries, before) if before else None
         if len(chosen) < len(logits_RV):
             logits_RV = logits_RV[torch.tensor(chosen, dtype=torch.int64, device=logits_RV.device)]
-        rows = [_sampling_row(entry.request) for entry in entries if entry.draws]
+        rows = [row for entry in entries if entry.draws for row in _sampling_rows(entry)]
         sampled = self.sampler.sample(logits_RV, SamplingBatch.build(rows)) if rows else _NOTHING
         return Piece(entries, sampled, prompt, picks_TLK)
 
@@ -149,9 +176,10 @@ def _rows(entries: Sequence[Entry]) -> tuple[list[int], list[int]]:
     return chosen, before
 
 
-def _sampling_row(live: Live) -> SamplingRow:
+def _sampling_rows(entry: Entry) -> list[SamplingRow]:
+    live = entry.request
     known = live.output_ids
-    return SamplingRow(
+    row = SamplingRow(
         params=live.params,
         seed=live.seed,
         prompt_ids=live.prompt_ids,
@@ -159,6 +187,7 @@ def _sampling_row(live: Live) -> SamplingRow:
         end_ids=tuple(live.end_ids),
         allowed_V=live.matcher.allowed() if live.matcher is not None else None,
     )
+    return draft_rows(row, entry.drafts, live.matcher)
 
 
 def _to_host(piece: Piece) -> Piece:
