@@ -4,6 +4,7 @@ from __future__ import annotations
 
 SUBVERBS = {
     "kernels": ("mogul.cli.bench_kernels", "time the experts layer here against its floor"),
+    "serve": ("mogul.cli.bench_serve", "time answers of the engine against their floor"),
     "devices": ("mogul.cli.bench_devices", "time experts spread over devices: who waits for whom"),
 }
 
