@@ -15,6 +15,7 @@ from mogul.core.errors import ConfigError
 from mogul.core.registry import Registry
 from mogul.kernels.reference.route import route_reference
 from mogul.kernels.router_spec import RouterSpec
+from mogul.kernels.triton.routing import route_triton, why_not_route
 
 
 class Routing(NamedTuple):
@@ -39,6 +40,7 @@ class RouteFunction(Protocol):
 
 
 ROUTE: Registry[RouteFunction] = Registry("route")
+ROUTE.add("triton", route_triton, why_not=why_not_route)
 ROUTE.add("reference", route_reference)
 
 
@@ -81,7 +83,7 @@ def route(
         )
     if scale is not None and scale.numel() != spec.num_experts:
         raise ConfigError(f"router scale {tuple(scale.shape)} is not [{spec.num_experts}]")
-    if backend == "auto" and len(ROUTE.names()) == 1:
+    if backend == "auto" and logits.device.type == "cpu":  # nothing else runs there
         return Routing(*route_reference(logits, spec, bias, scale))
     facts = {"device": logits.device, "dtype": logits.dtype, "spec": spec}
     function = ROUTE.choose(**facts)[1] if backend == "auto" else ROUTE.get(backend, **facts)

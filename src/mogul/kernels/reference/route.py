@@ -19,17 +19,34 @@ def route_reference(
     logits: Tensor, spec: RouterSpec, bias: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids [T, K], weights [T, K] and scores [T, E]; see `mogul.kernels.route`."""
-    logits_TC = logits if logits.dtype == torch.float64 else logits.float()
-    score_TC = logits_TC.softmax(-1) if spec.score == "softmax" else logits_TC.sigmoid()
+    logits_TC, score_TC = _scores(logits, spec)
     ids_TK = _pick(_biased(score_TC, bias), spec)
+    return ids_TK, *_weighed(logits_TC, score_TC, ids_TK, spec, scale)
+
+
+def weigh_picks(
+    logits: Tensor, ids_TK: Tensor, spec: RouterSpec, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights and scores of picks that are made: the part of routing that has a gradient."""
+    return _weighed(*_scores(logits, spec), ids_TK, spec, scale)
+
+
+def _scores(logits: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Logits and scores of all columns in float32 (float64 stays)."""
+    logits_TC = logits if logits.dtype == torch.float64 else logits.float()
+    return logits_TC, logits_TC.softmax(-1) if spec.score == "softmax" else logits_TC.sigmoid()
+
+
+def _weighed(
+    logits_TC: Tensor, score_TC: Tensor, ids_TK: Tensor, spec: RouterSpec, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     weights_TK = _weigh(logits_TC, score_TC, ids_TK, spec)
     if spec.scaling_factor != 1.0:
         weights_TK = weights_TK * spec.scaling_factor
     if scale is not None:
         true_TK = ids_TK.clamp(max=spec.num_experts - 1) if spec.num_null_experts else ids_TK
         weights_TK = weights_TK * scale.reshape(-1).to(weights_TK.dtype)[true_TK]
-    score_TE = score_TC[:, : spec.num_experts] if spec.num_null_experts else score_TC
-    return ids_TK, weights_TK, score_TE
+    return weights_TK, score_TC[:, : spec.num_experts] if spec.num_null_experts else score_TC
 
 
 def _biased(score_TC: Tensor, bias: Tensor | None) -> Tensor:

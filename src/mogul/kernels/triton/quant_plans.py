@@ -22,12 +22,14 @@ def rule(shape: Shape, tokens: int, group: int) -> Plan:
     rows = next((rows for rows, most in ((16, 12), (32, 28), (64, 96)) if mean <= most), 128)
     if group:
         k = 128 if rows <= 32 else 64
-        tile = Tile(n=64, k=k, group=1, warps=4, stages=stages, swap=True, stream=True)
+        deep = min(stages, 3)
+        tile = Tile(n=64, k=k, group=1, warps=4, stages=deep, swap=True, stream=True)
         return Plan(rows=min(rows, 64), up=tile, down=tile)
     if rows <= 64:
-        k = 256 if rows == 16 and stages == 4 else 128
-        tile = Tile(n=64, k=k, group=1, warps=4, stages=stages, swap=rows < 64, stream=True)
-        return Plan(rows=rows, up=tile, down=replace(tile, k=128))
+        wide = rows == 16 and stages == 4
+        tile = Tile(n=64, k=128, group=1, warps=4, stages=min(stages, 3), swap=True, stream=True)
+        up = replace(tile, k=256, stages=5) if wide else tile
+        return Plan(rows=rows, up=up, down=up if shape.inner > 1024 else tile)
     if shape.capability != 90:
         tile = Tile(n=64, k=64, warps=4, stages=stages)
         return Plan(rows=64, up=tile, down=replace(tile, n=128))

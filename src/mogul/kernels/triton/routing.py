@@ -1,0 +1,180 @@
+"""Routing on NVIDIA GPUs as the operator `mogul::route`: one launch, differentiable.
+
+Decides what is refused (float64 logits, more than 4,096 columns) and how the gradient is found:
+picks carry none, so backward differentiates the weights of the kept ids by the reference's own
+formula. One opaque operator also means that nothing traces the router as softmax and top-k.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.kernels.reference.route import weigh_picks
+from mogul.kernels.router_spec import SCORES, WEIGHTINGS, RouterSpec
+from mogul.kernels.triton import _device_reason
+from mogul.kernels.triton.launch import INTERPRETED, cdiv, next_power_of_2
+
+MAX_COLUMNS = 4096
+_TILE = 2048
+"""Columns x tokens that one program holds."""
+
+
+def why_not_route(
+    *, device: torch.device, dtype: torch.dtype, spec: RouterSpec, **_facts: object
+) -> str | None:
+    """The reason why a call cannot run on this kernel, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the logits are on {device}, not on an NVIDIA GPU"
+    if reason := _device_reason(device.index):
+        return reason
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the logits are {dtype}; float32, bfloat16 and float16 are supported"
+    if spec.num_columns > MAX_COLUMNS:
+        return f"{spec.num_columns} experts; at most {MAX_COLUMNS} are supported"
+    return None
+
+
+def route_triton(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [T, K], weights [T, K] and scores [T, E]; see `mogul.kernels.route`."""
+    return route_counted(logits, spec, bias, scale)[:3]
+
+
+def route_counted(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `route_triton`, and the rows of every expert [E] and their offsets [E + 1], int32."""
+    flat = None if scale is None else scale.reshape(-1)
+    ids, weights, scores, count, offset = torch.ops.mogul.route(
+        logits, bias, flat, _rule(spec), spec.scaling_factor
+    )
+    return ids, weights, scores, count[: spec.num_experts], offset
+
+
+@cache
+def _rule(spec: RouterSpec) -> list[int]:
+    return [
+        *(spec.num_experts, spec.top_k, spec.num_groups, spec.num_null_experts),
+        *(spec.limit_groups or 0, SCORES.index(spec.score), WEIGHTINGS.index(spec.weighting)),
+    ]
+
+
+def _spec(rule: list[int], factor: float) -> RouterSpec:
+    experts, picks, groups, nulls, limit, score, weighting = rule
+    return RouterSpec(
+        num_experts=experts,
+        top_k=picks,
+        num_groups=groups,
+        num_null_experts=nulls,
+        limit_groups=limit or None,
+        score=SCORES[score],  # type: ignore[arg-type]
+        weighting=WEIGHTINGS[weighting],  # type: ignore[arg-type]
+        scaling_factor=factor,
+    )
+
+
+def _outputs(logits: Tensor, rule: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty results; counts start at 0, their last element is the programs that are done."""
+    tokens, experts, picks = logits.shape[0], rule[0], rule[1]
+    whole = logits.new_zeros((experts + 1,), dtype=torch.int32)
+    return (
+        logits.new_empty((tokens, picks), dtype=torch.int64),
+        logits.new_empty((tokens, picks), dtype=torch.float32),
+        logits.new_empty((tokens, experts), dtype=torch.float32),
+        whole,
+        torch.zeros_like(whole),
+    )
+
+
+def _run(
+    logits: Tensor, bias: Tensor | None, scale: Tensor | None, rule: list[int], factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from mogul.kernels.triton import route_kernels
+
+    logits = logits.contiguous()
+    results = _outputs(logits, rule)
+    if not logits.shape[0]:
+        return results
+    experts, picks, groups, nulls, limit, score, weighting = rule
+    columns = max(16, next_power_of_2(experts + nulls))
+    block = max(1, _TILE // columns)
+    constants = {
+        **{"E": experts, "NULLS": nulls, "M": groups, "K": picks, "LIMIT": limit},
+        **{"SCORE": score, "WEIGHTING": weighting, "SCALED": scale is not None},
+        **{"NUM_BIAS": 0 if bias is None else bias.numel(), "BLOCK_T": block},
+        **{"COLUMNS": columns, "SLOTS": next_power_of_2(picks)},
+        **{"GROUPS": max(2, next_power_of_2(groups))},
+    }
+    options = {} if INTERPRETED else {"num_warps": 4}
+    some = logits
+    grid = (cdiv(logits.shape[0], block),)
+    kernel: Any = route_kernels.route_tokens
+    kernel[grid](
+        logits,
+        some if bias is None else bias.contiguous(),
+        some if scale is None else scale.contiguous(),
+        *results,
+        logits.shape[0],
+        factor,
+        **constants,
+        **options,
+    )
+    return results
+
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_LIB.define(
+    "route(Tensor logits, Tensor? bias, Tensor? scale, int[] rule, float factor) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _on_device(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    if logits.is_cuda and logits.device.index != torch.cuda.current_device():
+        with torch.cuda.device(logits.device):
+            return _run(logits, *args)
+    return _run(logits, *args)
+
+
+for _key in ("CUDA", "CPU"):  # CPU: the interpreter's path
+    _LIB.impl("route", _on_device, _key)
+
+
+@torch.library.register_fake("mogul::route", lib=_LIB)
+def _(
+    logits: Tensor, bias: Tensor | None, scale: Tensor | None, rule: list[int], factor: float
+) -> tuple[Tensor, ...]:
+    return _outputs(logits, rule)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, _bias, scale, ctx.rule, ctx.factor = inputs
+    ids, _weights, _scores, count, offset = output
+    ctx.save_for_backward(logits, scale, ids)
+    ctx.mark_non_differentiable(ids, count, offset)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, _dids: Any, dweights: Any, dscores: Any, *_others: Any) -> Any:
+    logits, scale, ids = ctx.saved_tensors
+    given = [grad for grad in (dweights, dscores) if grad is not None]
+    if not given:
+        return None, None, None, None, None
+    with torch.enable_grad():
+        leaves = [logits.detach().requires_grad_()]
+        if scale is not None:
+            leaves.append(scale.detach().requires_grad_())
+        results = weigh_picks(
+            leaves[0], ids, _spec(ctx.rule, ctx.factor), leaves[1] if len(leaves) > 1 else None
+        )
+        wanted = [r for r, g in zip(results, (dweights, dscores), strict=True) if g is not None]
+    grads = torch.autograd.grad(wanted, leaves, given, allow_unused=True)
+    return grads[0], None, grads[1] if len(grads) > 1 else None, None, None
+
+
+torch.library.register_autograd("mogul::route", _backward, setup_context=_setup, lib=_LIB)

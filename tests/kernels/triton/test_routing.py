@@ -1,0 +1,109 @@
+"""Routing in one Triton launch: equal to the reference, ties and gradients too; it compiles."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mogul.core.errors import BackendError  # noqa: E402
+from mogul.kernels import RouterSpec, route  # noqa: E402
+from mogul.kernels.triton import route_kernels  # noqa: E402
+from mogul.kernels.triton.routing import route_counted, why_not_route  # noqa: E402
+
+RULES = (
+    "plain",
+    "one expert",
+    "grouped, one each",
+    "grouped, two each",
+    "renormalised",
+    "null experts",
+    "null experts, no groups",
+    "limited groups",
+)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("run_routing.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *RULES], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_to_the_reference(found: list[dict[str, Any]], rule: str) -> None:
+    cases = [case["found"] for case in found if case["case"] == rule]
+    assert len(cases) == 4
+    for case in cases:
+        for exact in ("ids", "counts", "offsets"):
+            assert case.pop(exact) == 0, exact
+        assert max(case.values()) < 1e-6
+        assert "dlogits" in case
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_it_compiles(arch: int) -> None:
+    kernel = route_kernels.route_tokens
+    types = {
+        "logits_ptr": "*bf16",
+        **dict.fromkeys(("bias_ptr", "scale_ptr", "weights_ptr", "scores_ptr"), "*fp32"),
+        **{"ids_ptr": "*i64", "count_ptr": "*i32", "offset_ptr": "*i32"},
+        **{"num_tokens": "i32", "factor": "fp32"},
+    }
+    constants = {
+        **{"E": 64, "NULLS": 0, "M": 8, "K": 8, "LIMIT": 0, "SCORE": 0, "WEIGHTING": 2},
+        **{"NUM_BIAS": 64, "SCALED": True, "BLOCK_T": 32, "COLUMNS": 64, "SLOTS": 8, "GROUPS": 8},
+    }
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    constexprs = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    source = ASTSource(kernel, signature, constexprs=constexprs)
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    assert "atom" in done.asm["ptx"]
+
+
+def test_shapes_are_known_without_running() -> None:
+    spec = RouterSpec(num_experts=16, top_k=4, num_groups=2)
+    with FakeTensorMode():
+        ids, weights, scores, count, offset = route_counted(torch.empty(5, 16), spec)
+    assert (ids.shape, ids.dtype) == ((5, 4), torch.int64)
+    assert (weights.shape, scores.shape) == ((5, 4), (5, 16))
+    assert (count.shape, offset.shape) == ((16,), (17,))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, None),
+        ({"device": torch.device("cpu")}, "not on an NVIDIA GPU"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"spec": RouterSpec(num_experts=5000, top_k=1)}, "5000 experts"),
+    ],
+)
+def test_refusals_name_the_reason(monkeypatch, facts: dict[str, Any], words: str | None) -> None:
+    monkeypatch.setattr("mogul.kernels.triton.routing._device_reason", lambda index: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    call = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "spec": RouterSpec(8, 2)}
+    reason = why_not_route(**{**call, **facts})
+    assert reason is None if words is None else words in (reason or "")
+
+
+def test_processors_keep_the_reference() -> None:
+    spec, logits = RouterSpec(8, 2), torch.randn(3, 8)
+    assert torch.equal(route(logits, spec).ids, route(logits, spec, backend="reference").ids)
+    with pytest.raises(BackendError, match="not on an NVIDIA GPU"):
+        route(logits, spec, backend="triton")
