@@ -7,6 +7,9 @@ once spread, and compares this rank's part.
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +24,26 @@ from torch.distributed.tensor import DTensor
 from mogul.kernels import RouterSpec, moe_forward, route
 from mogul.models import MogeConfig, MogeForCausalLM
 from mogul.parallel import (
+    ExpertSpread,
     Plan,
     World,
+    by_mesh,
     clip_gradients,
     contiguous,
     lay_out,
+    load_sharded,
     make_dispatcher,
+    save_sharded,
     shard_for_training,
+    spread_experts,
     sync_gradients,
+    whole_state,
 )
 from mogul.parallel.slices import cuts_of
 from mogul.spec.grouping import Grouping
 from mogul.spec.parallel import Parallel, h2p
+from mogul.spec.placement import LayerPlacement, Placement
+from mogul.spec.trace import ModelStamp
 
 EXPERTS, PICKS, WIDTH, INNER = 16, 4, 12, 8
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -310,6 +321,125 @@ def _add_layout_cases() -> None:
 
 
 _add_layout_cases()
+
+
+# ------------------------------------------------------------------------------- placement
+
+
+@case("placement with replicas and an empty slot")
+def _placement(world: World) -> None:
+    """Experts stand where the file says; replicas share an expert's picks; null slots are zero."""
+    experts = 8
+    model = moge().eval()
+    own = batches(world.size)[world.rank]
+    with torch.no_grad():
+        wanted = model(input_ids=own).logits
+    slots = {2: [7, 0, 3, 5, 2, 1, 1, 6, 4, 0], 4: [7, 0, 3, 5, 2, 1, 1, 6, 4, 0, -1, 2]}[
+        world.size
+    ]
+    placement = a_placement(model, slots, world.size, experts)
+    spread_experts(
+        model,
+        dist.group.WORLD,  # type: ignore[arg-type]
+        ExpertSpread(dispatch="all_to_all", placement=placement),
+    )
+    with torch.no_grad():
+        near(model(input_ids=own).logits, wanted, "logits")
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def a_placement(model: Any, slots: list[int], devices: int, experts: int) -> Placement:
+    numbers = {"rho": 1.0, "rho_before": 1.0, "rho_bound": 1.0, "gap": 0.0}
+    layers = tuple(
+        LayerPlacement(layer=i, expert_of_slot=tuple(slots), method="hand", **numbers)
+        for i in (1, 2)
+    )
+    stamp = ModelStamp(
+        name="tiny", family="moge", num_layers=3, num_experts=experts, top_k=4, num_groups=4,
+        hidden_size=32,
+    )  # fmt: skip
+    return Placement(
+        model=stamp, num_devices=devices, slots_per_device=len(slots) // devices, method="hand",
+        layers=layers,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------- Transformers' own plans
+
+
+def transformers_ep(world: World, folder: str, options: dict[str, Any]) -> dict[str, float]:
+    """Loss and gradients through Transformers' plan with mogul's dispatch, against one process."""
+    from transformers.distributed import DistributedConfig
+
+    from mogul.parallel.transformers_ep import register
+
+    register()
+    register()
+    if world.rank == 0:
+        moge().float().save_pretrained(folder)
+    dist.barrier()
+    own = batches(world.size)[world.rank if options.get("tp_size", 1) == 1 else 0]
+    errors = {}
+    for name in ("mogul_static", "mogul_all_to_all", "mogul_gather", "mogul"):
+        loaded = MogeForCausalLM.from_pretrained(
+            folder,
+            experts_implementation="mogul",
+            distributed_config=DistributedConfig(**options, ep_implementation=name),
+        )
+        loss = loss_of(loaded.train(), own)
+        loss.backward()
+        alone = MogeForCausalLM.from_pretrained(folder, experts_implementation="mogul")
+        wanted = loss_of(alone.train(), own)
+        errors[name] = abs(float(loss) - float(wanted))
+        if options.get("tp_size", 1) > 1:
+            wanted.backward()
+            grads = dict(alone.named_parameters())
+            for path in ("model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj"):
+                grad = dict(loaded.named_parameters())[path].grad
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                errors[f"{name} {path}"] = float((whole - grads[path].grad).abs().max())  # type: ignore[operator]
+    return errors
+
+
+# ---------------------------------------------------------------- checkpoints, and ranks that die
+
+
+def train_and_save(world: World, source: str | None, target: str, ep: int) -> list[float]:
+    """Read `source` where given, make two steps on the same data, write `target`; the losses."""
+    with no_rounding():
+        model = moge()
+        shard_for_training(model, ep=ep, dispatch="static")
+        groups = [{"params": found} for found in by_mesh(model.parameters())]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        extra = load_sharded(source, model, optimizer) if source else {"step": 0}
+        losses = []
+        for _ in range(2):
+            data = batches(4).flatten(0, 1).chunk(world.size)[world.rank]
+            loss = loss_of(model, data)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            losses.append(float(mean / world.size))
+        save_sharded(target, model, optimizer, {"step": extra["step"] + 2})
+        state = whole_state(model)
+    if world.rank == 0:
+        assert state["model.layers.1.mlp.experts.gate_up_proj"].shape == (8, 32, 32)
+    return [*losses, extra["step"]]
+
+
+def die_silently(world: World, victim: int) -> None:
+    """One rank is killed, the others are in a collective that will never end."""
+    if world.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+
+
+def raise_error(world: World, victim: int) -> None:
+    if world.rank == victim:
+        raise ValueError("the data of this rank are broken")
+    time.sleep(100)
 
 
 # -------------------------------------------------------------------------------- training

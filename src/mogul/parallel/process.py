@@ -106,7 +106,7 @@ def launch(
         context.set_forkserver_preload(["mogul.parallel", "mogul.models"])
     environment = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
         **({"MOGUL_CPU_RANKS": "1"} if on_cpu else {}),
     }
@@ -130,7 +130,8 @@ def launch(
         ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

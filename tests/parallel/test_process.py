@@ -1,0 +1,68 @@
+"""Ranks end together: with the reason of the one that failed, or because one is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import ranks
+
+from mogul.core.errors import ConfigError, MogulError
+from mogul.parallel import launch, start
+from mogul.parallel.process import free_port
+from mogul.parallel.watch import EXIT_CODE
+
+
+def test_the_message_of_the_failed_rank_is_told():
+    with pytest.raises(MogulError, match=r"rank 1 of 2 failed(.|\n)*the data of this rank are br"):
+        launch(ranks.raise_error, 2, 1, on_cpu=True, threads=1, timeout_s=60)
+
+
+def test_a_killed_rank_ends_the_launch():
+    start_s = time.monotonic()
+    with pytest.raises(MogulError, match="rank 1 of 2 failed"):
+        launch(ranks.die_silently, 2, 1, on_cpu=True, threads=1, timeout_s=60)
+    assert time.monotonic() - start_s < 60
+
+
+ALONE = """
+import os, signal, time
+from mogul.parallel import start
+world = start(patience_s=2.0)
+if world.rank == {victim}:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_ranks_without_a_launcher_see_that_one_is_gone(victim):
+    """Nobody watches from outside: the other rank ends by itself, with a message."""
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "MOGUL_CPU_RANKS": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE.format(victim=victim)],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    other = started[1 - victim]
+    _, told = other.communicate(timeout=60)
+    started[victim].communicate(timeout=60)
+    assert other.returncode == EXIT_CODE
+    assert f"mogul: rank {1 - victim} ends: " in told
+
+
+def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="this process is no rank") as caught:
+        start()
+    assert "torchrun" in caught.value.__notes__[0]
