@@ -225,18 +225,18 @@ def sdpa_ms(shape: str, batch: int, queries: int, context: int) -> float:
 
 
 def prompt_cell(
-    shape: str, batch: int, length: int, tiles: list[paged.ManyTile]
+    shape: str, batch: int, length: int, page_size: int, tiles: list[paged.ManyTile]
 ) -> list[dict[str, Any]]:
     """Whole prompts."""
     heads, _, width = SHAPES[shape]
-    call = make(shape, [(length, length)] * batch, "bf16", 64)
+    call = make(shape, [(length, length)] * batch, "bf16", page_size)
     flop = 2 * batch * heads * width * length * length
     rows = []
     for tile in tiles:
         paged.many_tile = tile
         row = {
             "kind": "prompt", "shape": shape, "batch": batch, "context": length, "flop": flop,
-            "tile": asdict(tile),
+            "page": page_size, "tile": asdict(tile),
         }  # fmt: skip
         try:
             row["ms"] = time_graph([lambda: paged_attention(**call, backend="triton")], 7)
@@ -266,10 +266,12 @@ def many_tiles(kind: str) -> list[paged.ManyTile]:
     if kind == "default":
         return [paged.many_tile]
     return [
-        paged.ManyTile(rows=128, block=64, warps=8, stages=3),
-        paged.ManyTile(rows=128, block=128, warps=8, stages=2),
         paged.ManyTile(rows=64, block=64, warps=4, stages=3),
-        paged.ManyTile(rows=128, block=64, warps=8, stages=2),
+        paged.ManyTile(rows=64, block=64, warps=4, stages=2),
+        paged.ManyTile(rows=128, block=64, warps=4, stages=2),
+        paged.ManyTile(rows=64, block=128, warps=4, stages=2),
+        paged.ManyTile(rows=128, block=128, warps=8, stages=2),
+        paged.ManyTile(rows=128, block=32, warps=4, stages=3),
     ]
 
 
@@ -323,7 +325,8 @@ def main() -> None:
                         emit(decode_cell(shape, cache, batch, context, page, few_tiles(args.tiles)))
         for prompt in filter(None, args.prompts.split(",")):
             batch, length = map(int, prompt.split("x"))
-            emit(prompt_cell(shape, batch, length, many_tiles(args.tiles)))
+            for page in map(int, args.pages.split(",")):
+                emit(prompt_cell(shape, batch, length, page, many_tiles(args.tiles)))
             if args.peer:
                 ms = sdpa_ms(shape, batch, length, length)
                 print(json.dumps({"peer": "sdpa", "shape": shape, "prompt": prompt, "ms": ms}))

@@ -195,16 +195,16 @@ def _timed(
                 drive(engine, replace(workload, seed=workload.seed + run))
                 for run in range(request.runs)
             )
-            stats = getattr(engine.stats, "speculation", None)
-            acceptance = stats.acceptance if stats is not None else ()
+            speculator = engine.speculator
+            acceptance = speculator.stats.acceptance if speculator is not None else ()
             yield runs, acceptance, engine.runner.token_bytes
     finally:
         engine.close()
 
 
 COLUMNS = (
-    "load", "TTFT ms", "TTFT p95", "TPOT ms", "TPOT p95", "ITL p99 ms", "prefill tok/s", "output tok/s",
-    "decode ms", "distinct", "floor ms", "ratio",
+    "load", "TTFT ms", "TTFT p95", "TPOT ms", "TPOT p95", "ITL p99 ms", "prefill tok/s",
+    "output tok/s", "decode ms", "distinct", "floor ms", "ratio",
 )  # fmt: skip
 
 
