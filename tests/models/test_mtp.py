@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.models import MogeConfig, MogeForCausalLM, load_model
 from mogul.observe.hooks import watch
+from mogul.train.objective import ChunkedLoss
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -82,6 +83,15 @@ def test_the_loss_scores_the_token_after_next(model):
     plain = model(TOKENS, labels=TOKENS)
     assert plain.mtp_loss is None
     torch.testing.assert_close(out.loss, plain.loss + 0.3 * out.mtp_loss, atol=1e-6, rtol=1e-6)
+
+
+def test_the_training_objective_tells_the_loss_apart(model):
+    objective = ChunkedLoss()
+    model.train()
+    whole, out = objective(model, TOKENS), model(TOKENS, labels=TOKENS)
+    model.eval()
+    torch.testing.assert_close(objective.parts["mtp_loss"], out.mtp_loss.detach())
+    torch.testing.assert_close(whole, out.loss)
 
 
 def test_ignored_labels_are_ignored_by_both_losses(model):

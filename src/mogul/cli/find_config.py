@@ -1,4 +1,4 @@
-"""Find the config a command means: a folder, a file, `preset:NAME` or a hub id. No weights."""
+"""Find the config a command means: a folder, file, `preset:NAME`, carried model or hub id."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mogul.core.errors import ArtifactError
 from mogul.core.files import read_json
 from mogul.core.log import say
 from mogul.spec import presets
+from mogul.spec.carried import carried_folder
 
 PRESET = "preset:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,6 +41,8 @@ def find_config(model: str) -> FoundConfig:
         return FoundConfig(path.resolve().name, _read(path / "config.json"), str(path), path)
     if path.is_file():
         return FoundConfig(path.name, _read(path), str(path))
+    if (carried := carried_folder(model)) is not None:
+        return FoundConfig(model, _read(carried / "config.json"), "carried by mogul", carried)
     if _HUB_ID.fullmatch(model):
         return _from_hub(model)
     raise ArtifactError(

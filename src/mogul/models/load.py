@@ -36,6 +36,7 @@ from mogul.models.check_tensors import check_names, raise_if_any, tell_casts
 from mogul.models.convert_config import SAME_TENSORS, is_grouped_elsewhere, moge_config
 from mogul.models.moge.chat_template import PANGU_CHAT_TEMPLATE
 from mogul.models.moge.configuration_moge import MogeConfig
+from mogul.spec.carried import NAMES, carried_folder
 from mogul.spec.checkpoint import TensorEntry, read_checkpoint
 from mogul.spec.families import family_of
 
@@ -45,14 +46,19 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint: itself, or the local copy of a hub id."""
+    """The folder of a checkpoint: itself, one that mogul carries, or the copy of a hub id."""
     folder = Path(path)
     if folder.is_dir():
         return folder
+    if (carried := carried_folder(path)) is not None:
+        return carried
     if folder.is_file():
         raise ArtifactError(f"{folder} is a file", fix="name the folder that holds it")
     if folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
-        raise ArtifactError(f"{folder} does not exist", fix="check the path of the checkpoint")
+        raise ArtifactError(
+            f"{folder} does not exist",
+            fix=f"check the path of the checkpoint; mogul itself carries {' and '.join(NAMES)}",
+        )
     try:
         return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
     except (OSError, HfHubHTTPError, HFValidationError) as error:

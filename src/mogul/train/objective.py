@@ -60,6 +60,8 @@ class ChunkedLoss:
 
     def __init__(self, *, compile: bool = False) -> None:
         self.compile = compile
+        self.parts: dict[str, Tensor] = {}
+        """What the last loss was made of besides the next token, before its factor."""
 
     def __call__(self, model: nn.Module, ids: Int[Tensor, "B L"]) -> Tensor:
         """Mean nats of the next token over all positions but the last of each row."""
@@ -73,6 +75,7 @@ class ChunkedLoss:
             ahead = chunked_loss(
                 output.mtp_hidden_state, weight, ids, shift=2, compile=self.compile
             )
+            self.parts["mtp_loss"] = ahead.detach()
             loss = loss + lm.config.mtp_loss_coef * ahead
         return loss
 
