@@ -187,6 +187,8 @@ def bench_ours(options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             print(f"step {index}: loss {loss:.4f}, {seconds:.1f} s since start", flush=True)
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        print("graph breaks", {key[:200]: count for key, count in breaks.items()}, flush=True)
         result = timed(step, options, model)
         print(json.dumps(result), flush=True)
         if not options.no_split:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mogul.spec.base import Spec
 
 BiasRule = Literal["none", "sign", "proportional", "decay"]
-DEFAULT_RATES = {"sign": 0.01, "proportional": 0.1, "decay": 1.0}
+DEFAULT_RATES = {"sign": 0.02, "proportional": 0.1, "decay": 1.0}
 
 
 class BalanceSection(Spec):
@@ -41,7 +41,7 @@ class BalanceSection(Spec):
     of the step number."""
 
     bias_rate: float | None = Field(default=None, gt=0)
-    """Step of the bias in mean scores; None: 0.01 (sign), 0.1 (proportional), 1 (decay)."""
+    """Step of the bias in mean scores; None: 0.02 (sign), 0.1 (proportional), 1 (decay)."""
 
     bias_until: float = Field(default=1.0, ge=0, le=1)
     """Share of the training after which the bias stays as it is."""

@@ -167,3 +167,15 @@ class Recipe(Spec):
     balance: BalanceSection = BalanceSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mistakes_name_their_section(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        made = dict(values)
+        for name, field in cls.model_fields.items():
+            kind, given = field.annotation, values.get(name)
+            if isinstance(given, dict) and isinstance(kind, type) and issubclass(kind, Spec):
+                made[name] = kind.parse(given, where=f"[{name}]")
+        return made

@@ -82,8 +82,8 @@ class TrainedRouter:
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The router's own (logits, weights, ids), the weights tied to the losses."""
-        module: Any = super()
-        logits, weights, ids, *rest = module.forward(*args, **kwargs)
+        routed = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        logits, weights, ids, *rest = routed
         if not self.training:
             return logits, weights, ids, *rest
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -306,6 +306,7 @@ class Session:
             "lr": self.recipe.optimizer.lr * schedule.factor(self.step - 1, self.num_steps),
             "skipped": self.guard.skipped,
             **speed,
+            **{name: float(x) for name, x in getattr(self.stepper.objective, "parts", {}).items()},
             **self.routing_numbers(log),
             **(self.evaluate() if evaluates else {}),
         }
