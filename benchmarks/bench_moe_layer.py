@@ -36,6 +36,9 @@ from common import (
     time_graph,
     train_floor_ms,
 )
+from tune import precompile
+
+from mogul.bench import ledger
 
 GIB = 2**30
 
@@ -198,6 +201,41 @@ def run_shape(
             show([row])
 
 
+def ledger_rows(
+    rows: list[dict[str, Any]], peak: dict[str, float], rounds: int
+) -> list[dict[str, Any]]:
+    """Mogul's rows for the ledger, each with the peers of its cell."""
+    found = []
+    common = {"device": torch.cuda.get_device_name(), "bench": "moe_layer"}
+    for row in (row for row in rows if row["peer"] == "mogul"):
+        cell = (row["shape"], row["kind"], row["tokens"])
+        peers = {
+            other["peer"]: round(other["ms"], 5)
+            for other in rows
+            if (other["shape"], other["kind"], other["tokens"]) == cell and other is not row
+        }
+        case = "{} {} {}".format(*cell)
+        time = {"metric": "time", "unit": "ms", "value": round(row["ms"], 5)}
+        more = {
+            "spread": round(row["spread_ms"], 5),
+            "runs": rounds,
+            "floor": round(row["floor_ms"], 5),
+            "ratio": round(row["ms"] / row["floor_ms"], 4),
+            "peers": peers,
+            "relative_error": float(f"{row['error']:.1e}"),
+            "ceilings": {name: round(value, 3) for name, value in peak.items()},
+        }
+        found.append(ledger.row(**common, case=case, **time, **more))
+        if "host_us" in row:
+            host = {"metric": "host_time", "unit": "us", "value": round(row["host_us"], 1)}
+            found.append(ledger.row(**common, case=case, **host, runs=50))
+        if "kept_gib" in row:
+            kept = {"metric": "kept_memory", "unit": "GiB", "value": round(row["kept_gib"], 4)}
+            peak_gib = round(row["peak_gib"], 3)
+            found.append(ledger.row(**common, case=case, **kept, peak_gib=peak_gib, runs=1))
+    return found
+
+
 def numbers(text: str) -> list[int]:
     """`1,64` -> [1, 64]."""
     return [int(part) for part in text.split(",") if part]
@@ -216,14 +254,19 @@ def main() -> None:
     parser.add_argument("--moe-c", default=".peers/vllm/_moe_C.abi3.so")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
+    names = args.shapes.split(",")
+    precompile(
+        [(n, t) for n in names for t in args.tokens], [(n, t) for n in names for t in args.train]
+    )
     peak = ceilings()
     print("ceilings", peak, torch.cuda.get_device_name(), torch.__version__, flush=True)
     rows: list[dict[str, Any]] = []
-    for name in args.shapes.split(","):
+    for name in names:
         run_shape(name, args, peak, rows)
         torch.cuda.empty_cache()
         text = json.dumps({"peak": peak, "device": torch.cuda.get_device_name(), "rows": rows})
         (args.out / "results.json").write_text(text)
+    ledger.append(ledger_rows(rows, peak, args.rounds), args.out / "ledger.jsonl")
     print("ceilings after", ceilings())
 
 

@@ -32,6 +32,18 @@ def last_width(width, block):
 
 
 @gluon.jit
+def follow_the_last_launch():
+    """Wait until the launch before has written all it writes; let the next one set itself up."""
+    for_no_one: gl.constexpr = "; // dummy $0"
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait" + for_no_one, "=r", [], gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents" + for_no_one, "=r", [], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _tile_at(
     tile, num_tiles, num_m, tiles_ptr, NUM_N: gl.constexpr, PANEL: gl.constexpr,
     BLOCK_GROUP: gl.constexpr,
@@ -501,6 +513,7 @@ def row_product(
         mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
         mbarrier.init(free.index(s), 1 if TURNS else 2)
     fence_async_shared()
+    follow_the_last_launch()
     if DONE > 0:
         gl.warp_specialize(
             [

@@ -488,7 +488,8 @@ class Layer:
             "ADD_REGS": 80 if tile.panel else 0,
             **(_GATHER_ROLES if gathers else _SUM_ROLES if tile.panel else _TMA_ROLES),
         }
-        return Launch(kernels.row_product, constants, cooperative=tile.panel > 0)
+        pdl = self.pdl and not tile.panel
+        return Launch(kernels.row_product, constants, pdl=pdl, cooperative=tile.panel > 0)
 
 
 def _tile(tile: Tile | None) -> Tile:

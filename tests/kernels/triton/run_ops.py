@@ -1,0 +1,78 @@
+"""Runs the operators through torch's tools in Triton's interpreter on the CPU; prints what held.
+
+A process of its own, because TRITON_INTERPRET must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, os.path.dirname(__file__))
+from run_interpreted import SMALL, make
+
+from mogul.kernels.triton import layer, ops
+
+layer.plan_for = lambda shape, tokens: SMALL
+
+
+class Layer(nn.Module):
+    """The layer as a module, its weights as parameters."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Parameter(gate_up), nn.Parameter(down)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The operator between two others."""
+        return ops.run(x * 2, self.gate_up, self.down, ids, weights) + x
+
+
+def gradients(call, leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+    """Gradients of the leaves."""
+    return list(torch.autograd.grad(call(), leaves, dout))
+
+
+def same(given: list[Tensor], want: list[Tensor]) -> bool:
+    """Equal to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(given, want, strict=True))
+
+
+def main() -> None:
+    """One JSON object: what was asked -> whether it held."""
+    x, gate_up, down, ids, weights = make(9, 32, 24, 4, 2, "random")
+    module = Layer(gate_up, down)
+    leaves = [x.requires_grad_(), module.gate_up, module.down]
+    dout = torch.randn(9, 32)
+    want = gradients(lambda: module(x, ids, weights), leaves, dout)
+    recomputed = lambda: checkpoint(module, x, ids, weights, use_reentrant=False)  # noqa: E731
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    held = {
+        "checkpoint": same(gradients(recomputed, leaves, dout), want),
+        "compile": same(gradients(lambda: compiled(x, ids, weights), leaves, dout), want),
+    }
+    dim = torch.export.Dim("tokens", min=2, max=64)
+    with torch.no_grad():
+        call = (x.detach(), ids, weights)
+        program = torch.export.export(module, call, dynamic_shapes=({0: dim},) * 3)
+        other = make(17, 32, 24, 4, 2, "random")
+        call = (other[0], other[3], other[4])
+        held["export"] = torch.equal(program.module()(*call), module(*call))
+        held["export_one_node"] = program.graph_module.code.count("mogul.moe.default") == 1
+    plain = [t.detach() for t in (x, gate_up, down, ids, weights)]
+    for name, operator in (("moe", torch.ops.mogul.moe), ("moe_train", torch.ops.mogul.moe_train)):
+        tests = ("test_schema", "test_faketensor")
+        verdicts = torch.library.opcheck(operator.default, plain, test_utils=tests)
+        held[name] = set(verdicts.values()) == {"SUCCESS"}
+    print(json.dumps(held))
+
+
+if __name__ == "__main__":
+    main()
