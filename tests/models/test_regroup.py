@@ -8,13 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mogul.core.errors import ConfigError
-from mogul.models.heal import Healing
+from mogul.models.heal import BestRouters, Healing, routers_of
 from mogul.models.load import load_model
 from mogul.models.regroup import find_groups, order_of, regroup
 from mogul.observe.agreement import agreement, kept_of_layer
 from mogul.observe.recorder import record_routing
 from mogul.observe.tracer import Tracer
-from mogul.place.coactivation import swap_for_affinity
 from mogul.train.loop import train
 from mogul.train.optimizer import TrainSettings
 
@@ -145,23 +144,61 @@ def test_mass_beats_random_and_contiguous_groups_on_20_of_20_seeds(trained, trac
         assert found > contiguous
 
 
+def heal(grouped, original, steps, seed):
+    """The verb's way: distance and text, warm-up, cosine, the best routers kept."""
+    healing = Healing(grouped, original)
+    settings = TrainSettings(
+        lr=3e-4, max_steps=steps, warmup_steps=5, weight_decay=0.0, schedule="cosine"
+    )
+    best = BestRouters(healing, lambda: iter([topics(32, seed=77)]), every=20)
+    train(healing, best.batches(batches(seed)), settings)
+    best.restore()
+    return best
+
+
 def test_healing_lowers_the_held_out_loss_and_moves_only_routers(trained, trace):
-    # Groups of experts that are picked together lose most: there healing has something to mend.
-    groups = {
-        i: swap_for_affinity(trace.arrays["coactivation"][i], np.arange(16) // 4, num_parts=4)
-        for i in (0, 1)
-    }
+    groups = find_groups(trace, 4)
     grouped = regroup(trained, groups, 4)
     held_out = [topics(200, seed=5)]
     before = agreement(trained, grouped, held_out, groups, 4)
     others = {n: p.clone() for n, p in grouped.named_parameters() if ".gate." not in n}
-    settings = TrainSettings(lr=3e-4, max_steps=100, weight_decay=0.0, schedule="cosine")
-    train(Healing(grouped, trained), batches(3), settings)
+    best = heal(grouped, trained, 100, seed=3)
     after = agreement(trained, grouped, held_out, groups, 4)
-    assert before.loss_after > before.loss_before
-    assert after.loss_after < before.loss_after
-    assert after.kl < before.kl
+    lost = before.loss_after - before.loss_before
+    assert lost > 0
+    assert after.loss_after < before.loss_after - 0.2 * lost
+    assert min(best.losses) < best.losses[0]
     assert all(torch.equal(dict(grouped.named_parameters())[n], p) for n, p in others.items())
+
+
+@pytest.mark.full
+def test_healing_helps_on_every_of_five_models():
+    held_out = [topics(400, seed=99)]
+    for seed in range(5):
+        model = tiny()
+        train(model, batches(1000 + seed), TrainSettings(lr=5e-3, max_steps=200, weight_decay=0.0))
+        with Tracer(model) as tracer, torch.no_grad():
+            model(topics(80, seed=1))
+        groups = find_groups(tracer.trace(), 4)
+        grouped = regroup(model, groups, 4)
+        before = agreement(model, grouped, held_out, groups, 4)
+        heal(grouped, model, 200, seed=3)
+        after = agreement(model, grouped, held_out, groups, 4)
+        lost = before.loss_after - before.loss_before
+        print(f"seed {seed}: {(before.loss_after - after.loss_after) / lost:.2f} of the lost loss "
+              f"{lost:.4f}, KL {before.kl:.4f} -> {after.kl:.4f}")  # fmt: skip
+        assert after.loss_after < before.loss_after - 0.3 * lost
+
+
+def test_the_best_routers_come_back(trained, trace):
+    grouped = regroup(trained, find_groups(trace, 4), 4)
+    first = [p.clone() for p in routers_of(grouped)]
+    healing = Healing(grouped, trained)
+    best = BestRouters(healing, lambda: iter([topics(16, seed=77)]), every=5)
+    train(healing, best.batches(batches(3)), TrainSettings(lr=0.5, max_steps=10, weight_decay=0.0))
+    assert best.losses[-1] > best.losses[0]  # a ruinous learning rate
+    best.restore()
+    assert all(torch.equal(a, b) for a, b in zip(first, routers_of(grouped), strict=True))
 
 
 def test_the_written_checkpoint_is_the_grouped_model(trained, trace, tmp_path):

@@ -54,6 +54,26 @@ def test_shipped_tables_say_who_measured():
     assert all("own run" in table.source for table in load_shipped())
 
 
+def test_reference_tables_count_only_for_their_engine():
+    dims = {"m": 4096.0, "n": 5120.0, "k": 5120.0, "weight_bytes": 1.0, "input_bytes": 1.0}
+    table = next(t for t in load_shipped() if (t.kind, t.dtype) == ("gemm", "fp8"))
+    assert table.is_reference
+    plain = shipped("vllm").estimate("gemm", dims, H100, "fp8")
+    asked = shipped("torch").estimate("gemm", dims, H100, "fp8")
+    assert plain.tier == "curve"
+    assert asked.tier == "measured"
+    at = (table.dims["m"] == 4096) & (table.dims["n"] == 5120)
+    assert asked.seconds == pytest.approx(table.seconds[at][0], rel=0.05)
+
+
+def test_another_machine_borrows_from_the_engine_asked_for():
+    dims = {"rows": 4096.0, "distinct": 64.0, **SHAPE}
+    h200 = hardware("h200")
+    of = {name: shipped(name).estimate("moe", dims, h200, "bf16").seconds for name in
+          ("vllm", "mogul")}  # fmt: skip
+    assert of["mogul"] < of["vllm"]
+
+
 def test_a_table_needs_its_head(tmp_path):
     (tmp_path / "t.csv").write_text("# kind = moe\nrows,seconds\n1,2\n")
     with pytest.raises(ValueError, match="lacks device, dtype, engine, source"):

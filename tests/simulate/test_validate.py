@@ -53,7 +53,7 @@ def test_statistics():
 
 
 def test_no_row_of_a_left_out_model_enters_its_prediction():
-    table = load_shipped()[0]
+    table = next(one for one in load_shipped() if one.groups is not None)
     error, _, used = leave_one_model_out(table, curves.curve("generic", "moe"))
     assert len(error) == len(table)
     for label, others in used:

@@ -12,7 +12,6 @@ import csv
 import io
 import random
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +123,15 @@ def _write(
     source: str,
 ) -> Path:
     text = io.StringIO()
-    head: Mapping[str, Any] = {
+    head: dict[str, Any] = {
         "kind": kind,
         "device": device_name,
         "engine": engine,
         "dtype": dtype,
         "source": source,
     }
+    if dtype == "fp8":
+        head |= {"role": "reference"}
     text.writelines(f"# {key} = {value}\n" for key, value in head.items())
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

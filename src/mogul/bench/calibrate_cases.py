@@ -1,8 +1,9 @@
 """The kernels `calibrate` measures: products, experts, attention, each as a call on rotated inputs.
 
-bf16 (or fp32) experts are mogul's own kernels; 8-bit experts are PyTorch's scaled grouped product
-with its scaling, sorting and quantisation around it; 8-bit products take operands that are
-quantised already. Decode runs on mogul's pages and on PyTorch's attention: the table says whose.
+bf16 (or fp32) experts are mogul's own kernels. Two tables are for reference, since no server calls
+them so: 8-bit products take operands that are quantised already, and 8-bit experts are PyTorch's
+scaled grouped product with scaling, sorting and quantisation by a dozen kernels around it. Decode
+runs on mogul's pages and on PyTorch's attention: the table says whose.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ class Options:
     """Steps that train the routers alone to answer like the original."""
     lr: float = 3e-4
     """Learning rate of the healing."""
+    labels: float = 0.5
+    """The text's own loss beside the distance to the original; 0 asks for its answers only."""
     data: tuple[str, ...] = ("builtin:english",)
     """Files to heal with; the last tenth of the windows is held out, and compared on."""
     length: int = 256
@@ -150,20 +152,32 @@ def _compare(
 def _heal(options: Options, original: Any, grouped: Any, ids_NL: np.ndarray) -> None:
     import numpy as np
 
-    from mogul.models.heal import Healing
+    from mogul.models.heal import BestRouters, Healing
     from mogul.train.loop import train
     from mogul.train.optimizer import TrainSettings
 
     rng = np.random.default_rng(options.seed)
+    is_kept = np.arange(len(ids_NL)) % 10 == 1  # to choose the best routers by
+    chosen = ids_NL[is_kept][: 4 * options.batch]
+    chosen, ids_NL = (chosen, ids_NL[~is_kept]) if len(chosen) else (ids_NL, ids_NL)
 
     def endless() -> Iterator[torch.Tensor]:
         while True:
             yield from _batches(rng.permutation(ids_NL), options.batch)
 
     settings = TrainSettings(
-        lr=options.lr, weight_decay=0.0, schedule="cosine", max_steps=options.heal
+        lr=options.lr,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_steps=options.heal // 20,
+        max_steps=options.heal,
     )
-    train(Healing(grouped, original), endless(), settings, description="healing the routers")
+    healing = Healing(grouped, original, options.labels)
+    best = BestRouters(
+        healing, lambda: _batches(chosen, options.batch), every=max(10, options.heal // 10)
+    )
+    train(healing, best.batches(endless()), settings, description="healing the routers")
+    best.restore()
     grouped.requires_grad_(True)
 
 

@@ -78,6 +78,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for table in self.tables:
+            if table.is_reference and table.engine != self.engine:
+                continue
             self._slices.setdefault((table.kind, table.dtype), []).append(_slice(table))
 
     def estimate(
@@ -114,10 +116,12 @@ class Calibration:
         same_dtype = self._slices.get((kind, dtype), [])
         kin = [s for other in _KIN.get(dtype, ()) for s in self._slices.get((kind, other), [])]
         home = [s for s in same_dtype if s.table.device == device.name]
+        siblings = [s for s in same_dtype if _is_sibling(s, device)]
         ladder = (
             ("measured", [s for s in home if s.table.engine == self.engine]),
             ("measured", home),
-            ("transferred", [s for s in same_dtype if _is_sibling(s, device)]),
+            ("transferred", [s for s in siblings if s.table.engine == self.engine]),
+            ("transferred", siblings),
             ("transferred", [s for s in kin if s.table.device == device.name]),
         )
         return next((step for step in ladder if step[1]), None)

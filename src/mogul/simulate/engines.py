@@ -73,7 +73,7 @@ class Engine(Spec):
 
 
 _ENGINES = {
-    "mogul": Engine(kernels="vllm"),
+    "mogul": Engine(kernels="mogul"),
     "vllm": Engine(name="vllm", kernels="vllm", step_host_s=1.0e-3),
     "sglang": Engine(name="sglang", kernels="sglang", step_host_s=5e-4),
     "trtllm": Engine(name="trtllm", kernels="trtllm", step_host_s=5e-4),

@@ -37,6 +37,9 @@ class KernelTable:
     groups: np.ndarray | None = None
     """A label a row (the model or shape it belongs to) for leave-one-out validation."""
 
+    is_reference: bool = False
+    """Times something no server runs like this; counts only where its engine is asked for."""
+
     def __len__(self) -> int:
         return len(self.seconds)
 
@@ -46,7 +49,7 @@ class KernelTable:
         groups = None if self.groups is None else self.groups[mask]
         return KernelTable(
             self.kind, self.device, self.engine, self.dtype, self.source, dims,
-            self.seconds[mask], groups,
+            self.seconds[mask], groups, self.is_reference,
         )  # fmt: skip
 
 
@@ -58,6 +61,8 @@ def load_shipped() -> tuple[KernelTable, ...]:
 
 def read_table(path: Path) -> KernelTable:
     """Read a table: `# key = value` lines (kind, device, engine, dtype, source), then CSV.
+
+    `role = reference` is for calls no server makes like this.
 
     Columns are the dimensions of the kind (`physics.py`) and `seconds`; a column `group` labels
     rows.
@@ -83,7 +88,7 @@ def read_table(path: Path) -> KernelTable:
     seconds = np.array([float(row["seconds"]) for row in rows])
     return KernelTable(
         head["kind"], head["device"], head["engine"], head["dtype"], head["source"], dims,
-        seconds, groups,
+        seconds, groups, head.get("role") == "reference",
     )  # fmt: skip
 
 
