@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from run_interpreted import SMALL, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-sys.path.insert(0, os.path.dirname(__file__))
-from run_interpreted import SMALL, make
 
 from mogul.kernels.triton import layer, ops
 
