@@ -237,7 +237,8 @@ def t_quantile(share: float, freedom: int) -> float:
     z = NormalDist().inv_cdf(share)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def detectable(values: Mapping[str, list[float]]) -> tuple[float, float] | None:

@@ -1,0 +1,79 @@
+"""The study's arithmetic: balance numbers, Student's t, the smallest detectable difference."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def study():
+    file = Path(__file__).parents[2] / "benchmarks" / "bench_study.py"
+    spec = importlib.util.spec_from_file_location("bench_study", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_study"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "expected"),
+    [(0.975, 10, 2.2281), (0.975, 4, 2.7764), (0.8, 10, 0.8791), (0.975, 1000, 1.9623)],
+)
+def test_t_quantiles_are_those_of_the_tables(study, share, freedom, expected):
+    assert study.t_quantile(share, freedom) == pytest.approx(expected, rel=0.01)
+
+
+def test_detectable_difference(study):
+    values = {"a": [1.0, 1.2, 1.4], "b": [2.0, 2.2, 2.4], "c": [5.0]}
+    pooled, smallest = study.detectable(values)
+    assert pooled == pytest.approx(0.2)
+    expected = (2.7764 + 0.9410) * 0.2 * (2 / 3) ** 0.5  # t tables, 4 degrees of freedom
+    assert smallest == pytest.approx(expected, rel=0.01)
+    assert study.detectable({"a": [1.0]}) is None
+
+
+def test_grouped_picks_have_rho_one_where_devices_divide_the_groups(study):
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, 16, (2, 4096, 4)) + 16 * np.arange(4)  # 4 groups of 16
+    found = study.balance_numbers(picks, 64, 4)
+    assert found["rho"]["D2 T16"] == found["rho"]["D4 T512"] == 1.0
+    assert found["rho"]["D8 T16"] > 1.05
+    assert found["delta"]["D4 T16"] > 1.0
+    assert found["dead_experts"] == 0
+    flat = np.broadcast_to(np.arange(8), (1, 4096, 8))
+    stuck = study.balance_numbers(flat, 64, 1)
+    assert stuck["max_vio"] == pytest.approx(7.0)
+    assert stuck["dead_experts"] == 56
+    assert stuck["rho"]["D8 T64"] == pytest.approx(8.0)
+
+
+def test_scales_become_changes(study):
+    changes = list(
+        study.changes_of({"run": {"tokens": 5, "compile": False}, "model": {"a": {"b": "x"}}})
+    )
+    assert changes == ["run.tokens=5", "run.compile=false", 'model.a.b="x"']
+
+
+def test_finished_runs_are_not_run_again(study, tmp_path, monkeypatch):
+    import argparse
+
+    results = tmp_path / "study.jsonl"
+    results.write_text('{"scale": "study", "variant": "moge2", "seed": 0}\n')
+    started = []
+
+    class Done:
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(study, "start", lambda _options, *key: started.append(key) or Done())
+    options = argparse.Namespace(
+        results=results, seeds=[0, 1], variants=("moge2",), scale=None, jobs=1,
+        deadline_s=None, stop_s=None,
+    )  # fmt: skip
+    assert study.run_all(options) == 0
+    assert started == [("moge2", 1)]
