@@ -26,7 +26,7 @@ from mogul.serve.loading import random_model
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
 from mogul.serve.routed import distinct_experts
-from mogul.serve.sampling import Sampled, Sampler
+from mogul.serve.sampling import Sampled, Sampler, SamplingBatch
 from mogul.spec import presets
 
 START_S = time.perf_counter()
@@ -40,7 +40,8 @@ class ForcedSampler(Sampler):
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
 
-    def sample(self, logits_SV, batch) -> Sampled:
+    def sample(self, logits_SV: torch.Tensor, batch: SamplingBatch) -> Sampled:
+        """Tokens as if drawn evenly, at the cost of a greedy choice."""
         chosen = super().sample(logits_SV, batch)
         return Sampled(torch.randint_like(chosen.ids, self.vocab), chosen.is_valid)
 
@@ -232,13 +233,17 @@ def measure(engine: Engine, batch: int, options: Any, bandwidth: float) -> None:
             prompt_s.append(first - start_s)
     floor = floor_ms(engine, batch, options, bandwidth)
     tpot = median(steady)
-    fields: dict[str, Any] = dict(
-        tpot_ms=round(tpot, 3), spread=[round(min(steady), 3), round(max(steady), 3)],
-        own_tpot_ms=round(median(own), 3), floor_ms=round(floor, 3), ratio=round(tpot / floor, 3),
-        prefill_tokens_per_s=round(batch * options.input / median(prompt_s)),
-        first_token_ms=round(1e3 * median(prompt_s), 2),
-        bar_ms=BARS.get(options.preset, {}).get(batch), vllm_ms=VLLM.get(options.preset, {}).get(batch),
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "tpot_ms": round(tpot, 3),
+        "spread": [round(min(steady), 3), round(max(steady), 3)],
+        "own_tpot_ms": round(median(own), 3),
+        "floor_ms": round(floor, 3),
+        "ratio": round(tpot / floor, 3),
+        "prefill_tokens_per_s": round(batch * options.input / median(prompt_s)),
+        "first_token_ms": round(1e3 * median(prompt_s), 2),
+        "bar_ms": BARS.get(options.preset, {}).get(batch),
+        "vllm_ms": VLLM.get(options.preset, {}).get(batch),
+    }
     note(options, kind="measured", batch=batch, **fields)
     if options.record:
         record(engine, batch, options, fields)

@@ -74,3 +74,33 @@ def base_checkpoint(tmp_path_factory) -> Path:
     """A model without a chat template and with a short context."""
     folder = tmp_path_factory.mktemp("base")
     return write_checkpoint(folder, template=None, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="session")
+def sink_checkpoint(tmp_path_factory) -> Path:
+    """A model whose sink keys no pages can hold."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mogul.models import MogeConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sinks")
+    config = MogeConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        router_n_groups=2,
+        moe_intermediate_size=16,
+        num_sink_keys=2,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder, template=None)
+    return folder

@@ -100,6 +100,18 @@ def test_what_cannot_be_asked_is_refused(capsys, checkpoint, args, words):
     assert "fix: " in err
 
 
+def test_a_family_without_pages_speaks_through_transformers(capsys, sink_checkpoint):
+    import mogul.models  # noqa: F401  registers the family
+
+    code, out, err = generate(
+        capsys, sink_checkpoint, "--prompt", "the router", "--max-new-tokens", 12
+    )
+    assert code == 0
+    assert "cannot show the 2 sink keys to every query" in err
+    assert "token by token through Transformers instead" in err
+    assert out == reference(sink_checkpoint, "the router", 12) + "\n"
+
+
 def test_a_base_model_has_no_chat(capsys, base_checkpoint):
     few = ("--max-new-tokens", 1)
     code, _, err = generate(capsys, base_checkpoint, "--prompt", "a", "--chat", *few)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.errors import ArtifactError, BackendError, ConfigError
 from mogul.core.log import say
 from mogul.core.units import show_count, show_s
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from mogul.serve.engine import Engine
+    from mogul.serve.params import SamplingParams
 
 Message = dict[str, str]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -48,69 +49,130 @@ class Sampling:
             raise ConfigError(f"--top-k {self.top_k} is below 0", fix="0 keeps every token")
 
 
-@dataclass
 class Speaker:
     """A loaded model with its tokenizer and its way of sampling."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    config: GenerationConfig
+    def __init__(self, voice: Voice, tokenizer: PreTrainedTokenizerBase, context: int | None):
+        self.voice = voice
+        self.tokenizer = tokenizer
+        self.context = context
 
-    def speak(self, inputs: Mapping[str, Any]) -> str:
+    def speak(self, prompt_ids: Sequence[int]) -> str:
         """Stream the continuation of a prompt to standard output; return its text.
 
         Ctrl-C ends the answer: what was said so far stands in the `Interrupted` raised.
         """
-        prompt = inputs["input_ids"]
-        self._check_length(prompt.shape[1])
-        streamer = _make_streamer(self.tokenizer)
-        inputs = {
-            name: inputs[name].to(self.model.device)
-            for name in ("input_ids", "attention_mask")
-            if name in inputs
-        }
-        generate: Any = self.model.generate  # a mixin's method, which pyright takes for a tensor
+        self._check_length(len(prompt_ids))
+        said: list[str] = []
+        num_tokens = 0
         start_s = time.perf_counter()
         try:
-            out = generate(**inputs, generation_config=self.config, streamer=streamer)
+            for text, count in self.voice.say(prompt_ids):
+                said.append(text)
+                num_tokens += count
+                sys.stdout.write(text)
+                sys.stdout.flush()
         except KeyboardInterrupt:
-            streamer.end()
-            raise Interrupted(streamer.text) from None
+            raise Interrupted("".join(said)) from None
+        finally:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
         seconds = time.perf_counter() - start_s
-        new_tokens = out.shape[1] - prompt.shape[1]
-        say(f"[{new_tokens} tokens in {show_s(seconds, 1)}, {new_tokens / seconds:.1f} tokens/s]")
-        return streamer.text
+        say(f"[{num_tokens} tokens in {show_s(seconds, 1)}, {num_tokens / seconds:.1f} tokens/s]")
+        return "".join(said)
 
-    def plain_inputs(self, text: str) -> Mapping[str, Any]:
+    def plain_inputs(self, text: str) -> list[int]:
         """Tokenise a text as it stands."""
-        return self.tokenizer(text, return_tensors="pt")
+        return list(self.tokenizer(text)["input_ids"])  # pyright: ignore[reportArgumentType]
 
-    def template_inputs(self, messages: list[Message]) -> Mapping[str, Any]:
+    def template_inputs(self, messages: list[Message]) -> list[int]:
         """Tokenise a conversation up to where the answer begins."""
         from jinja2 import TemplateError
 
         tokenizer: Any = self.tokenizer
         try:
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
             )
         except TemplateError as error:
             raise ArtifactError(
                 f"the chat template refuses this conversation: {error}",
                 fix="leave out --system, which some templates do not know",
             ) from error
+        return list(inputs["input_ids"])
 
     def _check_length(self, prompt_tokens: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        wanted = prompt_tokens + (self.config.max_new_tokens or 0)
+        new = self.voice.params.max_tokens
         if prompt_tokens == 0:
             raise ConfigError("the prompt is empty", fix="give some text to continue")
-        if limit and wanted > limit:
+        if self.context and prompt_tokens + new > self.context:
             raise ConfigError(
-                f"{prompt_tokens} prompt tokens and {self.config.max_new_tokens} new ones exceed "
-                f"the model's context of {limit}",
+                f"{prompt_tokens} prompt tokens and {new} new ones exceed "
+                f"the model's context of {self.context}",
                 fix="shorten the prompt or lower --max-new-tokens (in a chat: /reset)",
             )
+
+
+class Voice(Protocol):
+    """What turns a prompt into pieces of text."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """How tokens are chosen."""
+        ...
+
+    def say(self, prompt_ids: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Yield text with the number of tokens it took."""
+        ...
+
+
+class EngineVoice:
+    """Speaks through the engine, which remembers the conversation so far."""
+
+    def __init__(self, engine: Engine, params: SamplingParams) -> None:
+        self.engine = engine
+        self.params = params
+
+    def say(self, prompt_ids: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Yield text as it becomes certain."""
+        for chunk in self.engine.stream(prompt_ids, self.params):
+            yield chunk.text, len(chunk.token_ids)
+            if chunk.answer is not None and chunk.answer.finish == "error":
+                raise BackendError(f"the answer failed: {chunk.answer.error}")
+
+
+class PlainVoice:
+    """Speaks through Transformers' own loop, for families whose attention knows no pages."""
+
+    def __init__(self, model: Any, tokenizer: Any, params: SamplingParams) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.params = params
+
+    def say(self, prompt_ids: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Yield the text of one token after the other, each from a forward over a cache."""
+        import torch
+
+        from mogul.serve.engine import end_ids
+        from mogul.serve.params import SamplingRow
+        from mogul.serve.sampling import Sampler, SamplingBatch
+        from mogul.serve.stops import TextStream
+
+        stream = TextStream(self.tokenizer, self.params)
+        ends, cache, said = end_ids(self.model, self.tokenizer), None, []
+        row = SamplingRow(self.params, self.params.seed or 0, tuple(prompt_ids), said)
+        ids = torch.tensor([list(prompt_ids)], device=self.model.device)
+        with torch.inference_mode():
+            while len(said) < self.params.max_tokens:
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                if (cache := getattr(out, "past_key_values", None)) is None:
+                    raise BackendError(f"{type(self.model).__name__} keeps no cache to go on with")
+                ids = Sampler().sample(out.logits[:, -1], SamplingBatch.build([row])).ids[None]
+                if (token := int(ids)) in ends:
+                    break
+                said.append(token)
+                yield stream.push(token), 1
+        yield stream.close(), 0
 
 
 class Interrupted(Exception):
@@ -137,8 +199,6 @@ def open_speaker(
     """
     start_s = time.perf_counter()
     say(f"loading {model}")
-    import torch
-
     from mogul.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -148,15 +208,29 @@ def open_speaker(
             fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
         )
     loaded = load_model(model, dtype=_TORCH_NAMES[dtype], experts=experts, device=_device(device))
-    loaded.eval()
-    torch.manual_seed(sampling.seed)
-    config = generation_config(loaded, tokenizer, sampling)
+    params = sampling_params(loaded.generation_config, sampling)
     count = show_count(loaded.num_parameters())
     say(
         f"{count} parameters in {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, "
-        f"{show_s(time.perf_counter() - start_s, 1)}; {_sampling_words(config)}"
+        f"{show_s(time.perf_counter() - start_s, 1)}; {_sampling_words(params)}"
     )
-    return Speaker(loaded, tokenizer, config)
+    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    return Speaker(_voice(loaded, tokenizer, params), tokenizer, context)
+
+
+def _voice(model: PreTrainedModel, tokenizer: Any, params: SamplingParams) -> Voice:
+    """The engine, or where it refuses a family, Transformers' loop with a line that says so."""
+    from mogul.serve.engine import Engine
+    from mogul.serve.options import EngineOptions
+
+    attention = model.config._attn_implementation or "sdpa"
+    try:
+        options = EngineOptions(max_sequences=1, compile=False)
+        return EngineVoice(Engine(model, tokenizer, options), params)
+    except BackendError as error:
+        say(f"{error}; token by token through Transformers instead")
+        model.set_attn_implementation(attention)
+        return PlainVoice(model, tokenizer, params)
 
 
 def _device(name: str) -> str:
@@ -168,51 +242,31 @@ def _device(name: str) -> str:
     return accelerator.type if accelerator else "cpu"
 
 
-def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
-) -> GenerationConfig:
-    """Lay the options over the checkpoint's own generation config."""
-    config = copy.deepcopy(model.generation_config)
-    if config is None:
-        from transformers import GenerationConfig
+def sampling_params(config: GenerationConfig | None, sampling: Sampling) -> SamplingParams:
+    """Lay the options over the checkpoint's own generation config; what neither says is off."""
+    from mogul.serve.params import SamplingParams
 
-        config = GenerationConfig.from_model_config(model.config)
-    config.max_new_tokens, config.max_length = sampling.max_new_tokens, None
-    for name in ("temperature", "top_p", "top_k"):
-        if (value := getattr(sampling, name)) is not None:
-            setattr(config, name, value)
-    if sampling.temperature is not None:
-        config.do_sample = sampling.temperature > 0
-    elif sampling.top_p is not None or sampling.top_k is not None:
-        config.do_sample = True
-    if not config.do_sample:
-        config.do_sample = False
-        config.temperature = config.top_p = config.top_k = None
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
-    if config.pad_token_id is None:
-        eos = config.eos_token_id
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    return config
+    known: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    own = {name: getattr(config, name, None) for name in known}
+    given = {name: getattr(sampling, name, None) for name in known}
+    chosen = {
+        name: next(value for value in (given[name], own[name], default) if value is not None)
+        for name, default in known.items()
+    }
+    asked = any(value is not None for value in given.values())
+    if not asked and not getattr(config, "do_sample", None):
+        chosen["temperature"] = 0.0
+    penalty = getattr(config, "repetition_penalty", None) or 1.0
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        seed=sampling.seed,
+        repetition_penalty=float(penalty),
+        **chosen,
+    )
 
 
-def _sampling_words(config: GenerationConfig) -> str:
-    if not config.do_sample:
+def _sampling_words(params: SamplingParams) -> str:
+    if params.is_greedy:
         return "greedy"
-    shown = {"temperature": config.temperature, "top-p": config.top_p, "top-k": config.top_k}
-    return ", ".join(f"{name} {value:g}" for name, value in shown.items() if value is not None)
-
-
-def _make_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Build a streamer that prints to standard output and remembers what it printed."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        text = ""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.text += text
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+    shown = {"temperature": params.temperature, "top-p": params.top_p, "top-k": params.top_k}
+    return ", ".join(f"{name} {value:g}" for name, value in shown.items())

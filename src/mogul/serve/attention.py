@@ -133,10 +133,10 @@ def attention_forward(
         return query_THC[None, ..., :value_width].contiguous(), None
     if value_width < width:
         value_TNC = F.pad(value_TNC, (0, width - value_width))
-    scaling = width**-0.5 if scaling is None else scaling
+    factor = width**-0.5 if scaling is None else scaling
     layer: Any = module._mogul_paged_layer
-    attend = torch.ops.mogul.attend if torch.compiler.is_compiling() else _attend
-    out_THC = attend(query_THC, key_TNC, value_TNC, layer, scaling, sliding_window, s_aux)
+    attend: Any = torch.ops.mogul.attend if torch.compiler.is_compiling() else _attend
+    out_THC = attend(query_THC, key_TNC, value_TNC, layer, factor, sliding_window, s_aux)
     return out_THC[None, ..., :value_width], None
 
 

@@ -3,8 +3,8 @@
 A page is free (nothing worth keeping), owned (a running request reads it) or cached (nobody reads
 it, but its tokens are known). A full page is known by a hash of its tokens, of everything before
 them and of a salt; on a hit the tokens themselves and the hash before are compared too, page after
-page, so two texts with one hash never mix. Cached pages are forgotten least recently used first, last pages of a
-text before its first ones. No tensor here: pages are numbers.
+page, so two texts with one hash never mix. Cached pages are forgotten least recently used first,
+the last pages of a text before its first ones. No tensor here: pages are numbers.
 """
 
 from __future__ import annotations

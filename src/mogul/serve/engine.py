@@ -1,9 +1,9 @@
 """The engine: requests in, tokens out, many at once, on one machine and in one process.
 
-It holds the loop and nothing else: the policy decides what runs (`mogul.schedule`), `steps` computes
-it, `results` tells what came of it. On an accelerator a step is launched before the one before it
-is read, so the host prepares the next step while the device runs; requests whose next token depends
-on what the last one was (penalties, structure) and drafts make it wait.
+It holds the loop and nothing else: the policy decides what runs (`mogul.schedule`), `steps`
+computes it, `results` tells what came of it. On an accelerator a step is launched before the one
+before it is read, so the host prepares the next step while the device runs; requests whose next
+token depends on what the last one was (penalties, structure) and guesses make it wait.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Engine:
         self.speculator = speculator
         self._matchers: Matchers | None = None
         self._salt = (name, str(model.dtype), self.options.kv_dtype)
-        self._end_ids = _end_ids(model, tokenizer)
+        self._end_ids = end_ids(model, tokenizer)
         self._live: dict[int, Live] = {}
         self._mail: dict[int, deque[Chunk]] = {}
         self._flight: Flight | None = None
@@ -439,7 +439,7 @@ class Engine:
             assert landing <= set(self._live), "room is held for nobody"
 
 
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """The model's ends of text: its generation config's, else its tokenizer's."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None and tokenizer is not None:

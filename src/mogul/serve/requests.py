@@ -102,6 +102,7 @@ class Live(Request):
     finish: Finish | None = None
     error: str = ""
     text: str = ""
+
     @property
     def wants_whole_prompt(self) -> bool:
         """Whether every prompt token must be computed, known pages or not."""

@@ -64,7 +64,9 @@ class ExpertTap:
         if not self._picks:
             return None
         width = max(ids.shape[1] for ids in self._picks)
-        padded = [torch.nn.functional.pad(i, (0, width - i.shape[1]), value=-1) for i in self._picks]
+        padded = [
+            torch.nn.functional.pad(i, (0, width - i.shape[1]), value=-1) for i in self._picks
+        ]
         return torch.stack(padded, dim=1)
 
 

@@ -30,7 +30,8 @@ class Runner:
             raise ConfigError(f"KV dtype {kv_dtype!r} is unknown", fix=f"use {list(KV_DTYPES)}")
         self.model = model.eval().requires_grad_(False)
         self.device = model.device
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        head: Any = model.get_output_embeddings()
+        self.vocab_size = int(head.weight.shape[0])
         _use_pages(model)
         self.shapes: list[LayerShape] = find_layers(model, self.device)
         self.kv_dtype = KV_DTYPES[kv_dtype]

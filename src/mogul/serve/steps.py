@@ -200,9 +200,13 @@ def _to_host(piece: Piece) -> Piece:
 
 
 def _sampled_to_host(sampled: Sampled) -> Sampled:
-    fields = ("ids", "is_valid", "logprobs", "top_ids", "top_logprobs")
-    values = (getattr(sampled, name) for name in fields)
-    return Sampled(*(None if value is None else _copy(value) for value in values))
+    return Sampled(
+        _copy(sampled.ids),
+        _copy(sampled.is_valid),
+        None if sampled.logprobs is None else _copy(sampled.logprobs),
+        None if sampled.top_ids is None else _copy(sampled.top_ids),
+        None if sampled.top_logprobs is None else _copy(sampled.top_logprobs),
+    )
 
 
 def _copy(tensor: Tensor) -> Tensor:
