@@ -170,3 +170,23 @@ def test_bad_input_is_named(tmp_path):
 def test_the_width_of_ids_follows_the_vocabulary():
     assert dtype_for(1 << 16).itemsize == 2
     assert dtype_for((1 << 16) + 1).itemsize == 4
+
+
+def test_reads_a_saved_data_set(tmp_path, texts):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.Dataset.from_dict({"body": texts[:5]}).save_to_disk(tmp_path / "saved")
+    spec = BuildSpec(
+        sources=(f"hf:{tmp_path / 'saved'}",), vocab_size=257, held_out=0.0, text_key="body"
+    )
+    manifest = build(spec, tmp_path / "out")
+    assert manifest.of("train")[0].documents == 5
+    with pytest.raises(ArtifactError, match="has no column 'text'"):
+        build(spec.replace(text_key="text"), tmp_path / "other")
+
+
+def test_a_data_set_without_the_package_says_so(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="hf:some/where needs the package datasets"):
+        build(BuildSpec(sources=("hf:some/where",)), tmp_path / "out")

@@ -424,7 +424,7 @@ class MogePreTrainedModel(PreTrainedModel):
     config_class = MogeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MogeDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["MogeDecoderLayer", "MogeMtpLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
