@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Olmoe": {"num_experts": 8, "intermediate_size": 96},
     "Mixtral": {"num_local_experts": 4, "intermediate_size": 96},
     "DeepseekV3": {**LATENT, "moe_intermediate_size": 96},
+    "GptOss": {"num_local_experts": 4, "intermediate_size": 96, "head_dim": 32},
     "Moge": {
         **{"num_experts": 8, "moe_intermediate_size": 96, "router_n_groups": 2},
         "shared_expert_intermediate_size": 64,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mogul.kernels.layout import ExpertLayout
 
-_SUPPORTED = ExpertLayout()
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -34,8 +33,6 @@ def why_not_triton(
     num_experts: int | None = None,
     hidden_size: int | None = None,
     expert_width: int | None = None,
-    layout: ExpertLayout = _SUPPORTED,
-    has_bias: bool = False,
     **_facts: object,
 ) -> str | None:
     """The reason why a call cannot run on these kernels, or None."""
@@ -45,10 +42,6 @@ def why_not_triton(
         return reason
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the weights are {dtype}; bfloat16 and float16 are supported"
-    if layout != _SUPPORTED:
-        return "only concatenated [E, 2F, D] / [E, D, F] experts with a SiLU gate are supported"
-    if has_bias:
-        return "biases are not supported"
     for name, size in (("hidden size", hidden_size), ("expert width", expert_width)):
         if size is not None and size % 8:
             return f"{name} {size} is not a multiple of 8 (16 bytes)"
@@ -68,7 +61,24 @@ def moe_forward_triton(
     down_bias: Tensor | None = None,
     layout: ExpertLayout,
 ) -> Tensor:
-    """Fast, deterministic and differentiable; see `mogul.kernels.moe_forward` for the shapes."""
-    from mogul.kernels.triton.ops import run
+    """Fast, deterministic and differentiable; see `mogul.kernels.moe_forward` for the shapes.
 
-    return run(x, gate_up, down, ids, weights)
+    Biases and layouts other than Qwen3-MoE's go through plain kernels of their own.
+    """
+    if gate_up_bias is None and down_bias is None and _is_fast(layout):
+        from mogul.kernels.triton.ops import run
+
+        return run(x, gate_up, down, ids, weights)
+    from mogul.kernels.triton.any_ops import run_any
+
+    return run_any(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
+
+
+def _is_fast(layout: ExpertLayout) -> bool:
+    """What the tuned kernels know: [E, 2F, D] and [E, D, F], gate rows first, a SiLU gate."""
+    return (
+        layout.has_gate
+        and layout.is_concatenated
+        and not layout.is_transposed
+        and layout.activation == "silu"
+    )
