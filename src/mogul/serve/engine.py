@@ -103,6 +103,9 @@ class Engine:
         self._last_step_s = 0.0
         if self.options.record_experts:
             self.runner.tap.open()
+        if speculator is not None:
+            speculator.attach(self)
+            self.steps.observer = speculator.observe
         self.runner.warm_up(self.options, sizes.largest_step)
 
     @classmethod
@@ -410,6 +413,8 @@ class Engine:
             for number in list(self._live):
                 self.abort(number)
             self._mail.clear()
+            if self.speculator is not None:
+                self.speculator.close()
             self.runner.close()
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +93,9 @@ class Steps:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.sampler = Sampler()
+        self.observer: Callable[[Sequence[Entry]], None] | None = None
+        """Told what was computed, while its results still lie on the device."""
+
         self._row_of_last: dict[int, int] = {}
 
     def launch(self, plan: StepPlan[Live]) -> Flight:
@@ -127,6 +130,8 @@ class Steps:
     def _compute(self, entries: Sequence[Entry]) -> Piece:
         self.runner.tap.start()
         logits_RV = self.runner.run(entries, self._row_of_last)
+        if self.observer is not None:
+            self.observer(entries)
         picks_TLK = self.runner.tap.picks() if self.runner.tap.is_open else None
         chosen, before = _rows(entries)
         prompt = self._prompt_logprobs(logits_RV, entries, before) if before else None

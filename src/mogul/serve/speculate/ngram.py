@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mogul.core.errors import ConfigError
-from mogul.serve.speculate.proposer import Drafting
+from mogul.serve.speculate.proposer import Drafting, Proposer
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _Memory:
     """Tokens whose runs are in it; a run at the very end is not, as nothing follows it yet."""
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """Looks up the longest run at the end of the text that stood in it before."""
 
     def __init__(self, longest: int = 5, shortest: int = 2) -> None:

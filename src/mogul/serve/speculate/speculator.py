@@ -8,10 +8,14 @@ speculator.learn(...)          when the step's tokens are known
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mogul.serve.speculate.length import DraftLength, SpeculationStats
 from mogul.serve.speculate.proposer import Drafting, Proposer
+
+if TYPE_CHECKING:
+    from mogul.serve.engine import Engine
+    from mogul.serve.inputs import Entry
 
 
 class Guessed(Drafting, Protocol):
@@ -29,6 +33,18 @@ class Speculator:
     def __init__(self, proposer: Proposer, length: DraftLength) -> None:
         self.proposer = proposer
         self.length = length
+
+    def attach(self, engine: Engine) -> None:
+        """Make ready for an engine whose cache is allocated, before its first step."""
+        self.proposer.attach(engine)
+
+    def observe(self, entries: Sequence[Entry]) -> None:
+        """The engine's model has just computed these."""
+        self.proposer.observe(entries)
+
+    def close(self) -> None:
+        """Give memory and hooks back."""
+        self.proposer.close()
 
     def wish(self, requests: Sequence[Guessed]) -> None:
         """Set `drafts` of every decoding request: never past its last token."""

@@ -1,0 +1,230 @@
+"""Guesses of the model's own multi-token-prediction layer.
+
+The layer joins the model's last hidden state at a position with the token after it and says the
+token after that. Its keys and values lie in one more set of pages under the engine's page numbers.
+Hidden states come from the engine's own steps, through a hook on the final norm that copies them
+into a fixed buffer, so that captured steps leave them there too. Further guesses feed the layer its
+own output; positions it filled with guesses are filled again once their tokens are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mogul.core.errors import ConfigError
+from mogul.serve.sampling import Sampler, SamplingBatch
+from mogul.serve.speculate.proposer import Drafting, Proposer, Trails, guess_row
+
+if TYPE_CHECKING:
+    from mogul.serve.engine import Engine
+    from mogul.serve.inputs import Entry
+    from mogul.serve.requests import Live
+
+MOST_PENDING = 65_536
+"""Hidden states kept for requests that nobody guesses for; older ones go, which costs guesses."""
+
+
+class MtpProposer(Proposer):
+    """Lets the model's MTP layer say the tokens after the next."""
+
+    def __init__(self) -> None:
+        self._sampler = Sampler()
+        self._trails = Trails()
+        self._pending: dict[int, list[tuple[int, Tensor]]] = {}
+        """Request -> (first position, hidden states [n, D]) not yet passed through the layer."""
+
+        self._handle: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        """Find the layer, allocate its pages, hook the final norm.
+
+        Raises:
+            ConfigError: the model has no such layer.
+        """
+        from mogul.serve.attention import LayerCache
+        from mogul.serve.inputs import Arena
+
+        runner, sizes = engine.runner, engine.sizes
+        model: Any = runner.model
+        if not getattr(model, "has_mtp", False):
+            raise ConfigError(
+                f"{type(model).__name__} has no multi-token-prediction layer",
+                fix="guess by n-gram or a draft model, or use a checkpoint with "
+                "num_nextn_predict_layers = 1",
+            )
+        self._model, self._page_size = model, sizes.page_size
+        shape, limits = runner.shapes[-1], sizes.largest_step
+        size = (sizes.num_pages, sizes.page_size, shape.num_kv_heads, shape.width)
+        kind = {"dtype": runner.kv_dtype or shape.dtype, "device": runner.device}
+        self._cache = LayerCache(torch.zeros(size, **kind), torch.zeros(size, **kind))
+        self._arena = Arena(limits, runner.device)
+        self._limit = limits.tokens
+        hidden = (limits.tokens, model.config.hidden_size)
+        self._hidden_TD = torch.zeros(hidden, dtype=model.dtype, device=runner.device)
+        layer = model.model.layers[model.config.num_hidden_layers]
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module._mogul_paged_layer = torch.tensor(0)
+        self._handle = model.model.norm.register_forward_hook(self._keep)
+
+    def _keep(self, _module: Any, _args: Any, output: Tensor) -> None:
+        if output.shape[1] <= self._limit:
+            self._hidden_TD[: output.shape[1]].copy_(output[0])
+
+    def observe(self, entries: Sequence[Entry]) -> None:
+        """Take the hidden states of a step before the next one overwrites them."""
+        copy_TD = self._hidden_TD[: sum(entry.count for entry in entries)].clone()
+        at = 0
+        for entry in entries:
+            held = self._pending.setdefault(entry.request.id, [])
+            while held and held[-1][0] >= entry.first:  # computed anew, after a guess that fell
+                held.pop()
+            if held and held[-1][0] + len(held[-1][1]) > entry.first:
+                start, rows_TD = held[-1]
+                held[-1] = (start, rows_TD[: entry.first - start])
+            held.append((entry.first, copy_TD[at : at + entry.count]))
+            at += entry.count
+            while sum(len(rows_TD) for _, rows_TD in held) > MOST_PENDING:
+                held.pop(0)
+
+    def propose(self, requests: Sequence[Drafting], counts: Sequence[int]) -> list[list[int]]:
+        """See `Proposer`."""
+        from mogul.serve.inputs import Entry
+
+        live = cast("Sequence[Live]", requests)
+        guesses: list[list[int]] = [[] for _ in live]
+        with torch.inference_mode():
+            hidden_SD = self._catch_up(live)
+            asked = [i for i, hidden_D in enumerate(hidden_SD) if hidden_D is not None]
+            rows_SD = [cast("Tensor", hidden_SD[i]) for i in asked]
+            while asked:
+                self._draw(torch.stack(rows_SD), live, guesses, asked)
+                kept = [j for j, i in enumerate(asked) if len(guesses[i]) < counts[i]]
+                asked = [asked[j] for j in kept]
+                if not asked:
+                    break
+                entries = [
+                    Entry(live[i], len(live[i].tokens) + len(guesses[i]) - 2, 1, 1, 1)
+                    for i in asked
+                ]
+                hidden_TD = torch.stack([rows_SD[j] for j in kept])
+                rows_SD = list(self._run(entries, hidden_TD, [guesses[i][-1] for i in asked]))
+        for one, guessed in zip(live, guesses, strict=True):
+            # What was filled with guesses was fed the layer's own states: it is done again.
+            if guessed:
+                self._trails.leave(one, len(one.tokens) - 1, [])
+        return guesses
+
+    def _draw(
+        self, hidden_SD: Tensor, live: Sequence[Live], guesses: list[list[int]], asked: list[int]
+    ) -> None:
+        logits_SV = self._model.lm_head(hidden_SD)
+        rows = [guess_row(live[i], guesses[i]) for i in asked]
+        drawn = self._sampler.sample(logits_SV, SamplingBatch.build(rows)).ids.tolist()
+        for i, token in zip(asked, drawn, strict=True):
+            guesses[i].append(token)
+
+    def _catch_up(self, requests: Sequence[Live]) -> list[Tensor | None]:
+        """Pass all waiting hidden states through the layer: its output at each request's end.
+
+        None where the engine computed nothing of a request since its pages changed.
+        """
+        from mogul.serve.inputs import Entry
+
+        last: list[Tensor | None] = [None] * len(requests)
+        entries: list[Entry] = []
+        parts: list[Tensor] = []
+        nexts: list[int] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            first, rows_TD = self._waiting(request)
+            while rows_TD is not None and len(rows_TD):
+                room = self._limit - len(nexts)
+                take, rows_TD = rows_TD[:room], rows_TD[room:]
+                entries.append(Entry(request, first, len(take), 1, 1))
+                parts.append(take)
+                owners.append(i)
+                first += len(take)
+                nexts += request.tokens[first - len(take) + 1 : first + 1]
+                if len(nexts) == self._limit:
+                    self._finish(entries, parts, nexts, owners, last)
+                    entries, parts, nexts, owners = [], [], [], []
+        if entries:
+            self._finish(entries, parts, nexts, owners, last)
+        return last
+
+    def _finish(
+        self,
+        entries: list[Entry],
+        parts: list[Tensor],
+        nexts: list[int],
+        owners: list[int],
+        last: list[Tensor | None],
+    ) -> None:
+        out_TD = self._run(entries, torch.cat(parts), nexts)
+        at = 0
+        for owner, entry in zip(owners, entries, strict=True):
+            at += entry.count
+            last[owner] = out_TD[at - 1]
+
+    def _waiting(self, request: Live) -> tuple[int, Tensor | None]:
+        """First position to compute, and the hidden states from there to the last but one token."""
+        held = self._pending.pop(request.id, [])
+        stop = len(request.tokens) - 1
+        first = self._trails.valid(request, stop)
+        at, parts = stop, []
+        for start, rows_TD in reversed(held):
+            if start + len(rows_TD) < at or start >= at:
+                continue  # behind a gap, or all of it guesses that fell
+            parts.insert(0, rows_TD[max(first - start, 0) : at - start])
+            at = max(start, first)
+            if at == first:
+                break
+        return at, torch.cat(parts) if parts else None
+
+    def _run(self, entries: list[Entry], hidden_TD: Tensor, nexts: list[int]) -> Tensor:
+        """The layer over some positions of some requests: its output [T, D]."""
+        from mogul.serve.attention import StepState, running
+        from mogul.serve.inputs import layout_of
+
+        layout = layout_of(entries, self._page_size)
+        inputs = self._arena.send(entries, layout, self._page_size, _ANY)
+        state = StepState(
+            slots_T=inputs.slots_T,
+            tables_SB=inputs.tables_SB,
+            starts=inputs.starts,
+            lengths_S=inputs.lengths_S,
+            max_query_len=layout.max_query_len,
+            caches=[self._cache],
+        )
+        next_ids = torch.tensor(nexts, dtype=torch.int64, device=hidden_TD.device)
+        with running(state):
+            out = self._model.mtp_hidden(
+                hidden_TD[None], next_ids[None], position_ids=inputs.positions_T[None]
+            )
+        return out[0]
+
+    def forget(self, request_id: int) -> None:
+        """A request ended."""
+        self._trails.forget(request_id)
+        self._pending.pop(request_id, None)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class _Zeros(dict[int, int]):
+    """Rows of tokens that the layer reads elsewhere."""
+
+    def __missing__(self, _key: int) -> int:
+        return 0
+
+
+_ANY = _Zeros()

@@ -1,0 +1,145 @@
+"""Draft model and MTP layer in the engine: no token changes, and good guesses stand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import mogul.models  # noqa: F401
+from mogul.core.errors import ConfigError
+from mogul.serve import Engine, SamplingParams
+from mogul.serve.options import EngineOptions
+from mogul.serve.speculate import DraftLength, Speculator
+from mogul.serve.speculate.draft_model import DraftModelProposer
+from mogul.serve.speculate.mtp import MtpProposer
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "router_n_groups": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "initializer_range": 0.3,
+    "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None,
+}  # fmt: skip
+
+
+def make_model(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("moge", **{**SIZES, **changes})
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def prompts(count: int = 4) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 61, (5 + 9 * i,), generator=generator).tolist() for i in range(count)]
+
+
+def generate(
+    model: Any, params: list[SamplingParams], proposer: Any = None, **options: Any
+) -> tuple[list[tuple[int, ...]], Speculator | None]:
+    """Tokens of all prompts together."""
+    settled = {
+        "max_sequences": 4,
+        "step_tokens": 24,
+        "cache_tokens": 400,
+        "page_size": 4,
+        "seed": 0,
+    }
+    speculator = Speculator(proposer, DraftLength(3, fixed=True)) if proposer else None
+    engine = Engine(
+        copy.deepcopy(model), None, EngineOptions(**{**settled, **options}), speculator=speculator
+    )
+    answers = engine.generate(prompts(len(params)), params)
+    engine.check()
+    engine.close()
+    return [answer.token_ids for answer in answers], speculator
+
+
+KINDS = [
+    SamplingParams(temperature=0, max_tokens=20),
+    SamplingParams(temperature=1, max_tokens=20, seed=3),
+    SamplingParams(temperature=0.7, top_p=0.8, max_tokens=20, seed=4),
+    SamplingParams(temperature=1, frequency_penalty=0.5, max_tokens=20, seed=5),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model(num_nextn_predict_layers=1)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any) -> list[tuple[int, ...]]:
+    return generate(model, KINDS)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_tokens": 110}, {"step_tokens": 6}])
+@pytest.mark.parametrize("kind", ["draft", "mtp"])
+def test_tokens_are_those_of_plain_decoding(
+    model: Any, plain: list[tuple[int, ...]], kind: str, options: dict[str, Any]
+) -> None:
+    """Also where requests give way to each other and where prompts come in chunks."""
+    proposer = MtpProposer() if kind == "mtp" else DraftModelProposer(make_model(hidden_size=16))
+    found, speculator = generate(model, KINDS, proposer, **options)
+    assert found == plain
+    assert speculator is not None
+    assert speculator.stats.drafted[0] > 10
+
+
+def test_the_model_as_its_own_draft_is_always_right(
+    model: Any, plain: list[tuple[int, ...]]
+) -> None:
+    """Nothing of its cache is lost or wrong, whatever stood, fell, or was preempted."""
+    for options in ({}, {"cache_tokens": 110}, {"step_tokens": 6}):
+        proposer = DraftModelProposer(copy.deepcopy(model))
+        found, speculator = generate(model, KINDS, proposer, **options)
+        assert found == plain
+        assert speculator is not None
+        assert speculator.stats.acceptance == (1.0, 1.0, 1.0)
+
+
+def test_the_layer_is_fed_as_in_one_whole_forward(model: Any, monkeypatch) -> None:
+    """Each first guess equals the layer's own over the whole text, however it came in pieces."""
+    seen: list[tuple[list[int], int]] = []
+    propose = MtpProposer.propose
+
+    def keep(self, requests, counts):
+        guesses = propose(self, requests, counts)
+        seen.extend(
+            (list(one.tokens), guess[0])
+            for one, guess in zip(requests, guesses, strict=True)
+            if guess
+        )
+        return guesses
+
+    monkeypatch.setattr(MtpProposer, "propose", keep)
+    params = [SamplingParams(temperature=0, max_tokens=12)] * 4
+    generate(model, params, MtpProposer(), step_tokens=7)
+    assert len(seen) > 20
+    reference = copy.deepcopy(model)
+    right = 0
+    for tokens, guess in seen:
+        ids = torch.tensor([tokens])
+        with torch.inference_mode():
+            hidden = reference.model(ids[:, :-1]).last_hidden_state
+            right += int(reference.mtp(hidden, ids[:, 1:])[0, -1].argmax()) == guess
+    assert right == len(seen)
+
+
+def test_another_vocabulary_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="knows 40 tokens, the model 61") as caught:
+        generate(model, KINDS, DraftModelProposer(make_model(vocab_size=40)))
+    assert caught.value.__notes__ == ["fix: take a draft with the same tokenizer"]
+
+
+def test_a_model_without_the_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no multi-token-prediction layer"):
+        generate(make_model(), KINDS, MtpProposer())
+
+
+def test_large_drafts_are_warned_of(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    generate(model, KINDS[:1], DraftModelProposer(copy.deepcopy(model)))
+    assert "it will seldom pay" in caplog.text
