@@ -34,6 +34,7 @@ EXTRA_OF = {
     "torch": "models",
     "transformers": "models",
     "tokenizers": "models",
+    "pyarrow": "trace",
     "plotly": "draw",
     "matplotlib": "draw",
     "gguf": "demo",
