@@ -5,6 +5,7 @@ import pytest
 from mogul.core.errors import ConfigError
 from mogul.simulate.compare import at_equal_tpot, with_groups
 from mogul.simulate.laws import fine_grained_loss, leverage, quality
+from mogul.simulate.routing import Routing, layer_loads
 from mogul.simulate.run import Setting
 from mogul.simulate.shape import Ranges, Target, study
 from mogul.simulate.sweep import front, layouts, search
@@ -77,3 +78,40 @@ def test_a_small_shape_study():
     for one in found.candidates:
         assert 60e9 <= one.model.params() <= 80e9
     assert math.isnan(found.percentile_at_quality) or 0 <= found.percentile_at_quality <= 1
+
+
+def test_a_cache_takes_its_time_from_pool_to_pool():
+    load = Workload(input_tokens=8192, output_tokens=64)
+    (pair, *_) = search(QWEN, H100, load, device_counts=(2,)).disaggregated
+    whole = QWEN.kv_bytes(8192, 2.0)
+    layout = pair.prompt.setting.parallel
+    assert pair.transfer_s >= whole / layout.tp / 50e9
+    assert pair.ttft_s == pytest.approx(1.4 * pair.prompt.prefill.seconds + pair.transfer_s)
+    slow = H100.model_copy(update={"network_bytes_per_s": 1e9})
+    (slower, *_) = search(QWEN, slow, load, device_counts=(2,)).disaggregated
+    assert slower.tokens_per_s_per_device < pair.tokens_per_s_per_device
+
+
+def test_shapes_may_have_other_groups_than_picks():
+    ranges = Ranges(picks_per_group=(0, 2), experts=(64,), picks=(8,))
+    found = study(ranges, (Target(device="ascend-910b", max_tpot_s=0.06),), num_candidates=6)
+    groups = {one.shape["groups"] for one in found.candidates}
+    assert groups == {1, 4}
+    assert all(one.model.grouping.num_groups == one.shape["groups"] for one in found.candidates)
+
+
+def test_more_ranks_than_experts_hold_copies():
+    loads = layer_loads(Routing(), PANGU.moe.grouping, 4096, 80, 1, num_replicas=16)
+    ((_, load),) = loads
+    assert load.rows_D.sum() == pytest.approx(4096 * 8)
+    assert load.rows_D.max() == pytest.approx(512)
+    assert load.rows_D.min() == pytest.approx(256)
+    skewed = Routing(kind="power_law", alpha=1.0)
+    (_, plain), (_, spread) = (
+        layer_loads(skewed, PANGU.moe.grouping, 65536, 16, 1, n)[0] for n in (0, 16)
+    )
+    assert spread.rho < plain.rho
+    with pytest.raises(ConfigError, match="use 16 expert_replicas"):
+        Parallel(tp=1, dp=80, ep=80, expert_replicas=8).check(PANGU)
+    with pytest.raises(ConfigError, match="or give it expert_replicas"):
+        Parallel(tp=1, dp=80, ep=80).check(PANGU)

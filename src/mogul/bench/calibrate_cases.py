@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -216,13 +217,22 @@ def decode(
 ) -> Case:
     """One query a sequence by PyTorch's attention."""
     kind = torch_type(dtype)
+    size = (batch, kv_heads, context, HEAD_WIDTH)
+    copies = _copies(2 * prod(size) * kind.itemsize)
     query = torch.randn(batch, heads, 1, HEAD_WIDTH, device=device, dtype=kind)
-    key = torch.randn(batch, kv_heads, context, HEAD_WIDTH, device=device, dtype=kind)
+    caches = [_cache(size, device, kind) for _ in range(copies)]
     dims = {"batch": batch, "context": context, **_attention_dims(heads, kv_heads)}
     dims |= {"kv_bytes": kind.itemsize}
     return Case(
-        "attention_decode", "torch", dtype, dims, lambda _: _attend(query, key, is_causal=False)
-    )
+        "attention_decode", "torch", dtype, dims,
+        lambda i: _attend(query, *caches[i], is_causal=False), copies,
+    )  # fmt: skip
+
+
+def _cache(size: tuple[int, ...], device: torch.device, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values."""
+    keys = torch.randn(size, device=device, dtype=kind)
+    return keys, torch.randn(size, device=device, dtype=kind)
 
 
 def decode_on_pages(
@@ -232,7 +242,8 @@ def decode_on_pages(
     kind = torch_type(dtype)
     pages = -(-context // PAGE_TOKENS)
     size = (batch * pages, PAGE_TOKENS, kv_heads, HEAD_WIDTH)
-    keys, values = (torch.randn(size, device=device, dtype=kind) for _ in range(2))
+    copies = _copies(2 * prod(size) * kind.itemsize)
+    caches = [_cache(size, device, kind) for _ in range(copies)]
     query = torch.randn(batch, heads, HEAD_WIDTH, device=device, dtype=kind)
     new = torch.randn(batch, kv_heads, HEAD_WIDTH, device=device, dtype=kind)
     tables = torch.arange(batch * pages, device=device, dtype=torch.int32).view(batch, pages)
@@ -242,27 +253,28 @@ def decode_on_pages(
     dims = {"batch": batch, "context": context, **_attention_dims(heads, kv_heads)}
     dims |= {"kv_bytes": kind.itemsize}
 
-    def call(_: int) -> Tensor:
+    def call(i: int) -> Tensor:
         return paged_attention(
-            query, new, new, keys, values, slots_T=slots, tables_SB=tables, query_starts=starts,
+            query, new, new, *caches[i], slots_T=slots, tables_SB=tables, query_starts=starts,
             lengths_S=lengths, max_query_len=1, scaling=HEAD_WIDTH**-0.5,
         )  # fmt: skip
 
-    return Case("attention_decode", "mogul", dtype, dims, call)
+    return Case("attention_decode", "mogul", dtype, dims, call, copies)
 
 
 def prefill(tokens: int, heads: int, kv_heads: int, device: torch.device, dtype: str) -> Case:
     """A causal prompt by PyTorch's attention."""
     kind = torch_type(dtype)
     query = torch.randn(1, heads, tokens, HEAD_WIDTH, device=device, dtype=kind)
-    key = torch.randn(1, kv_heads, tokens, HEAD_WIDTH, device=device, dtype=kind)
+    keys, values = _cache((1, kv_heads, tokens, HEAD_WIDTH), device, kind)
     dims = {"batch": 1, "tokens": tokens, **_attention_dims(heads, kv_heads)}
     return Case(
-        "attention_prefill", "torch", dtype, dims, lambda _: _attend(query, key, is_causal=True)
-    )
+        "attention_prefill", "torch", dtype, dims,
+        lambda _: _attend(query, keys, values, is_causal=True),
+    )  # fmt: skip
 
 
-def _attend(query: Tensor, key: Tensor, *, is_causal: bool) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) -> Tensor:
     return functional.scaled_dot_product_attention(
-        query, key, key, is_causal=is_causal, enable_gqa=True
+        query, keys, values, is_causal=is_causal, enable_gqa=True
     )

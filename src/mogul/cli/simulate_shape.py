@@ -30,6 +30,9 @@ class Options:
     targets: tuple[str, ...] = ("ascend-300i-duo:4:100", "ascend-910b:4:50")
     """DEVICE:COUNT:MS: machine, devices of one copy, most milliseconds a token."""
 
+    picks_per_group: tuple[int, ...] = (1,)
+    """Picks in each group, one or more to draw from: 1 as in the paper, 0 for no groups."""
+
     quant: str = "w8a8-kv8"
     engine: str = "ascend"
     context: int = 2048
@@ -50,7 +53,11 @@ def run(options: Options) -> int:
     from mogul.core.table import Table
     from mogul.simulate.shape import Ranges, study
 
-    ranges = Ranges(total_params=options.total, active_params=options.active)
+    ranges = Ranges(
+        total_params=options.total,
+        active_params=options.active,
+        picks_per_group=options.picks_per_group,
+    )
     found = study(
         ranges,
         [_target(text, options) for text in options.targets],

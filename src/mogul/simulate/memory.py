@@ -84,7 +84,7 @@ def weight_bytes(model: ModelSpec, parallel: Parallel, quant: QuantScheme) -> di
         "embeddings": table * bytes_of(quant.head) / tp,
     }
     if model.moe:
-        experts = model.moe.grouping.num_experts
+        experts = model.moe.grouping.num_experts + parallel.expert_replicas
         local = -(-experts // parallel.expert_ranks) / parallel.expert_tp
         expert = parameters.expert_params(model.moe, hidden)
         routed = moe_layers * local * expert * bytes_of(quant.expert_format)

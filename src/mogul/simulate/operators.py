@@ -81,7 +81,8 @@ def step_operators(
     if model.moe:
         tokens = step.tokens * parallel.dp
         moe_layers = len(model.moe_layers)
-        loads = layer_loads(routing, model.moe.grouping, tokens, parallel.expert_ranks, moe_layers)
+        ranks, copies = parallel.expert_ranks, parallel.expert_replicas
+        loads = layer_loads(routing, model.moe.grouping, tokens, ranks, moe_layers, copies)
         operators += _experts(layout, step, loads)
     dense_layers = model.num_layers - len(model.moe_layers)
     if dense_layers and model.dense_width:

@@ -79,7 +79,12 @@ class LayerLoad:
 
 
 def layer_loads(
-    routing: Routing, grouping: Grouping, num_tokens: int, num_ranks: int, num_layers: int
+    routing: Routing,
+    grouping: Grouping,
+    num_tokens: int,
+    num_ranks: int,
+    num_layers: int,
+    num_replicas: int = 0,
 ) -> list[tuple[int, LayerLoad]]:
     """Loads of a step of `num_tokens` tokens over `num_ranks` ranks, with how many layers each.
 
@@ -89,7 +94,10 @@ def layer_loads(
         ConfigError: the trace or placement does not fit the model.
     """
     popularity = _popularity(routing, grouping, num_layers)
-    share = _shares(routing, grouping.num_experts, num_ranks, num_layers)
+    if num_replicas and routing.placement is None:
+        share = [_with_replicas(chance_E, num_ranks, num_replicas) for chance_E in popularity]
+    else:
+        share = _shares(routing, grouping.num_experts, num_ranks, num_layers)
     layers = 1 if len(popularity) == len(share) == 1 else num_layers
     loads = []
     for layer in range(layers):
@@ -174,6 +182,23 @@ def _shares(
         )
         shares.append((copies_DE / copies_DE.sum(axis=0)).T)
     return shares
+
+
+def _with_replicas(chance_E: np.ndarray, num_ranks: int, num_replicas: int) -> np.ndarray:
+    """Copies to the largest share, then heaviest first to the emptiest rank with a free slot."""
+    count_E = np.ones(len(chance_E), dtype=int)
+    for _ in range(num_replicas):
+        count_E[int(np.argmax(chance_E / count_E))] += 1
+    slots = np.repeat(np.arange(len(chance_E)), count_E)
+    weight = (chance_E / count_E)[slots]
+    room = np.full(num_ranks, len(slots) // num_ranks)
+    load_D, share_ED = np.zeros(num_ranks), np.zeros((len(chance_E), num_ranks))
+    for slot in np.argsort(-weight, kind="stable"):
+        rank = int(np.argmin(np.where(room > 0, load_D, np.inf)))
+        room[rank] -= 1
+        load_D[rank] += weight[slot]
+        share_ED[slots[slot], rank] += 1 / count_E[slots[slot]]
+    return share_ED
 
 
 @lru_cache(maxsize=4096)

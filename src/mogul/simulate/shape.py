@@ -53,7 +53,10 @@ class Ranges(Spec):
     layers: tuple[int, int] = (40, 64)
     experts: tuple[int, ...] = (32, 48, 64)
     picks: tuple[int, ...] = (2, 4, 8)
-    """Picks a token; as many groups as picks."""
+    """Picks a token."""
+
+    picks_per_group: tuple[int, ...] = (1,)
+    """Picks in each group; 1 is the paper's (as many groups as picks), 0 means one group."""
 
     shared: tuple[int, ...] = (1, 2, 4)
     """Width of the shared expert in expert widths."""
@@ -189,7 +192,11 @@ def _draw(ranges: Ranges, rng: np.random.Generator) -> dict[str, Any] | None:
     """One shape within the ranges whose expert width meets the total budget; None if none does."""
     hidden = int(rng.integers(ranges.hidden[0] // 512, ranges.hidden[1] // 512 + 1)) * 512
     experts, picks = int(rng.choice(ranges.experts)), int(rng.choice(ranges.picks))
-    if experts % picks:
+    each = int(rng.choice(ranges.picks_per_group)) if len(ranges.picks_per_group) > 1 else (
+        ranges.picks_per_group[0]
+    )  # fmt: skip
+    groups = picks // each if each else 1
+    if experts % groups or (each and picks % each):
         return None
     shape: dict[str, Any] = {
         "hidden": hidden,
@@ -198,6 +205,7 @@ def _draw(ranges: Ranges, rng: np.random.Generator) -> dict[str, Any] | None:
         "layers": int(rng.integers(ranges.layers[0], ranges.layers[1] + 1)),
         "experts": experts,
         "picks": picks,
+        "groups": groups,
         "shared": int(rng.choice(ranges.shared)),
     }
     if shape["heads"] % shape["kv_heads"]:
@@ -214,10 +222,11 @@ def _draw(ranges: Ranges, rng: np.random.Generator) -> dict[str, Any] | None:
 
 
 def build(shape: dict[str, Any], vocab: int) -> ModelSpec:
-    """A MoGE with as many groups as picks."""
+    """The MoGE of a shape."""
     return model_spec(
         {
-            "model_type": "PanguProMoE",
+            "model_type": "moge",
+            "router_n_groups": shape["groups"],
             "vocab_size": vocab,
             "hidden_size": shape["hidden"],
             "num_hidden_layers": shape["layers"],
@@ -241,6 +250,7 @@ def _shape_of(model: ModelSpec) -> dict[str, Any]:
         "layers": model.num_layers,
         "experts": model.moe.grouping.num_experts,
         "picks": model.moe.grouping.top_k,
+        "groups": model.moe.grouping.num_groups,
         "shared": round(model.moe.shared_width / model.moe.expert_width),
         "width": model.moe.expert_width,
     }

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mogul.core.errors import ConfigError
+from mogul.simulate.collectives import point_to_point_s
 from mogul.simulate.engines import Engine
-from mogul.simulate.memory import most_sequences, serving_memory
+from mogul.simulate.memory import cache_bytes_per_sequence, most_sequences, serving_memory
 from mogul.simulate.run import Prediction, Setting, price
 from mogul.spec.grouping import divisors
 from mogul.spec.hardware import Hardware
@@ -51,6 +52,9 @@ class Disaggregated:
     prompt: Prediction
     decode: Prediction
     prompt_devices_share: float
+    transfer_s: float
+    """A prompt's cache on its way from pool to pool, after its last layer."""
+
     ttft_s: float
     tpot_s: float
     tokens_per_s_per_device: float
@@ -205,7 +209,24 @@ def _pair(prompt: Prediction, decode: Prediction, prompt_device_s: float) -> Dis
     tpot_s = decode.decode.seconds
     devices = decode.setting.parallel.devices
     requests_per_s = decode.workload.batch / (tpot_s * decode.workload.output_tokens)
-    prompt_devices = requests_per_s * prompt_device_s
+    sent_s, taken_s = _transfer_s(prompt, prompt), _transfer_s(decode, prompt)
+    # A prompt's devices are busy for the longer of computing and sending it.
+    busy_s = max(prompt_device_s, sent_s * prompt.setting.parallel.tp)
+    # A decode pool cannot take caches faster than its network brings them.
+    arriving = decode.setting.parallel.dp / taken_s if taken_s else requests_per_s
+    slowed = max(1.0, requests_per_s / arriving)
+    prompt_devices = requests_per_s / slowed * busy_s
     share = prompt_devices / (prompt_devices + devices)
-    rate = decode.workload.batch / tpot_s / (prompt_devices + devices)
-    return Disaggregated(prompt, decode, share, 1.4 * prompt.prefill.seconds, tpot_s, rate)
+    rate = decode.workload.batch / (slowed * tpot_s) / (prompt_devices + devices)
+    transfer_s = max(sent_s, taken_s)
+    ttft_s = 1.4 * prompt.prefill.seconds + transfer_s
+    return Disaggregated(prompt, decode, share, transfer_s, ttft_s, slowed * tpot_s, rate)
+
+
+def _transfer_s(pool: Prediction, prompt: Prediction) -> float:
+    """Seconds a pool needs for one prompt's cache: each of its devices sends or takes a part."""
+    setting = pool.setting
+    part = cache_bytes_per_sequence(
+        setting.model, setting.parallel, setting.quant, prompt.workload.input_tokens
+    )
+    return point_to_point_s(part, setting.device, is_far=True)

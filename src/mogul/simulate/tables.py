@@ -121,7 +121,8 @@ def front_table(found: Searched, limit: int = 20) -> Table:
         f"apart: prompts on {d.prompt.setting.parallel.describe()}, tokens on "
         f"{d.decode.setting.parallel.describe()} at batch {d.decode.workload.batch}: "
         f"{d.tokens_per_s_per_device:.0f} tok/s/device, TTFT {show_s(d.ttft_s)}, "
-        f"TPOT {show_s(d.tpot_s)}, {100 * d.prompt_devices_share:.0f} % of the devices for prompts"
+        f"of it {show_s(d.transfer_s)} for the cache's way, TPOT {show_s(d.tpot_s)}, "
+        f"{100 * d.prompt_devices_share:.0f} % of the devices for prompts"
         for d in found.disaggregated[:1]
     ]
     return Table("Deployments nothing beats", columns, rows, notes)

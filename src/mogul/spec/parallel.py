@@ -40,6 +40,9 @@ class Parallel(Spec):
     shared_tp: int | None = Field(default=None, ge=1)
     """Devices the shared expert is cut over; None means `tp`."""
 
+    expert_replicas: int = Field(default=0, ge=0)
+    """Copies of busy experts beyond one each; with E experts, ep ranks hold (E + copies) / ep."""
+
     @model_validator(mode="after")
     def _fits_the_stage(self) -> Self:
         stage = self.stage_devices
@@ -101,10 +104,16 @@ class Parallel(Spec):
     def _check_experts(self, model: ModelSpec) -> None:
         assert model.moe is not None
         experts, width = model.moe.grouping.num_experts, model.moe.expert_width
+        experts += self.expert_replicas
+        if self.expert_replicas and experts % self.expert_ranks:
+            raise ConfigError(
+                f"{experts} experts and copies do not fill ep={self.expert_ranks} ranks equally",
+                fix=f"use {-experts % self.expert_ranks + self.expert_replicas} expert_replicas",
+            )
         if self.expert_ranks > experts:
             raise ConfigError(
                 f"ep={self.expert_ranks} ranks for {experts} experts: some would hold none",
-                fix=f"lower ep to {experts} or less",
+                fix=f"lower ep to {experts} or less, or give it expert_replicas",
             )
         if width % self.expert_tp:
             raise ConfigError(

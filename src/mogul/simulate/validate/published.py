@@ -167,13 +167,21 @@ def deployment(row: dict[str, Any]) -> Prediction:
 
 
 def deployment_rows() -> list[tuple[dict[str, Any], float]]:
-    """Rows of `data/deployments.toml` that can be laid out, with predicted tokens/s a device."""
-    return [(row, _rate(row, 1.0)) for row in load("deployments")["row"] if "skip" not in row]
+    """Rows of `data/deployments.toml` with predicted tokens/s a device."""
+    return [(row, _rate(row, 1.0)) for row in load("deployments")["row"]]
 
 
-def skipped_rows() -> list[dict[str, Any]]:
-    """Rows that cannot be laid out, each with its `skip` reason."""
-    return [row for row in load("deployments")["row"] if "skip" in row]
+def batch_behind(row: dict[str, Any]) -> tuple[int, float]:
+    """(requests a device, tokens/s there): the power of two that comes nearest to a printed speed.
+
+    For rows that print a speed and no batch: nothing to score, but whether it can be reached.
+    """
+    ranks = Parallel(**row["parallel"]).dp
+    tried = []
+    for batch in (32, 64, 128, 256, 512, 1024):
+        workload = row["workload"] | {"batch": batch * ranks}
+        tried.append((batch, _rate(row | {"workload": workload}, 1.0)))
+    return min(tried, key=lambda one: abs(one[1] / row["measured"] - 1))
 
 
 def _rate(row: dict[str, Any], spread: float) -> float:
