@@ -103,10 +103,11 @@ class Engine:
         self._last_step_s = 0.0
         if self.options.record_experts:
             self.runner.tap.open()
+        guesses = 0
         if speculator is not None:
             speculator.attach(self)
-            self.steps.observer = speculator.observe
-        self.runner.warm_up(self.options, sizes.largest_step)
+            self.steps.observer, guesses = speculator.observe, speculator.length.most
+        self.runner.warm_up(self.options, sizes.largest_step, guesses)
 
     @classmethod
     def from_pretrained(

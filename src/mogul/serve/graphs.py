@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
+MOST_GUESSING = 16
+"""Sequences up to which steps with guesses are captured; with more, guesses seldom pay."""
+
+Rung = tuple[int, int]
+"""Sequences, and tokens of each."""
+
 
 def rungs_up_to(most: int) -> list[int]:
     """Batch sizes that are captured for at most `most` sequences."""
@@ -46,23 +52,28 @@ def compile_layers(model: Any) -> int:
 
 
 class Ladder:
-    """Captured decode steps by batch size."""
+    """Captured decode steps by batch size, and by tokens a request where guesses are verified."""
 
-    def __init__(self, runner: Runner, rungs: Sequence[int], pages_a_table: int) -> None:
+    def __init__(
+        self, runner: Runner, rungs: Sequence[int], pages_a_table: int, guesses: int = 0
+    ) -> None:
         self.runner = runner
-        self.rungs = sorted(rungs)
+        few = [rung for rung in rungs if rung <= MOST_GUESSING]
+        self.rungs: list[Rung] = [(rung, 1) for rung in sorted(rungs)]
+        self.rungs += [(rung, width) for width in range(2, guesses + 2) for rung in sorted(few)]
         self.pages = pages_a_table
-        self._graphs: dict[int, tuple[Any, Tensor]] = {}
+        self._graphs: dict[Rung, tuple[Any, Tensor]] = {}
 
-    def layout(self, rung: int) -> Layout:
-        """One token, one row a sequence."""
-        return Layout(rung, rung, rung, self.pages, 1)
+    def layout(self, rung: Rung) -> Layout:
+        """So many sequences, with so many tokens and rows each."""
+        sequences, width = rung
+        return Layout(sequences * width, sequences, sequences * width, self.pages, width)
 
     def capture(self) -> None:
         """Capture every rung, the largest first: the smaller ones reuse its memory."""
         start_s = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
-        for rung in reversed(self.rungs):
+        for rung in sorted(self.rungs, key=lambda rung: -rung[0] * rung[1]):
             inputs = self.runner.arena.send((), self.layout(rung), self.runner.page_size, {})
             stream = torch.cuda.Stream(self.runner.device)
             stream.wait_stream(torch.cuda.current_stream(self.runner.device))
@@ -75,29 +86,32 @@ class Ladder:
                 logits = self.runner.forward(inputs)
             self._graphs[rung] = (graph, logits)
         torch.cuda.synchronize(self.runner.device)
-        say(
-            f"captured decode steps of {', '.join(map(str, self.rungs))} sequences "
-            f"in {time.perf_counter() - start_s:.1f} s"
-        )
+        sizes = ", ".join(str(sequences) for sequences, width in self.rungs if width == 1)
+        width = max(width for _, width in self.rungs)
+        spent_s = time.perf_counter() - start_s
+        say(f"captured decode steps of {sizes} sequences, up to {width} tokens, in {spent_s:.1f} s")
 
-    def rung_of(self, entries: Sequence[Entry]) -> int | None:
-        """The smallest rung that holds a step of one token a request; None for other steps."""
-        if not self._graphs or any(e.count != 1 or e.rows != 1 for e in entries):
+    def rung_of(self, entries: Sequence[Entry]) -> Rung | None:
+        """The smallest rung that holds a step of decodes, guesses included; None for others."""
+        if not self._graphs or any(e.count != e.rows or e.count != e.draws for e in entries):
             return None
-        return next((rung for rung in self.rungs if rung >= len(entries)), None)
+        width, count = max(e.count for e in entries), len(entries)
+        return next((rung for rung in self.rungs if rung[1] == width and rung[0] >= count), None)
 
-    def replay(self, rung: int, count: int) -> Tensor:
+    def replay(self, rung: Rung, count: int) -> Tensor:
         """Run a captured step whose numbers lie in the arena: logits of its first rows."""
         graph, logits = self._graphs[rung]
         graph.replay()
         return logits[:count]
 
 
-def try_ladder(runner: Runner, rungs: Sequence[int], pages_a_table: int) -> Ladder | None:
+def try_ladder(
+    runner: Runner, rungs: Sequence[int], pages_a_table: int, guesses: int = 0
+) -> Ladder | None:
     """Capture where it can be done; where not, say why and run uncaptured."""
     if runner.device.type != "cuda":
         return None
-    ladder = Ladder(runner, rungs, pages_a_table)
+    ladder = Ladder(runner, rungs, pages_a_table, guesses)
     try:
         with torch.inference_mode():
             ladder.capture()

@@ -72,8 +72,14 @@ class Runner:
             )
         self.tap.open()
 
-    def warm_up(self, options: EngineOptions, limits: Layout) -> None:
-        """Compile and capture, on accelerators; the first step then takes no longer than others."""
+    def warm_up(self, options: EngineOptions, limits: Layout, guesses: int = 0) -> None:
+        """Compile and capture, on accelerators; the first step then takes no longer than others.
+
+        Args:
+            options: whether to.
+            limits: the largest step.
+            guesses: guessed tokens a request that decode steps may verify.
+        """
         if self.device.type == "cpu":
             return
         if options.compile and not self.tap.is_open:
@@ -88,7 +94,7 @@ class Runner:
         if options.graphs and not self.tap.is_open:
             most = limits.sequences
             rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
-            self.ladder = try_ladder(self, rungs, limits.pages)
+            self.ladder = try_ladder(self, rungs, limits.pages, guesses)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
@@ -96,7 +102,7 @@ class Runner:
         ladder = self.ladder
         if ladder is not None and (rung := ladder.rung_of(entries)) is not None:
             self.arena.send(entries, ladder.layout(rung), self.page_size, last_row)
-            return ladder.replay(rung, len(entries))
+            return ladder.replay(rung, sum(entry.rows for entry in entries))
         layout = layout_of(entries, self.page_size)
         return self.forward(self.arena.send(entries, layout, self.page_size, last_row))
 
