@@ -1,6 +1,7 @@
 """Two (or more) devices on real shapes: exactness, the layer by router and dispatch, training.
 
 python benchmarks/bench_devices.py --out FOLDER                  Pangu Pro and Qwen3-30B-A3B layers
+python benchmarks/bench_devices.py --out FOLDER --parts decode   the whole Pangu Pro MoE decodes
 python benchmarks/bench_devices.py --out FOLDER --tiny --cpu     the same code on CPU processes
 
 Writes rows.jsonl as rows come, then devices.html and ledger.jsonl. Parts that fail are reported and
@@ -191,6 +192,46 @@ def training(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
     return found
 
 
+def decoding(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
+    """The whole Pangu Pro MoE, random weights, one graph a step; attention cut, then copied."""
+    import torch
+
+    from mogul.bench.devices import measured_limits
+    from mogul.bench.devices_clock import Clock
+    from mogul.bench.devices_decode import DecodeRequest, build, measure_decode
+    from mogul.bench.devices_train import slice_config
+    from mogul.spec import presets
+    from mogul.spec.parallel import Parallel, h2p
+
+    config = presets.config("pangu-pro-moe-72b")
+    if tiny:
+        config |= {
+            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+            "num_hidden_layers": 2, "vocab_size": 256,
+        }  # fmt: skip
+    kind = "fp32" if tiny else "bf16"
+    values = slice_config(config, config["num_hidden_layers"], config["vocab_size"])
+    limits = measured_limits(Clock(world.device), torch.bfloat16)
+    log.put("limits", {"memory_gb_per_s": limits.bytes_per_s / 1e9})
+    found = []
+    for parallel in (Parallel(tp=world.size, shared_tp=world.size), h2p(world.size)):
+        request = DecodeRequest(
+            config=values, parallel=parallel, dtype=kind, context=32 if tiny else 1024, budget_s=0.6
+        )
+        with torch.no_grad():
+            model = build(world, request)
+        say("built")
+        for batch in (1, 64, 228):
+            row = measure_decode(world, model, request, batch, limits.bytes_per_s)
+            found.append(row)
+            log.put("decode", row)
+        del model
+        if not tiny:
+            torch.cuda.empty_cache()
+    return found
+
+
 def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
     """All parts in order of worth."""
     from mogul.bench.kernels import device_name
@@ -198,6 +239,9 @@ def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
     log = Log(folder, world.rank)
     shapes = TINY_SHAPES if tiny else SHAPES
     found: dict[str, Any] = {"device": device_name(world.device), "layers": [], "training": []}
+    found["decode"] = []
+    if "decode" in parts:
+        log.attempt("decode", lambda: found["decode"].extend(decoding(world, log, tiny)))
     for name, sizes in shapes.items():
         if "layers" in parts:
             log.attempt(
@@ -211,7 +255,13 @@ def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
 
 def write(found: dict[str, Any], folder: Path) -> None:
     from mogul.bench import ledger
-    from mogul.bench.devices_report import ledger_rows, table, training_rows, write_page
+    from mogul.bench.devices_report import (
+        decode_rows,
+        ledger_rows,
+        table,
+        training_rows,
+        write_page,
+    )
 
     tables, phases, rows = [], [], []
     for one in found["layers"]:
@@ -219,6 +269,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
         phases += one["phases"]
         rows += ledger_rows(one["rows"], one["facts"], found["device"])
     rows += training_rows(found["training"], found["device"])
+    rows += decode_rows(found["decode"], found["device"])
     ledger.append(rows, folder / "ledger.jsonl")
     write_page(folder, tables, phases)
 
@@ -233,7 +284,7 @@ def main() -> None:
     parser.add_argument("--parts", default="layers,training")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if not options.cpu:
+    if not options.cpu and "layers" in options.parts:
         warm(SHAPES, options.ranks, options.processes)
     from mogul.parallel import launch
 

@@ -171,3 +171,22 @@ def training_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
             )
         )
     return found
+
+
+def decode_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
+    """A ledger row for every decode step."""
+    return [
+        ledger.row(
+            device,
+            bench="devices",
+            case=f"decode {step['layout']} batch {step['batch']} context {step['context']}",
+            metric="time per output token",
+            unit="s",
+            value=step["step_s"],
+            runs=5,
+            floor=step["floor_s"],
+            ratio=step["ratio"],
+            detail=dict(step),
+        )
+        for step in steps
+    ]

@@ -24,6 +24,7 @@ from mogul.core.errors import ConfigError
 from mogul.core.log import log
 from mogul.core.registry import Registry
 from mogul.parallel.owners import Owners
+from mogul.parallel.parcel import Payload
 from mogul.spec.grouping import Grouping
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,6 +52,11 @@ class Plan:
     capacity: float | None = None
     """all_to_all only: rows kept per pair of ranks, as a share of the tokens, in place of
     exchanged sizes; 1.0 loses nothing. None exchanges sizes."""
+
+    payload: Payload = "same"
+    """How tokens travel to the experts: in their dtype, or (inference) as "int8" or "fp8"."""
+    levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    """two_level only: the ranks of this node, and those of its place on every node."""
 
     @property
     def expert_rank(self) -> int:

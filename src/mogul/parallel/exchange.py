@@ -9,7 +9,7 @@ counted. Replicas share the picks of an expert by token number.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from mogul.parallel.dispatch import DISPATCH, Dispatcher, Experts, Plan
 from mogul.parallel.move import Begun, Exchange, begin
+from mogul.parallel.owners import contiguous
+from mogul.parallel.parcel import Parcel, is_worth_packing
+from mogul.spec.grouping import Grouping
 
 
 @dataclass
@@ -35,9 +38,7 @@ class _Routed:
 class _Sent:
     """One chunk on its way, and how to bring it back."""
 
-    x: Begun
-    slots: Begun
-    weights: Begun
+    parcel: Parcel
     back: Exchange
     place: Tensor
     """Row that comes back for (rank, token) [ranks, T]."""
@@ -47,6 +48,9 @@ class _Sent:
 
 class AllToAll(Dispatcher):
     """Exchange of tokens by destination rank."""
+
+    packs = True
+    """Whether small batches may move as one message; all ranks must have equally many tokens."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -70,7 +74,8 @@ class AllToAll(Dispatcher):
             ]
         returning: list[tuple[Begun, _Sent]] = []
         for one in sent:
-            y_RD = experts(one.x.end(), one.slots.end().long(), one.weights.end())
+            x_RD, slots_RK, weights_RK = one.parcel.end()
+            y_RD = experts(x_RD, slots_RK.long(), weights_RK)
             returning.append((begin(y_RD, one.back), one))
         out = [self._combine(begun.end(), one) for begun, one in returning]
         return out[0] if len(out) == 1 else torch.cat(out)
@@ -154,14 +159,15 @@ class AllToAll(Dispatcher):
         if filled is not None:
             here = here & filled[:, None]
         slots = one.slots[token].masked_fill(~here, self.owners.slots)
-        return _Sent(
-            begin(x.index_select(0, token), move),
-            begin(slots.int(), move),
-            begin(weights.index_select(0, token), move),
-            move.mirror(),
-            place,
-            kept,
+        parcel = Parcel(
+            x.index_select(0, token),
+            slots,
+            weights.index_select(0, token),
+            move,
+            packed=self.packs and is_worth_packing(x, weights),
+            payload=self.plan.payload,
         )
+        return _Sent(parcel, move.mirror(), place, kept)
 
     def _combine(self, y: Tensor, one: _Sent) -> Tensor:
         """Sum over the ranks of what came back for each token, in the order of the ranks."""
@@ -175,4 +181,47 @@ class AllToAll(Dispatcher):
         return out
 
 
+class TwoLevel(Dispatcher):
+    """All-to-all in two stages: to the node first, one row a node; then to the rank inside it.
+
+    For many nodes: messages between nodes are fewer and larger (arXiv 2206.03382), and a token
+    crosses the network once for all of a node's experts. The second stage is a dispatcher again,
+    which runs as the experts of the first.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        assert plan.levels is not None
+        inside, across = plan.levels
+        experts, top_k = plan.owners.num_experts, plan.grouping.top_k
+        share = experts // across.size()
+        outer = contiguous(experts, across.size())
+        inner = contiguous(share, inside.size() // plan.owners.moe_tp, plan.owners.moe_tp)
+        common = {"capacity": None, "chunks": 1, "levels": None}
+        self._outer = AllToAll(replace(plan, group=across, owners=outer, **common))
+        grouping = Grouping(num_experts=share, top_k=min(top_k, share))
+        self._inner = AllToAll(
+            replace(plan, group=inside, owners=inner, grouping=grouping, **common)
+        )
+        self._inner.packs = False  # ranks of a node have unequal numbers of rows by then
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, chunks: int) -> Tensor:
+        """Both stages, out and back."""
+
+        def on_node(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return self._inner.run(x, ids, weights, experts, 1)
+
+        return self._outer.run(x, ids, weights, on_node, chunks)
+
+
+def why_not_two_level(*, plan: Plan, **_facts: object) -> str | None:
+    """Two levels need nodes, whole nodes of experts, and exchanged sizes."""
+    if plan.levels is None:
+        return "no nodes are named (ExpertSpread.node_ranks)"
+    if not plan.owners.is_contiguous or plan.capacity is not None:
+        return "it runs contiguous experts and exchanged sizes only"
+    return None
+
+
 DISPATCH.add("all_to_all", AllToAll)
+DISPATCH.add("two_level", TwoLevel, why_not=why_not_two_level)

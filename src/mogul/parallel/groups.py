@@ -59,6 +59,25 @@ def make_groups(parallel: Parallel) -> Groups:
     return Groups(parallel, stage, _own(rows, stage), _own(columns, stage))
 
 
+def node_groups(
+    group: dist.ProcessGroup, node_ranks: int
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """(the ranks of this node, the ranks of its place on every node); every rank must call.
+
+    Raises:
+        ConfigError: The ranks do not fill nodes, or are not all ranks there are.
+    """
+    size = group.size()
+    if size != dist.get_world_size() or size % node_ranks:
+        raise ConfigError(
+            f"{size} of {dist.get_world_size()} ranks do not fill nodes of {node_ranks}",
+            fix="spread over all ranks, with a node_ranks that divides them",
+        )
+    nodes = [list(range(first, first + node_ranks)) for first in range(0, size, node_ranks)]
+    places = [list(range(place, size, node_ranks)) for place in range(node_ranks)]
+    return _own(nodes, group), _own(places, group)
+
+
 def _own(lists: list[list[int]], everyone: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group of the list that holds this rank."""
     if len(lists) == 1:

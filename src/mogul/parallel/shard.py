@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mogul.core.errors import ConfigError
 from mogul.parallel.dispatch import Dispatcher, Plan, Rows, make_dispatcher
+from mogul.parallel.groups import node_groups
 from mogul.parallel.owners import Owners, contiguous, placed
+from mogul.parallel.parcel import Payload
 from mogul.parallel.slices import cut_experts
 from mogul.spec.grouping import Grouping
 from mogul.spec.placement import Placement
@@ -36,6 +38,9 @@ class ExpertSpread:
     rows: Rows = "equal"
     capacity: float | None = None
     placement: Placement | None = None
+    payload: Payload = "same"
+    node_ranks: int | None = None
+    """Ranks of a node, for dispatch="two_level"."""
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -83,6 +88,7 @@ def spread_experts(
             f"{type(model).__name__} has no stacked experts to spread", fix="load an MoE model"
         )
     dispatchers = []
+    levels = None if spread.node_ranks is None else node_groups(group, spread.node_ranks)
     for name, experts in found:
         if DISPATCHER in experts.__dict__:
             raise ConfigError(f"{name} is spread already", fix="load the model anew")
@@ -94,6 +100,8 @@ def spread_experts(
             chunks=spread.chunks,
             rows=spread.rows,
             capacity=spread.capacity,
+            payload=spread.payload,
+            levels=levels,
         )
         dispatcher = make_dispatcher(spread.dispatch, plan)
         local = owners.experts_of_rank[plan.expert_rank]

@@ -8,8 +8,6 @@ work is not, because each rank masks the picks of the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -21,25 +19,8 @@ from mogul.parallel.dispatch import (
     why_not_gather,
     why_not_static,
 )
-from mogul.parallel.move import Begun, Gather, Scatter, begin
-from mogul.parallel.packing import PackedRows, is_worth_packing
-
-
-@dataclass
-class _Gathered:
-    """Tokens of all ranks on their way, in one move or in three."""
-
-    x: Begun
-    ids: Begun | None = None
-    weights: Begun | None = None
-    packed: PackedRows | None = None
-
-    def end(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.packed is not None:
-            return self.packed.unpack(self.x.end())
-        assert self.ids is not None
-        assert self.weights is not None
-        return self.x.end(), self.ids.end(), self.weights.end()
+from mogul.parallel.move import Gather, Scatter, begin
+from mogul.parallel.parcel import Parcel, is_worth_packing
 
 
 class Static(Dispatcher):
@@ -58,7 +39,9 @@ class Static(Dispatcher):
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, chunks: int) -> Tensor:
         """One gather a chunk first, then experts and scatter chunk by chunk."""
         parts = zip(x.chunk(chunks), ids.chunk(chunks), weights.chunk(chunks), strict=True)
-        gathered = [self._gather(*part) for part in parts]
+        move, payload = Gather(self.group), self.plan.payload
+        packed = is_worth_packing(x, weights)
+        gathered = [Parcel(*part, move, packed=packed, payload=payload) for part in parts]
         scattered = []
         for one in gathered:
             x_RD, ids_RK, weights_RK = one.end()
@@ -67,13 +50,6 @@ class Static(Dispatcher):
             scattered.append(begin(y_RD, Scatter(self.group)))
         out = [one.end() for one in scattered]
         return out[0] if len(out) == 1 else torch.cat(out)
-
-    def _gather(self, x: Tensor, ids: Tensor, weights: Tensor) -> _Gathered:
-        move = Gather(self.group)
-        if is_worth_packing(x, weights):
-            packed = PackedRows(x, ids, weights)
-            return _Gathered(begin(packed.buffer, move), packed=packed)
-        return _Gathered(begin(x, move), begin(ids.int(), move), begin(weights, move))
 
     def _local(self, ids: Tensor) -> Tensor:
         """Global ids of this rank's columns to local ones; a null pick is the sentinel."""
