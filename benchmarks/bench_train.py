@@ -33,7 +33,7 @@ from mogul.simulate.train import flop_per_token
 from mogul.spec.families import model_spec
 from mogul.train.balance import Balancer
 from mogul.train.balance_rules import BalanceSection
-from mogul.train.build import around_forward
+from mogul.train.build import around_forward, router_products
 from mogul.train.layers import prepared_layers
 from mogul.train.metrics import peak_flop_per_s
 from mogul.train.objective import choose_objective
@@ -162,6 +162,7 @@ def bench_ours(options: argparse.Namespace) -> dict[str, Any]:
     run = RunSection(steps=1, attention=options.attention)
     with ExitStack() as stack:
         stack.enter_context(prepared_layers(model, compile=compiles))
+        stack.enter_context(router_products(run, DEVICE))
         section = BalanceSection(loss="batch")
         balancer = stack.enter_context(
             Balancer(model, section, micro_batches=options.accumulation, compiled=compiles)
@@ -255,7 +256,7 @@ def split(step: Callable[[], float], step_s: float) -> dict[str, float]:
             loss += total
         elif name == "part: optimizer":
             optimizer += total
-    for name, value in sorted(rows.items(), key=lambda pair: -pair[1])[:25]:
+    for name, value in sorted(rows.items(), key=lambda pair: -pair[1])[:40]:
         print(f"{value * 1e3:9.3f} ms  {name}", flush=True)
     parts = {
         "experts": experts,

@@ -6,6 +6,7 @@ come from the picks the routers really made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,7 @@ class Balancer:
         sample_tokens: picks kept of every micro-batch for numbers that need tokens; each
             micro-batch must have so many.
         compiled: whether the layers are compiled.
+        reduce: adds up a tensor over all processes in place; None: there is one.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Balancer:
         num_steps: int | None = None,
         sample_tokens: int = 0,
         compiled: bool = False,
+        reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         config: Any = model.config
         shape = model_spec(config.to_dict()).moe
@@ -53,7 +56,7 @@ class Balancer:
         self.blocks: list[MoeBlock] = moe_blocks(model, with_mtp=True)
         self.routers: list[Any] = [_router_of(block) for block in self.blocks]
         self.num_steps, self.updates, self.steps = num_steps, 0, 0
-        self.micro_batches = micro_batches
+        self._reduce = reduce
         self._check_bias()
         grouping = shape.grouping
         self.rules = RouterRules(
@@ -157,6 +160,8 @@ class Balancer:
         """
         if updated and self._micro_batches_seen:
             self.steps += 1
+            if self._reduce is not None:
+                self._reduce(self.count)
             if self._moves_bias():
                 self._move_bias()
             self.total += self.count.long()

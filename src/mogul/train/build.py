@@ -62,6 +62,22 @@ def around_forward(run: RunSection, device: torch.device) -> Callable[[], Abstra
     return opened
 
 
+@contextmanager
+def router_products(run: RunSection, device: torch.device) -> Iterator[None]:
+    """Let the routers' float32 products use tensor cores where that loses nothing.
+
+    With bfloat16 weights both factors of a router's logits fit in TF32 exactly, and the sum is
+    float32 either way; only its gradient is rounded, to more bits than the bfloat16 it becomes.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type != "cpu" and weight_dtype(run, device) == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def build_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The model of a recipe in training mode, seeded by `run.seed`.
 

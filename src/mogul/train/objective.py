@@ -23,7 +23,7 @@ Objective = Callable[[nn.Module, Tensor], Tensor]
 PLAIN_HEADS = ("Moge", "PanguProMoE", "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Olmoe")
 """Families whose logits are the head times the last hidden state, and nothing more."""
 CHUNK_ELEMENTS = 1 << 28
-"""Most logits alive at once on an accelerator (a CPU takes 1/16: they should stay in cache)."""
+"""Most logits alive at once on an accelerator (a CPU takes 1/128: they should stay in cache)."""
 
 
 def model_loss(model: nn.Module, ids: Int[Tensor, "B L"]) -> Tensor:
@@ -137,7 +137,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk_size(x_TD: Tensor, weight_VD: Tensor) -> int:
-    elements = CHUNK_ELEMENTS if x_TD.device.type != "cpu" else CHUNK_ELEMENTS // 16
+    elements = CHUNK_ELEMENTS if x_TD.device.type != "cpu" else CHUNK_ELEMENTS // 128
     size = max(256, elements // len(weight_VD) // 256 * 256)
     chunks = -(-len(x_TD) // size)
     return -(-len(x_TD) // chunks)  # equal chunks: one shape for the compiler

@@ -23,7 +23,7 @@ from mogul.observe.live import LiveTrace, live_numbers
 from mogul.spec.families import model_spec
 from mogul.spec.fingerprint import stamp_of_config
 from mogul.train.balance import SAMPLE_TOKENS, Balancer, has_experts
-from mogul.train.build import around_forward, build_model, choose_device
+from mogul.train.build import around_forward, build_model, choose_device, router_products
 from mogul.train.checkpoint import (
     Saver,
     Snapshot,
@@ -142,6 +142,7 @@ class Session:
             )
         )
         self._stack.enter_context(self.balancer or nullcontext())
+        self._stack.enter_context(router_products(run, self.device))
         self.stepper = Stepper(
             self.model,
             self.optimizer,
@@ -342,7 +343,6 @@ class Session:
 
             write_report(self.folder)
         say(f"trained {self.step} steps, {show_count(self.tokens)} tokens: {self.folder / MODEL}")
-
 
     def _tokenizer(self) -> Path | None:
         """The folder of the tokenizer: named, or beside the tokens it made."""

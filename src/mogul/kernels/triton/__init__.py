@@ -16,8 +16,14 @@ from mogul.kernels.layout import ExpertLayout
 _MIN_CAPABILITY = (8, 0)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _device_reason(index: int | None) -> str | None:
+    """Compilers ask once and keep the answer: tracing the question would break their graph."""
+    return _reason_of_device(index)
+
+
+@cache
+def _reason_of_device(index: int | None) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(index)
