@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="sequences a micro-batch")
     parser.add_argument("--accumulation", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], action="append")
     parser.add_argument("--attention", choices=["best", "auto", "cudnn"], default="best")
     parser.add_argument("--peer", action="store_true", help="Trainer with grouped_mm as well")
     parser.add_argument("--peer-rows", type=int, default=8)
@@ -79,11 +79,12 @@ def main() -> None:
     if options.attention == "best":
         options.attention = best_attention(options)
     found: dict[str, Any] = {}
-    guarded("ours", lambda: found.update(ours=bench_ours(options)))
     if options.peer:
         guarded("peer", lambda: found.update(peer=bench_trainer(options)))
-    if "ours" in found:
-        record(options, found["ours"], found.get("peer"))
+    for optimizer in options.optimizer or ["adamw"]:
+        guarded(optimizer, lambda kind=optimizer: found.update(ours=bench_ours(options, kind)))
+        if "ours" in found:
+            record(options, optimizer, found.pop("ours"), found.get("peer"))
 
 
 def guarded(what: str, part: Callable[[], object]) -> None:
@@ -150,13 +151,11 @@ def best_attention(options: argparse.Namespace) -> str:
     return min(times, key=lambda name: times[name]) if times else "auto"
 
 
-def bench_ours(options: argparse.Namespace) -> dict[str, Any]:
+def bench_ours(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     start = time.perf_counter()
     model = build(options, "mogul")
     big = options.case == "pangu"
-    spec = OptimizerSpec(
-        kind=options.optimizer, lr=1e-4, state_dtype="bfloat16" if big else "float32"
-    )
+    spec = OptimizerSpec(kind=kind, lr=1e-4, state_dtype="bfloat16" if big else "float32")
     optimizer = build_optimizer(model, spec, compile=True)
     compiles = not options.no_compile
     run = RunSection(steps=1, attention=options.attention)
@@ -321,7 +320,7 @@ def record(options: argparse.Namespace, ours: dict[str, Any], peer: dict[str, An
     row = ledger.row(
         device=torch.cuda.get_device_name(DEVICE),
         bench="train",
-        case=f"{case}, bf16, {options.optimizer}",
+        case=f"{case}, bf16, {kind}",
         metric="speed of whole steps",
         unit="tokens/s",
         value=round(ours["tokens_per_s"]),
