@@ -312,7 +312,9 @@ def bench_trainer(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def record(options: argparse.Namespace, ours: dict[str, Any], peer: dict[str, Any] | None) -> None:
+def record(
+    options: argparse.Namespace, kind: str, ours: dict[str, Any], peer: dict[str, Any] | None
+) -> None:
     rounded = {
         key: round(value, 4) if isinstance(value, float) else value for key, value in ours.items()
     }
