@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class BlockPool:
         self.reuse = reuse
         self.readers = [0] * num_pages
         self.known: list[Known | None] = [None] * num_pages
-        self._free: deque[int] = deque(range(num_pages))
+        self._free: dict[int, None] = dict.fromkeys(range(num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._by_digest: dict[bytes, int] = {}
         self.hit_tokens = 0
@@ -62,10 +62,14 @@ class BlockPool:
         """Pages that nobody reads but whose tokens are kept."""
         return len(self._cached)
 
-    def take(self) -> int:
-        """Give out a page with nothing in it, forgetting the oldest cached one if need be."""
+    def take(self, wish: int | None = None) -> int:
+        """Give out a page with nothing in it, the wished one where it is free.
+
+        When none is free, the oldest cached one is forgotten.
+        """
         if self._free:
-            page = self._free.popleft()
+            page = wish if wish is not None and wish in self._free else next(iter(self._free))
+            del self._free[page]
         else:
             page, _ = self._cached.popitem(last=False)
             self._forget(page)
@@ -124,7 +128,7 @@ class BlockPool:
             if self.readers[page]:
                 continue
             if self.known[page] is None:
-                self._free.append(page)
+                self._free[page] = None
             else:
                 self._cached[page] = None
 
@@ -139,7 +143,7 @@ class BlockPool:
         while self._cached:
             page, _ = self._cached.popitem()
             self._forget(page)
-            self._free.append(page)
+            self._free[page] = None
         for page, known in enumerate(self.known):
             if known is not None:
                 self._forget(page)
@@ -158,7 +162,6 @@ class BlockPool:
         assert readers == self.readers, "readers are miscounted"
         owned = sum(1 for count in readers if count)
         assert len(self._free) + len(self._cached) + owned == self.num_pages, "a page is lost"
-        assert len(set(self._free)) == len(self._free), "a page is free twice"
         assert not any(readers[page] for page in (*self._free, *self._cached)), "owned and free"
         assert all(self.known[page] is None for page in self._free), "a free page is known"
         assert all(self.known[page] is not None for page in self._cached), "a cached page is not"

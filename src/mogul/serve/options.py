@@ -21,8 +21,8 @@ class EngineOptions:
     step_tokens: int | None = None
     """Tokens computed in one step; None is 512 on a processor and 8,192 on an accelerator."""
 
-    page_size: int = 16
-    """Tokens of one page of the cache."""
+    page_size: int | None = None
+    """Tokens of one page of the cache; None is 64 on a processor and 16 on an accelerator."""
 
     cache_tokens: int | None = None
     """Tokens the cache holds; None fills `memory_share` of an accelerator, or 2 GiB."""

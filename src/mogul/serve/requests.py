@@ -87,6 +87,9 @@ class Live(Request):
     table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """The pages once more, as the device wants them."""
 
+    home: int = 0
+    """Where its first page should lie: pages in a row are read faster on a processor."""
+
     digests: list[bytes] = field(default_factory=list)
     """Of the pages that are full of known tokens."""
 

@@ -14,6 +14,7 @@ from mogul.serve.runner import Runner
 
 CPU_CACHE_BYTES = 2 * GIB
 CPU_STEP_TOKENS, STEP_TOKENS = 512, 8192
+CPU_PAGE, PAGE = 64, 16
 DEFAULT_LENGTH = 4096
 """Where neither options nor config know a length."""
 
@@ -54,7 +55,7 @@ def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
     if tokens is None:
         room = CPU_CACHE_BYTES if on_cpu else _free_bytes(runner, options, step_tokens)
         tokens = min(int(room // runner.token_bytes), options.max_sequences * length)
-    page = options.page_size
+    page = options.page_size or (CPU_PAGE if on_cpu else PAGE)
     num_pages = -(-tokens // page) if options.cache_tokens else tokens // page
     if num_pages < 1:
         raise HardwareError(

@@ -2,7 +2,8 @@
 
 A running request owns the pages of its table. Who is admitted is promised pages for its whole
 prompt; one page for every other request stays promised to those that decode. Pages that are full
-of known tokens are taught to the pool, so that later requests share them.
+of known tokens are taught to the pool, so that later requests share them. Every request has a home,
+a run of pages it fills in order while they are free.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class PageRoom:
         self.pages_a_table = pages_a_table
         self.spare = int(watermark * pool.num_pages)
         self.running: dict[int, Live] = {}
+        self._next_home = 0
 
     def pages_of(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -46,6 +48,9 @@ class PageRoom:
         if live.cached_tokens is None:
             live.cached_tokens = live.computed
             pool.count_hits(live.computed, live.goal)
+        live.home = self._next_home
+        whole = self.pages_of(live.prompt_tokens + live.output_tokens)
+        self._next_home = (self._next_home + whole) % pool.num_pages
         self.running[live.id] = live
         return True
 
@@ -63,7 +68,7 @@ class PageRoom:
         pool, pages = self.pool, live.pages
         missing = self.pages_of(live.computed + tokens) - len(pages)
         for _ in range(min(missing, pool.num_available)):
-            page = pool.take()
+            page = pool.take(live.home + len(pages))
             live.table[len(pages)] = page
             pages.append(page)
         return min(tokens, len(pages) * pool.page_size - live.computed)
