@@ -141,3 +141,19 @@ def test_machine_json_is_read_back(capsys, tmp_path):
     code, _, err = run(capsys, "run", "preset:smollm2-135m", "--device", "h100", *machine)
     assert code == 2
     assert "use --device cpu-avx512" in err
+
+
+def test_pages_show_every_part(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    common = ("Where the time goes", "Memory of the fullest device", "Expected load of every rank",
+              "TPOT saved by a machine", "Predicted against measured")  # fmt: skip
+    flags = ("--html", str(page))
+    assert run(capsys, "run", "preset:qwen3-30b-a3b", "--dp", "2", "--batch", "8", *flags)[0] == 0
+    text = page.read_text()
+    assert all(title in text for title in common)
+    assert run(capsys, "sweep", "preset:qwen3-30b-a3b", "--devices", "2", *flags)[0] == 0
+    text = page.read_text()
+    assert all(title in text for title in (*common, "Throughput against speed for the user"))
+    code, _, _ = run(capsys, "validate", "--sets", "training", *flags)
+    assert code == 0
+    assert "every row" in page.read_text()

@@ -34,11 +34,18 @@ def point_page(p: Prediction) -> Page:
             (f"{p.tokens_per_s_per_device:,.0f}", "tokens/s a device", p.decode.binding),
         ]
     )
-    for table in point_tables(p)[:1]:
-        page.table(table)
+    page.table(point_tables(p)[0])
+    _sections(page, p)
+    _how_far_off(page)
+    return page
+
+
+def _sections(page: Page, p: Prediction) -> None:
+    """What every page of a deployment has: time, memory, balance, sensitivity, sources."""
     page.section("Where the time goes")
     page.figure(_breakdown_chart(p))
     page.section("Memory")
+    page.figure(_memory_chart(p))
     page.table(memory_table(p))
     if p.decode.loads:
         page.section("Balance")
@@ -48,7 +55,31 @@ def point_page(p: Prediction) -> Page:
     page.section("How it is known")
     sources = sorted({s for o in p.decode.operators for s in o.estimate.sources})
     page.prose(f"Most of the decode step is **{p.tier}**.", *sources)
-    return page
+
+
+def _how_far_off(page: Page) -> None:
+    """Published deployments beside their predictions: how much to believe of the page."""
+    from mogul.simulate.validate.scoreboard import scores
+
+    page.section("Predicted against measured")
+    for score in scores(("published",)):
+        if score.pairs:
+            page.figure(_pairs_chart(score))
+
+
+def _memory_chart(p: Prediction) -> Chart:
+    names = list(p.memory.parts)
+    sizes = [p.memory.parts[name] / 1e9 for name in names]
+    return Chart(
+        title="Memory of the fullest device",
+        x_label="part",
+        y_label="GB",
+        series=(Series(name="GB", x=names, y=sizes, kind="bars"),),
+        caption=f"{sum(sizes):.1f} GB of the {p.memory.capacity_bytes / 1e9:.1f} GB the engine may "
+        "use.",
+        y_from_zero=True,
+        reference=(p.memory.capacity_bytes / 1e9, "what the engine may use"),
+    )
 
 
 def _breakdown_chart(p: Prediction) -> Chart:
@@ -125,8 +156,9 @@ def sweep_page(found: Searched) -> Page:
     if found.front:
         best = found.front[-1]
         page.section("The point with the highest throughput")
-        for table in point_tables(best):
-            page.table(table)
+        page.table(point_tables(best)[0])
+        _sections(page, best)
+    _how_far_off(page)
     return page
 
 
@@ -158,10 +190,34 @@ def validation_page(scores: Sequence[Score], bars: Table) -> Page:
     page.table(bars)
     for score in scores:
         page.section(score.table.title)
+        if score.pairs:
+            page.figure(_pairs_chart(score))
         if score.ratios:
             page.figure(_ratio_chart(score))
         page.table(score.table)
     return page
+
+
+def _pairs_chart(score: Score) -> Chart:
+    """Predicted over measured, both in powers of ten, with the diagonal."""
+    measured = np.log10([one for one, _ in score.pairs])
+    predicted = np.log10([one for _, one in score.pairs])
+    ends = [
+        float(min(measured.min(), predicted.min())),
+        float(max(measured.max(), predicted.max())),
+    ]
+    off = np.abs(10 ** (predicted - measured) - 1)
+    return Chart(
+        title=f"{score.table.title}: every row",
+        x_label="measured, power of ten",
+        y_label="predicted, power of ten",
+        series=(
+            Series(name="rows", x=measured.tolist(), y=predicted.tolist(), kind="dots"),
+            Series(name="perfect", x=ends, y=ends, dashed=True),
+        ),
+        caption=f"{len(off)} rows; half of them are within {100 * np.median(off):.0f} %, nine of "
+        f"ten within {100 * np.quantile(off, 0.9):.0f} %.",
+    )
 
 
 def _ratio_chart(score: Score) -> Chart:

@@ -192,9 +192,9 @@ def _draw(ranges: Ranges, rng: np.random.Generator) -> dict[str, Any] | None:
     """One shape within the ranges whose expert width meets the total budget; None if none does."""
     hidden = int(rng.integers(ranges.hidden[0] // 512, ranges.hidden[1] // 512 + 1)) * 512
     experts, picks = int(rng.choice(ranges.experts)), int(rng.choice(ranges.picks))
-    each = int(rng.choice(ranges.picks_per_group)) if len(ranges.picks_per_group) > 1 else (
-        ranges.picks_per_group[0]
-    )  # fmt: skip
+    each = ranges.picks_per_group[0]
+    if len(ranges.picks_per_group) > 1:
+        each = int(rng.choice(ranges.picks_per_group))
     groups = picks // each if each else 1
     if experts % groups or (each and picks % each):
         return None

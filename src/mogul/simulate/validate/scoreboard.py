@@ -41,6 +41,9 @@ class Score:
     ratios: tuple[tuple[str, float], ...] = field(default=())
     """Predicted over measured by row, for a chart."""
 
+    pairs: tuple[tuple[float, float], ...] = field(default=())
+    """(measured, predicted) by row, each in its own unit."""
+
 
 def scores(names: tuple[str, ...], *, silicon_rows: int | None = None) -> list[Score]:
     """Score the named sets.
@@ -90,7 +93,9 @@ def _vllm() -> Score:
     notes = ("fitted: one constant from the other table's rows",)
     bar = Bar("vllm", "median error, fitted, without cliffs", _median(errors), 0.15)
     ratios = tuple((f"{p.table}, {p.batch}", p.fitted_s / p.measured_s) for p in vllm.points())
-    return Score(Table("vLLM 0.22.1, decode step (own runs)", columns, rows, notes), (bar,), ratios)
+    pairs = tuple((p.measured_s, p.fitted_s) for p in vllm.points())
+    table = Table("vLLM 0.22.1, decode step (own runs)", columns, rows, notes)
+    return Score(table, (bar,), ratios, pairs)
 
 
 def _published() -> Score:
@@ -121,7 +126,9 @@ def _published() -> Score:
     )
     bar = Bar("published", "median error, zero-shot", _median(errors), 0.20)
     ratios = tuple((str(row[0]), 1 + error) for row, error in zip(rows, errors, strict=True))
-    return Score(Table("Published serving numbers (V1-V6)", columns, rows, notes), (bar,), ratios)
+    pairs = tuple((float(row[1]), float(row[2])) for row in rows)
+    table = Table("Published serving numbers (V1-V6)", columns, rows, notes)
+    return Score(table, (bar,), ratios, pairs)
 
 
 def _pangu() -> Score:
@@ -172,7 +179,9 @@ def _training() -> Score:
         Bar("training", "median error, fitted, other rows", _median(held), 0.15),
     )
     ratios = tuple((one.name, one.zero_shot / one.measured) for one in found)
-    return Score(Table("Published training speeds (T2-T5)", columns, rows, notes), bars, ratios)
+    pairs = tuple((one.measured, one.zero_shot) for one in found)
+    table = Table("Published training speeds (T2-T5)", columns, rows, notes)
+    return Score(table, bars, ratios, pairs)
 
 
 def _balance() -> Score:
@@ -238,9 +247,13 @@ def _silicon(limit: int | None) -> Score:
         Bar("silicon", "coverage", stats["zero-shot, all rows"]["coverage"], 0.95, is_upper=False),
         Bar("silicon", "Spearman, fitted", fitted["spearman"], 0.93, is_upper=False),
     )
-    return Score(
-        Table("Measured deployments (AIConfigurator's sample), TPOT", columns, rows, notes), bars
+    pairs = tuple(
+        (one.measured_s, one.predicted_s * scales.get(one.backend, 1.0))
+        for one in test
+        if one.predicted_s
     )
+    table = Table("Measured deployments (AIConfigurator's sample), TPOT", columns, rows, notes)
+    return Score(table, bars, pairs=pairs)
 
 
 def statistics(scored: list[silicon.Scored], scales: Mapping[str, float]) -> dict[str, float]:
