@@ -78,3 +78,12 @@ def test_the_command_writes_complete_rows(tmp_path, capsys):
 def test_a_dense_model_is_refused(capsys):
     assert main(["bench", "kernels", "--shape", "preset:smollm2-135m"]) == 2
     assert "has no experts" in capsys.readouterr().err
+
+
+def test_quantised_experts_are_a_variant_with_their_own_floor():
+    request = kernels.Request(TINY, tokens=(5,), dtype="fp32", quant="int4-32")
+    cells = {cell.variant: cell for cell in kernels.measure(request).cells}
+    assert cells["mogul int4-32"].num_bytes < cells["mogul"].num_bytes / 4
+    assert 0.01 < cells["mogul int4-32"].error < 0.3
+    with pytest.raises(ConfigError, match="no backward"):
+        kernels.Request(TINY, train=True, quant="fp8")

@@ -88,6 +88,12 @@ class Request:
     dtype: str | None = None
     train: bool = False
     backend: str = "auto"
+    quant: str | None = None
+    """Format of a further variant with quantised experts (forward only)."""
+
+    def __post_init__(self) -> None:
+        if self.train and self.quant:
+            raise ConfigError("quantised experts have no backward", fix="drop --quant or --train")
 
     def resolved(self) -> tuple[torch.device, str, tuple[int, ...]]:
         """Device, dtype and token counts after the defaults."""
@@ -152,7 +158,7 @@ def measure(request: Request) -> Result:
     device, dtype, token_counts = request.resolved()
     result = Result(request, device_name(device), dtype, measure_limits(device, DTYPES[dtype]))
     layer = Layer.random(request.shape, DTYPES[dtype], device)
-    forwards, result.absent = variants(layer, request.backend)
+    forwards, result.absent = variants(layer, request.backend, request.quant)
     for tokens in token_counts:
         log.info(f"{request.shape.name}: {tokens} tokens")
         result.cells += _cells(request, layer, tokens, forwards, result.limits)
@@ -236,7 +242,7 @@ def interleaved_s(
                 times[name].append(_wall_s(variant[turn % len(variant)]))
             turn += 1
         return times
-    from mogul.bench.calibrate import seconds_of
+    from mogul.bench.calibrate_timing import seconds_of
 
     for _ in range(3):
         for name, variant in calls.items():

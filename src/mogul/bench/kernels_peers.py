@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import MogulError
-from mogul.kernels import moe_forward
+from mogul.kernels import moe_forward, moe_forward_quantised, quantise_experts
 
 if TYPE_CHECKING:
     from mogul.bench.kernels import LayerShape
@@ -97,7 +97,9 @@ class Layer:
         return error if error == error else float("inf")
 
 
-def variants(layer: Layer, backend: str) -> tuple[dict[str, Forward], dict[str, str]]:
+def variants(
+    layer: Layer, backend: str, quant: str | None = None
+) -> tuple[dict[str, Forward], dict[str, str]]:
     """Name -> implementation, mogul first; and why the others did not come."""
     makers: dict[str, Callable[[Layer], Forward]] = {
         "transformers grouped_mm": _transformers("grouped_mm"),
@@ -109,6 +111,8 @@ def variants(layer: Layer, backend: str) -> tuple[dict[str, Forward], dict[str, 
         return moe_forward(x, layer.gate_up, layer.down, ids, weights, backend=backend)
 
     found, absent = {"mogul": Forward(mogul)}, {}
+    if quant is not None:
+        found[f"mogul {quant}"] = _quantised(layer, quant)
     for name, make in makers.items():
         try:
             forward = make(layer)
@@ -119,6 +123,17 @@ def variants(layer: Layer, backend: str) -> tuple[dict[str, Forward], dict[str, 
         except Exception as error:  # a foreign library may fail in any way: its reason is shown
             absent[name] = f"{type(error).__name__}: {str(error)[:160]}"
     return found, absent
+
+
+def _quantised(layer: Layer, name: str) -> Forward:
+    """The same layer in a quantised format; fp8 has twice the arithmetic on a GPU."""
+    experts = quantise_experts(layer.gate_up, layer.down, name)
+
+    def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return moe_forward_quantised(x, experts, ids, weights)
+
+    is_fast = experts.format.kind == "fp8" and layer.device.type != "cpu"
+    return Forward(run, experts.format.bits / 8, 2.0 if is_fast else 1.0)
 
 
 def _transformers(implementation: str) -> Callable[[Layer], Forward]:

@@ -37,7 +37,7 @@ class Quality:
     model: str
     format: str
     calibrated: bool
-    """Whether int4 knew the mean squares of the experts' inputs."""
+    """Whether rounding knew the mean squares of the experts' inputs."""
     bits_per_byte: float
     loss: float
     """Bits per byte over that of the unquantised model, less 1."""
@@ -168,8 +168,7 @@ def qualities(
                       1.0 if has_router else None, 32.0)  # fmt: skip
         importance = expert_inputs(model, _batches(calibration, 4))
         for format_name in formats:
-            plain = format_name == "fp8"  # its rounding knows no importance
-            for calibrated in (False,) if plain else (True, False) if uncalibrated else (True,):
+            for calibrated in (True, False) if uncalibrated else (True,):
                 say(f"{name} in {format_name}")
                 quantised = quantise_model(
                     copy.deepcopy(model), format_name, importance=importance if calibrated else None

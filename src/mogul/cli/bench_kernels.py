@@ -11,6 +11,8 @@ examples:
   mogul bench kernels                                     a small layer, at every batch size
   mogul bench kernels --shape preset:qwen3-30b-a3b        the experts of a model
   mogul bench kernels --shape 64x8x5120x1344 --tokens 1 64 4096 --train
+  mogul bench kernels --shape 64x8x5120x1344 --quant fp8 --tokens 64 456
+  mogul bench kernels --shape 60x4x2048x1408 --tune --out plans    on a GPU: measure tile sizes
 """
 
 
@@ -31,14 +33,20 @@ class Options:
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Default: bf16 on a GPU, fp32 on a processor."""
 
+    quant: Literal["none", "fp8", "int4-32", "int4-64", "int4-128"] = "none"
+    """Also time the layer with quantised experts."""
+
     train: bool = False
     """Forward and backward, and the memory kept between them."""
+
+    tune: bool = False
+    """First measure tile sizes for this shape; they are used here and written under `--out`."""
 
     backend: str = "auto"
     """A backend of `moe_forward` to insist on."""
 
     out: Path | None = None
-    """Folder for the results."""
+    """Folder for the results, and for what `--tune` finds."""
 
     record: bool = False
     """Append the results to the ledger."""
@@ -58,7 +66,12 @@ def run(options: Options) -> int:
         dtype=options.dtype,
         train=options.train,
         backend=options.backend,
+        quant=None if options.quant == "none" else options.quant,
     )
+    if options.tune:
+        from mogul.bench.kernels_tune import tune
+
+        tune(request, options.out)
     result = measure(request)
     table(result).show(options.format)
     if options.out is not None or options.record:

@@ -23,8 +23,8 @@ from mogul.kernels.quant_format import (
     dequantise_fp8,
     dequantise_int4,
     expert_format,
+    quantise_fp8_weight,
     quantise_int4,
-    quantise_rows,
 )
 
 DEFAULT_LAYOUT = ExpertLayout()
@@ -135,8 +135,8 @@ def quantise_experts(
         layout: of the given weights and of the biases.
         gate_up_bias: in the column order of gate_up; stays as it is.
         down_bias: stays as it is.
-        importance: mean squares of the inputs of both matmuls, [E, D] and [E, F]; int4 then
-            weighs its rounding errors by them.
+        importance: mean squares of the inputs of both matmuls, [E, D] and [E, F]; rounding errors
+            are then weighed by them.
     """
     chosen = expert_format(format)
     layout.sizes(gate_up, down)
@@ -170,10 +170,10 @@ def _quantise(
     with torch.no_grad():
         for index, expert in enumerate(weight.detach().unbind()):
             rows = expert if layout is None else _rows_in_order(expert, layout)
+            importance = None if importance_EC is None else importance_EC[index]
             if format.kind == "fp8":
-                found = quantise_rows(rows)
+                found = quantise_fp8_weight(rows, importance)
             else:
-                importance = None if importance_EC is None else importance_EC[index]
                 found = quantise_int4(rows, format.group, importance)
             if not parts:
                 parts = [[] for _ in found]

@@ -23,6 +23,8 @@ FP8_MAX = 448.0
 INT4_GROUPS = (32, 64, 128)
 CLIPS = tuple(1 - 0.05 * step for step in range(8))
 """Shares of a group's range that int4 tries."""
+FP8_SCALES = 32
+"""Scales that an fp8 row tries when the importance of its inputs is known."""
 REFITS = 2
 """Times that scale and offset are fitted to the rounded values."""
 _TINY = 1e-12
@@ -77,6 +79,34 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = wide.abs().amax(-1).clamp(min=_TINY) / FP8_MAX
     return (wide / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def quantise_fp8_weight(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """E4m3 values and fp32 scales of a matrix [N, C], row by row.
+
+    With `importance` [C] each row takes the scale, of `FP8_SCALES` within one power of two, that
+    has the least error weighted by it: where few inputs are large, their weights become exact.
+    """
+    value, scale = quantise_rows(weight)
+    if importance is None:
+        return value, scale
+    wide, weights = weight.float(), importance.float().to(weight.device)
+
+    def error(value: Tensor, scale: Tensor) -> Tensor:
+        return (weights * (value.float() * scale[:, None] - wide).square()).sum(-1)
+
+    base, best = scale, error(value, scale)
+    for step in range(1, FP8_SCALES):
+        other_scale = base * 2 ** (step / FP8_SCALES)
+        other = (wide / other_scale[:, None]).to(FP8)
+        found = error(other, other_scale)
+        wins = found < best
+        best = torch.where(wins, found, best)
+        scale = torch.where(wins, other_scale, scale)
+        # fp8 tensors know no where: the bytes are chosen
+        bytes_ = torch.where(wins[:, None], other.view(torch.uint8), value.view(torch.uint8))
+        value = bytes_.view(FP8)
+    return value, scale
 
 
 def quantise_int4(

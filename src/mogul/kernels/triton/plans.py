@@ -8,6 +8,7 @@ smallest `tokens` bound that holds wins.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -37,10 +38,6 @@ class Tile:
     """Split kernels compute only what is needed of a last column tile."""
     turns: bool = False
     """The two multipliers take whole tiles in turn (backward of down only)."""
-    panel: int = 0
-    """Column tiles a panel of a split product that also sums over picks; 0 = a launch of its own.
-
-    At most 8 panels. Fewer, wider panels read the rows less often and hide less of the sum."""
     per_sm: int = 0
     """Programs a multiprocessor for a persistent grid; 0 = one program a tile."""
 
@@ -137,6 +134,10 @@ def _with_backward(plan: Plan, shape: Shape) -> Plan:
     return replace(plan, down_grad=tile, up_grad=tile, gate_up_weight=square, down_weight=square)
 
 
+USER_PLANS = "MOGUL_PLANS"
+"""Environment variable: a file of further plans."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One row of the table."""
@@ -158,11 +159,16 @@ def _plan(row: dict[str, Any]) -> Plan:
 
 
 @cache
-def table() -> dict[tuple[int, int, int, int], list[Entry]]:
-    """Measured plans by (experts, picks, width, inner), each list by rising token bound."""
-    path = Path(__file__).with_name("plans.json")
+def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entry]]:
+    """Measured plans by (experts, picks, width, inner), each list by rising token bound.
+
+    Rows of another compute capability are left out; those that ship with mogul are Hopper's.
+    """
+    path = path or Path(__file__).with_name("plans.json")
     out: dict[tuple[int, int, int, int], list[Entry]] = {}
     for row in json.loads(path.read_text()) if path.exists() else []:
+        if row.get("capability", 90) != capability:
+            continue
         key = (row["experts"], row["picks"], row["width"], row["inner"])
         few = FewPlan(**row["few"]) if "few" in row else None
         entry = Entry(row["tokens"], _plan(row["plan"]) if "plan" in row else None, few)
@@ -171,9 +177,10 @@ def table() -> dict[tuple[int, int, int, int], list[Entry]]:
 
 
 def _entries(shape: Shape) -> list[Entry]:
-    if not _hopper(shape):
-        return []
-    return table().get((shape.experts, shape.picks, shape.width, shape.inner), [])
+    """Rows of the user's own file (MOGUL_PLANS, from `mogul bench kernels --tune`), then ours."""
+    key = (shape.experts, shape.picks, shape.width, shape.inner)
+    own = table(shape.capability, Path(os.environ[USER_PLANS])) if USER_PLANS in os.environ else {}
+    return own.get(key, []) + table(shape.capability).get(key, [])
 
 
 @cache

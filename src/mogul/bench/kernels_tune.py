@@ -1,0 +1,191 @@
+"""Find tile sizes for an experts layer on this GPU, and write them where kernels look.
+
+Decides the search: for each number of tokens and each row tile that suits it, the up product's
+tile with the rule's own down product, then the down product's; every candidate is a whole forward
+in a CUDA graph. `plans.json` is read again through MOGUL_PLANS; `vllm/` holds the same sizes as
+vLLM's VLLM_TUNED_CONFIG_FOLDER names them, for its kernel of the same kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mogul.bench.calibrate_timing import seconds_of
+from mogul.bench.kernels import DTYPES, Request, device_name
+from mogul.bench.kernels_peers import Layer
+from mogul.core.errors import HardwareError
+from mogul.core.files import atomic_write
+from mogul.core.log import progress, say
+from mogul.kernels import moe_forward
+from mogul.kernels.triton.plans import USER_PLANS, Plan, Shape, Tile, rule
+
+SHARED_BYTES = 200_000
+"""Shared memory that a candidate may fill; those that don't fit fail and are left out anyway."""
+ROW_TILES = ((16, 14), (32, 40), (64, 120), (128, float("inf")))
+"""Row tiles, and the mean rows an expert up to which each is tried; the one below is tried too."""
+
+Timer = Callable[[Plan, int], float]
+
+
+def tune(request: Request, folder: Path | None) -> list[dict[str, Any]]:
+    """Measure, write `folder`/plans.json and `folder`/vllm/, and return the rows."""
+    device, dtype, token_counts = request.resolved()
+    if device.type != "cuda":
+        raise HardwareError(
+            f"tile sizes belong to GPU kernels, and this machine has {device_name(device)}",
+            fix="run without --tune, or on an NVIDIA GPU",
+        )
+    sizes = request.shape
+    major, minor = torch.cuda.get_device_capability(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    shape = Shape(
+        sizes.experts, sizes.picks, sizes.width, sizes.inner, 10 * major + minor, processors
+    )
+    timer = _forward_timer(Layer.random(sizes, DTYPES[dtype], device))
+    rows = [plan_row(shape, tokens, search(shape, tokens, timer)) for tokens in token_counts]
+    if folder is not None:
+        write(rows, folder, device_name(device))
+    return rows
+
+
+def search(shape: Shape, tokens: int, timer: Timer) -> Plan:
+    """The fastest plan found; at worst the rule's own."""
+    start = rule(shape, tokens)
+    best, best_s = start, timer(start, tokens)
+    for rows in row_tiles(shape, tokens):
+        plan, seconds = start, float("inf")
+        if rows != start.rows:
+            small = candidates(rows, shape, up=True)[0]
+            plan = replace(start, rows=rows, up=small, down=candidates(rows, shape, up=False)[0])
+        for side in ("up", "down"):
+            tiles = candidates(rows, shape, up=side == "up")
+            with progress(f"{tokens} tokens, rows {rows}, {side}", len(tiles)) as bar:
+                for tile in tiles:
+                    tried = replace(plan, **{side: tile})
+                    spent = timer(tried, tokens)
+                    if spent < seconds:
+                        plan, seconds = tried, spent
+                    bar.advance()
+        if seconds < best_s:
+            best, best_s = plan, seconds
+    say(f"{tokens} tokens: {best_s * 1e6:.1f} us, rows {best.rows}, up {best.up}, down {best.down}")
+    return best
+
+
+def row_tiles(shape: Shape, tokens: int) -> list[int]:
+    """The row tile that suits the mean rows of an expert, and the next smaller one."""
+    mean = tokens * shape.picks / shape.experts
+    at = next(i for i, (_, most) in enumerate(ROW_TILES) if mean <= most)
+    return [rows for rows, _ in ROW_TILES[max(0, at - 1) : at + 1]]
+
+
+def candidates(rows: int, shape: Shape, *, up: bool) -> list[Tile]:
+    """Tiles worth timing for one product; the first is a safe one."""
+    if rows == 128 and shape.capability == 90:
+        tile = Tile(n=128 if up else 256, k=64, stages=4, split=True, per_sm=1)
+        groups = itertools.product((4, 8, 16), (False, True))
+        return [replace(tile, group=group, sync=sync) for group, sync in groups]
+    found = []
+    for n, k, stages in itertools.product((64, 32, 128), (64, 128, 32, 256), (3, 2, 4)):
+        for swap in (False, True) if n >= 64 and rows <= 64 else (False,):
+            held = (n * (2 if up else 1) + rows) * k * 2 * stages
+            if held <= SHARED_BYTES and 2048 <= n * k <= 16384:
+                tile = Tile(n=n, k=k, group=1 if rows < 128 else 8, stages=stages)
+                warps = 8 if n * rows >= 8192 else 4
+                found.append(replace(tile, warps=warps, swap=swap, stream=rows < 128))
+    return found
+
+
+def _forward_timer(layer: Layer) -> Timer:
+    """Seconds of a forward with a plan forced; infinite where the device cannot run it."""
+    inputs: dict[int, Any] = {}
+
+    def seconds(plan: Plan, tokens: int) -> float:
+        sets = inputs.setdefault(tokens, [layer.tokens(tokens) for _ in range(4)])
+
+        def call(index: int) -> torch.Tensor:
+            x, ids, weights = sets[index]
+            return moe_forward(x, layer.gate_up, layer.down, ids, weights, backend="triton")
+
+        try:
+            with torch.inference_mode(), forced(plan):
+                return seconds_of(call, len(sets), layer.device)
+        except torch.AcceleratorError:
+            raise  # the device is lost: nothing after it could be believed
+        except Exception as error:  # too much shared memory or too many registers
+            say(f"  left out: {str(error)[:80]}")
+            return float("inf")
+
+    return seconds
+
+
+@contextmanager
+def forced(plan: Plan) -> Iterator[None]:
+    """Every layer runs with this plan inside the `with` block."""
+    from mogul.kernels.triton import layer as module
+
+    before = module.plan_for
+    module.plan_for = lambda _shape, _tokens: plan  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.plan_for = before
+
+
+def plan_row(shape: Shape, tokens: int, plan: Plan) -> dict[str, Any]:
+    """A row of plans.json: what differs from a tile's defaults."""
+    default = asdict(Tile(n=0, k=0))
+    tiles = {
+        side: {key: value for key, value in asdict(tile).items() if value != default[key]}
+        for side, tile in (("up", plan.up), ("down", plan.down))
+    }
+    return {
+        "capability": shape.capability,
+        "experts": shape.experts,
+        "picks": shape.picks,
+        "width": shape.width,
+        "inner": shape.inner,
+        "tokens": tokens,
+        "plan": {"rows": plan.rows, **tiles},
+    }
+
+
+def write(rows: list[dict[str, Any]], folder: Path, device: str) -> None:
+    """Both files; rows of other shapes that `plans.json` holds already stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "plans.json"
+    keys = ("capability", "experts", "picks", "width", "inner", "tokens")
+    known = json.loads(path.read_text()) if path.exists() else []
+    merged = {tuple(row[key] for key in keys): row for row in [*known, *rows]}
+    lines = ",\n".join("  " + json.dumps(row) for row in merged.values())
+    atomic_write(path, f"[\n{lines}\n]\n")
+    first = rows[0]
+    name = f"E={first['experts']},N={first['inner']},device_name={device.replace(' ', '_')}.json"
+    (folder / "vllm").mkdir(exist_ok=True)
+    atomic_write(folder / "vllm" / name, json.dumps(vllm_config(rows), indent=4) + "\n")
+    say(f"wrote {path}: set {USER_PLANS}={path} to use it; VLLM_TUNED_CONFIG_FOLDER={folder}/vllm")
+
+
+def vllm_config(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Tokens -> tile, as vLLM's fused_moe reads it; its one tile serves both products."""
+    configs = {}
+    for row in rows:
+        tile = Tile(**row["plan"]["up"])
+        configs[str(row["tokens"])] = {
+            "BLOCK_SIZE_M": row["plan"]["rows"],
+            "BLOCK_SIZE_N": tile.n,
+            "BLOCK_SIZE_K": tile.k,
+            "GROUP_SIZE_M": tile.group,
+            "SPLIT_K": 1,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+    return configs
