@@ -12,8 +12,15 @@ import pytest
 from mogul.core.errors import ConfigError
 from mogul.observe import numbers
 from mogul.observe.compare import comparison
-from mogul.observe.report import default_devices, device_table, page_of, placements
+from mogul.observe.report import (
+    default_devices,
+    device_table,
+    page_of,
+    placements,
+    with_given,
+)
 from mogul.observe.uniform import imbalance_chart
+from mogul.place.solve import Wish, place
 from mogul.spec.picks import trace_of_picks
 from mogul.spec.trace import ModelStamp, Trace
 
@@ -66,6 +73,29 @@ def test_transitions_of_a_copying_layer_are_guessed():
     assert numbers.frequency_recall(copying, 0, 1) < 0.15
 
 
+def test_transitions_over_chance():
+    ids = np.array([[[0], [1]], [[0], [1]], [[1], [0]], [[2], [2]]])
+    stamp = ModelStamp(name="m", family="moge", num_layers=2, num_experts=4, top_k=1, hidden_size=8)
+    lift = numbers.transition_lift(trace_of_picks(ids, stamp), 0)
+    assert lift[0].tolist() == [0.0, 2.0, 0.0, 0.0]  # always 1 next; by chance half of the time
+    assert lift[2, 2] == 4.0
+    assert lift[3].tolist() == [0.0] * 4  # never seen: nothing to say
+
+
+def test_a_given_placement_is_shown_for_its_devices():
+    trace = made_trace()
+    mine = place(trace, Wish(num_devices=4, method="contiguous"))
+    found = with_given(trace, (2,), [mine])
+    assert list(found) == [2, 4]
+    assert found[4] is mine
+    rows = {row[0]: row for row in device_table(trace, found).rows}
+    assert rows[4][1] == rows[4][3]  # contiguous: nothing gained
+    assert rows[2][3] < rows[2][1]
+    other = mine.replace(model=mine.model.replace(num_layers=9))
+    with pytest.raises(ConfigError, match="another model"):
+        with_given(trace, (), [other])
+
+
 def test_specialisation_of_separate_and_equal_tasks():
     trace = made_trace()
     count = np.zeros((2, 3, 16), dtype=np.int64)
@@ -97,7 +127,7 @@ def test_page_has_every_section_once():
     for title in (
         "Is some expert too busy?", "What do devices wait for?", "Does the router choose?",
         "Who is picked together?", "Can the next layer be guessed?", "Do experts specialise?",
-        "Imbalance of uniform routing",
+        "Imbalance of uniform routing", "Transitions from layer to layer", "Co-activation",
     ):  # fmt: skip
         assert html.count(f">{title}") == 1, title
 

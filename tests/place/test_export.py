@@ -32,6 +32,15 @@ def test_sglang_has_a_row_for_every_decoder_layer():
     assert rows == [[0, 1, 2, 3, 0, 1], list(SLOTS)]
 
 
+def test_sglang_reads_nothing_else():
+    """Its loader passes every key of the file on to a function that takes this one alone."""
+    out = export(placement(), "sglang")
+    assert set(out) == {"physical_to_logical_map"}
+    rows = np.array(out["physical_to_logical_map"])
+    assert rows.shape == (2, 6)  # a row a layer, experts and copies; ranks hold equal runs
+    assert all(set(row) == {0, 1, 2, 3} for row in rows.tolist())
+
+
 def test_vllm_maps_agree_with_each_other():
     out = export(placement(), "vllm")
     assert out["physical_to_logical_map"] == [list(SLOTS)]

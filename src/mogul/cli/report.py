@@ -17,6 +17,7 @@ EXAMPLES = """
 examples:
   mogul report trace/
   mogul report trace/ --devices 4 8 --html experts.html
+  mogul report trace/ --placement placement.json
   mogul report before/ after/
 """
 
@@ -32,6 +33,8 @@ class Options:
     """One trace folder, or two to compare."""
     devices: tuple[int, ...] = ()
     """Device counts to look at; by default the legal ones of a MoGE, else powers of two."""
+    placement: tuple[Path, ...] = ()
+    """placement.json of `mogul place`: shown for its device count instead of a new one."""
     html: Path | None = None
     """The page; by default report.html in the (first) trace folder."""
     no_html: bool = False
@@ -57,10 +60,12 @@ def run(options: Options) -> int:
 
 def _report(options: Options, trace: Trace) -> int:
     from mogul.observe.numbers import summary
-    from mogul.observe.report import default_devices, device_table, page_of, placements
+    from mogul.observe.report import default_devices, device_table, page_of, with_given
+    from mogul.spec.placement import load_placement
 
-    devices = options.devices or default_devices(trace)
-    found = placements(trace, devices)
+    given = [load_placement(path) for path in options.placement]
+    devices = options.devices or (() if given else default_devices(trace))
+    found = with_given(trace, devices, given)
     table, by_device = summary(trace), device_table(trace, found)
     if options.format == "json":
         from mogul.core.table import Table

@@ -151,6 +151,13 @@ def pair_probability(trace: Trace, index: int) -> np.ndarray:
     return pair_EE
 
 
+def transition_lift(trace: Trace, index: int) -> np.ndarray:
+    """How often j follows i from layer `index` to the next, over independent picks [E, E]."""
+    pair_EE = trace.arrays["transition"][index].astype(np.float64)
+    chance_EE = np.outer(pair_EE.sum(1), pair_EE.sum(0)) / max(pair_EE.sum(), 1.0)
+    return pair_EE / np.maximum(chance_EE, 1e-12) * (chance_EE > 0)
+
+
 def transition_recall(trace: Trace, index: int, num_guesses: int) -> float:
     """How many picks of the next layer are among the guesses made from the picks of this one.
 

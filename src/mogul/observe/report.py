@@ -16,6 +16,7 @@ from mogul.core.table import Table
 from mogul.draw.chart import BLUE, GREY, ORANGE, Chart, HeatMap, Series
 from mogul.draw.page import Page
 from mogul.observe import numbers
+from mogul.observe.report_pairs import pairs_map, recall_chart, shown_layers, transition_map
 from mogul.observe.uniform import imbalance_chart
 from mogul.place.problem import device_load
 from mogul.place.solve import Wish, place
@@ -63,6 +64,22 @@ def placements(trace: Trace, devices: Sequence[int]) -> dict[int, Placement | No
                 raise
             found[count] = None
     return found
+
+
+def with_given(
+    trace: Trace, devices: Sequence[int], given: Sequence[Placement]
+) -> dict[int, Placement | None]:
+    """Placements to show: a given one for its device count, else one that is found now.
+
+    Raises:
+        ConfigError: A placement of another model.
+    """
+    for one in given:
+        one.model.check_same(trace.meta.model, what="the trace")
+    known = {one.num_devices: one for one in given}
+    others = [count for count in devices if count not in known]
+    found = {**placements(trace, others), **known}
+    return {count: found[count] for count in sorted(found)}
 
 
 def default_devices(trace: Trace) -> tuple[int, ...]:
@@ -132,10 +149,11 @@ def page_of(trace: Trace, found: Placements) -> Page:
     _entropy(page, trace)
     page.table(_layer_table(trace))
     page.section("Who is picked together?")
-    page.figure(_pairs_map(trace))
+    page.figure(pairs_map(trace))
     if len(trace.meta.layers) > 1:
         page.section("Can the next layer be guessed?")
-        page.figure(_recall_chart(trace))
+        page.figure(transition_map(trace))
+        page.figure(recall_chart(trace))
     _tasks(page, trace)
     page.footer(_small_print(trace))
     return page
@@ -340,60 +358,6 @@ def _layer_table(trace: Trace) -> Table:
         ("layer", "busiest / mean", "dead", "cold", "entropy / ln E"),
         sorted(chosen),
         ("dead: no row; cold: below a tenth of the mean. All layers stand in the JSON file.",),
-    )
-
-
-def shown_layers(trace: Trace) -> list[int]:
-    """Positions of the first, the middle and the last layer."""
-    last = len(trace.meta.layers) - 1
-    return sorted({0, last // 2, last})
-
-
-def _pairs_map(trace: Trace) -> HeatMap:
-    model = trace.meta.model
-    size = model.num_experts // model.num_groups
-    if model.num_groups > 1:
-        per_group = min(4, size)
-        chosen = [g * size + j for g in range(min(4, model.num_groups)) for j in range(per_group)]
-        which = f"the first {per_group} experts of the first {min(4, model.num_groups)} groups"
-        more = " Pairs within a group are never picked together when a token picks once a group."
-    else:
-        chosen = list(range(min(16, model.num_experts)))
-        which, more = f"the first {len(chosen)} experts", ""
-    panels = [
-        (
-            f"layer {trace.meta.layers[i]}",
-            100 * numbers.pair_probability(trace, i)[chosen][:, chosen],
-        )
-        for i in shown_layers(trace)
-    ]
-    even = 100 * model.top_k * (model.top_k - 1) / (model.num_experts * (model.num_experts - 1))
-    return HeatMap(
-        title="Co-activation",
-        x_label="expert (in the order of the caption)",
-        y_label="expert",
-        value_label="% of tokens that pick both",
-        panels=panels,
-        caption=f"Pairs among {which}; uniform picks would give {even:.2f} % everywhere.{more}",
-    )
-
-
-def _recall_chart(trace: Trace) -> Chart:
-    guesses = trace.meta.model.top_k
-    layers = [str(layer) for layer in trace.meta.layers[1:]]
-    known = [numbers.transition_recall(trace, i, guesses) for i in range(len(layers))]
-    blind = [numbers.frequency_recall(trace, i, guesses) for i in range(len(layers))]
-    return Chart(
-        title="Guessing a layer's picks from those of the layer before",
-        x_label="layer that is guessed",
-        y_label="share of transitions guessed",
-        series=[
-            Series(name=f"{guesses} likeliest after each pick", x=layers, y=known, color=BLUE),
-            Series(name=f"{guesses} busiest experts", x=layers, y=blind, color=GREY, dashed=True),
-        ],
-        y_range=(0.0, 1.02),
-        caption="What prefetching experts from memory could hit. The distance between the lines "
-        "is what knowing the layer before is worth.",
     )
 
 
