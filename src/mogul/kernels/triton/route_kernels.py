@@ -66,16 +66,31 @@ def _pool_shares(log, is_true, slots, K: tl.constexpr, POOLS: tl.constexpr):
     return shares
 
 
+@triton.jit
+def _best_of_each(choice, logits, scores, cols, M: tl.constexpr):
+    """One pick in each of M equal groups, all at once: ids, logits and scores [T, M], one-hot."""
+    SIZE: tl.constexpr = choice.shape[1] // M
+    grouped = choice.reshape(choice.shape[0], M, SIZE)
+    place = tl.zeros_like(grouped).to(tl.int32) + cols.reshape(M, SIZE)[None, :, :]
+    wins = grouped == tl.max(grouped, 2)[:, :, None]
+    ids = tl.min(tl.where(wins, place, 1 << 30), 2)
+    one = place == ids[:, :, None]
+    logit = tl.sum(tl.where(one, logits.reshape(choice.shape[0], M, SIZE), 0.0), 2)
+    score = tl.sum(tl.where(one, scores.reshape(choice.shape[0], M, SIZE), 0.0), 2)
+    return ids, logit, score, one.reshape(choice.shape[0], choice.shape[1])
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def route_tokens(
-    logits_ptr, bias_ptr, scale_ptr, ids_ptr, weights_ptr, scores_ptr, count_ptr, offset_ptr,
-    num_tokens, factor,
+    logits_ptr, bias_ptr, scale_ptr, ids_ptr, weights_ptr, scores_ptr, rows_ptr, num_tokens,
+    FACTOR: tl.constexpr,
     E: tl.constexpr, NULLS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LIMIT: tl.constexpr,
     SCORE: tl.constexpr, WEIGHTING: tl.constexpr, NUM_BIAS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """ids, weights [T, K], scores [T, E], rows of each expert and offsets [E + 1]."""
+    """ids, weights [T, K], scores [T, E]; rows: count of each expert, offsets [E + 1], done."""
     C: tl.constexpr = E + NULLS
+    ONE_EACH: tl.constexpr = (K == M) & (M == SLOTS) & (C == COLUMNS) & (NULLS == 0) & (LIMIT == 0)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = (tokens < num_tokens)[:, None]
     cols = tl.arange(0, COLUMNS)
@@ -98,36 +113,42 @@ def route_tokens(
     if NUM_BIAS > 0:
         choice += tl.load(bias_ptr + cols, mask=cols < NUM_BIAS, other=0.0).to(tl.float32)[None, :]
 
-    ids = tl.full((BLOCK_T, SLOTS), E, tl.int32)
-    log_K = tl.zeros((BLOCK_T, SLOTS), tl.float32)
-    score_K = log_K
-    used = is_column & (cols < 0)[None, :]
-    if LIMIT > 0:
-        free = _best_groups(choice, cols, is_column, E, M, LIMIT, GROUPS)
-    for k in tl.static_range(K):
-        if LIMIT == 0:
-            if k % (K // M) == 0:
-                mine = (cols < E) & ((cols // (E // M)) == k // (K // M))
-                if NULLS > 0:
-                    null_group = (cols - E) // (NULLS // M)
-                    mine = mine | ((cols >= E) & (null_group == k // (K // M)))
-                free = is_column & mine[None, :]
-        place, taken = _best(choice, cols, free)
-        free = free & ~taken
-        used = used | (taken & is_column)
-        here = (slots == k)[None, :]
-        ids = tl.where(here, tl.minimum(place, E)[:, None], ids)
-        log_K = tl.where(here, tl.sum(tl.where(taken, log, 0.0), 1)[:, None], log_K)
-        score_K = tl.where(here, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], score_K)
+    if ONE_EACH:
+        ids, log_K, score_K, taken = _best_of_each(choice, log, scores, cols, M)
+        used = taken & is_column
+    else:
+        ids = tl.full((BLOCK_T, SLOTS), E, tl.int32)
+        log_K = tl.zeros((BLOCK_T, SLOTS), tl.float32)
+        score_K = log_K
+        used = is_column & (cols < 0)[None, :]
+        if LIMIT > 0:
+            free = _best_groups(choice, cols, is_column, E, M, LIMIT, GROUPS)
+        for k in tl.static_range(K):
+            if LIMIT == 0:
+                if k % (K // M) == 0:
+                    mine = (cols < E) & ((cols // (E // M)) == k // (K // M))
+                    if NULLS > 0:
+                        null_group = (cols - E) // (NULLS // M)
+                        mine = mine | ((cols >= E) & (null_group == k // (K // M)))
+                    free = is_column & mine[None, :]
+            place, taken = _best(choice, cols, free)
+            free = free & ~taken
+            used = used | (taken & is_column)
+            here = (slots == k)[None, :]
+            ids = tl.where(here, tl.minimum(place, E)[:, None], ids)
+            log_K = tl.where(here, tl.sum(tl.where(taken, log, 0.0), 1)[:, None], log_K)
+            score_K = tl.where(here, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], score_K)
 
     is_true = (ids < E) & (slots < K)[None, :]
     if WEIGHTING == PROBABILITY:
         weights = tl.where(is_true, score_K, 0.0)
     elif WEIGHTING == RENORMALISED:
         weights = _pool_shares(log_K, is_true, slots, K, 1)
+    elif K == M:  # one pick a group has all of its group's weight
+        weights = tl.where(is_true, 1.0, 0.0)
     else:
         weights = _pool_shares(log_K, is_true, slots, K, M)
-    weights = weights * factor
+    weights = weights * FACTOR
     if SCALED:
         weights = weights * tl.load(scale_ptr + tl.minimum(ids, E - 1)).to(tl.float32)
     slot_at = row * K + slots[None, :]
@@ -136,12 +157,12 @@ def route_tokens(
     tl.store(weights_ptr + slot_at, weights, mask=is_slot)
 
     count = tl.sum(used.to(tl.int32), 0)
-    tl.atomic_add(count_ptr + cols, count, mask=(cols < E) & (count > 0))
+    tl.atomic_add(rows_ptr + cols, count, mask=(cols < E) & (count > 0))
     tl.debug_barrier()
-    finished = tl.atomic_add(count_ptr + E, 1)
+    finished = tl.atomic_add(rows_ptr + 2 * E + 1, 1)
     if finished == tl.num_programs(0) - 1:
-        total = tl.atomic_add(count_ptr + cols, 0, mask=cols < E)
+        total = tl.atomic_add(rows_ptr + cols, 0, mask=cols < E)
         total = tl.where(cols < E, total, 0)
         first = tl.cumsum(total, 0)
-        tl.store(offset_ptr + cols, first - total, mask=cols < E)
-        tl.store(offset_ptr + E, tl.sum(total))
+        tl.store(rows_ptr + E + cols, first - total, mask=cols < E)
+        tl.store(rows_ptr + 2 * E, tl.sum(total))

@@ -16,10 +16,10 @@ from torch import Tensor
 from mogul.kernels.reference.route import weigh_picks
 from mogul.kernels.router_spec import SCORES, WEIGHTINGS, RouterSpec
 from mogul.kernels.triton import _device_reason
-from mogul.kernels.triton.launch import INTERPRETED, cdiv, next_power_of_2
+from mogul.kernels.triton.launch import Launch, cdiv, next_power_of_2
 
 MAX_COLUMNS = 4096
-_TILE = 2048
+_TILE = 512
 """Columns x tokens that one program holds."""
 
 
@@ -50,10 +50,17 @@ def route_counted(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `route_triton`, and the rows of every expert [E] and their offsets [E + 1], int32."""
     flat = None if scale is None else scale.reshape(-1)
-    ids, weights, scores, count, offset = torch.ops.mogul.route(
-        logits, bias, flat, _rule(spec), spec.scaling_factor
+    args = (logits, bias, flat, _rule(spec), spec.scaling_factor)
+    wants_grad = torch.is_grad_enabled() and (
+        logits.requires_grad or (flat is not None and flat.requires_grad)
     )
-    return ids, weights, scores, count[: spec.num_experts], offset
+    direct = not (wants_grad or torch.compiler.is_compiling() or type(logits) is not Tensor)
+    if direct and torch._C._len_torch_dispatch_stack() == 0:
+        ids, weights, scores, rows = _on_device(*args)  # spares the dispatcher's time
+    else:
+        ids, weights, scores, rows = torch.ops.mogul.route(*args)
+    experts = spec.num_experts
+    return ids, weights, scores, rows[:experts], rows[experts : 2 * experts + 1]
 
 
 @cache
@@ -78,59 +85,67 @@ def _spec(rule: list[int], factor: float) -> RouterSpec:
     )
 
 
-def _outputs(logits: Tensor, rule: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty results; counts start at 0, their last element is the programs that are done."""
+def _outputs(logits: Tensor, rule: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty results; rows [2E + 2] start at 0: counts, offsets, programs that are done."""
     tokens, experts, picks = logits.shape[0], rule[0], rule[1]
-    whole = logits.new_zeros((experts + 1,), dtype=torch.int32)
     return (
         logits.new_empty((tokens, picks), dtype=torch.int64),
         logits.new_empty((tokens, picks), dtype=torch.float32),
         logits.new_empty((tokens, experts), dtype=torch.float32),
-        whole,
-        torch.zeros_like(whole),
+        logits.new_zeros((2 * experts + 2,), dtype=torch.int32),
     )
+
+
+_launches: dict[Any, tuple[Launch, int]] = {}
+
+
+def _launch(
+    logits: Tensor, bias: Tensor | None, scale: Tensor | None, rule: list[int], factor: float
+) -> tuple[Launch, int]:
+    """The compiled kernel of a rule and the tokens that one program takes."""
+    device = logits.device.index if logits.is_cuda else -1
+    tensors = [t for t in (logits, bias, scale) if t is not None]
+    facts = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+    num_bias = 0 if bias is None else bias.numel()
+    key = (*rule, factor, num_bias, scale is None, facts, device)
+    if key not in _launches:
+        from mogul.kernels.triton import route_kernels
+
+        experts, picks, groups, nulls, limit, score, weighting = rule
+        columns = max(16, next_power_of_2(experts + nulls))
+        block = max(1, _TILE // columns)
+        constants = {
+            **{"E": experts, "NULLS": nulls, "M": groups, "K": picks, "LIMIT": limit},
+            **{"SCORE": score, "WEIGHTING": weighting, "SCALED": scale is not None},
+            **{"NUM_BIAS": num_bias, "FACTOR": factor, "BLOCK_T": block},
+            **{"COLUMNS": columns, "SLOTS": next_power_of_2(picks)},
+            **{"GROUPS": max(2, next_power_of_2(groups))},
+        }
+        warps = 1 if columns <= 256 else 4
+        _launches[key] = Launch(route_kernels.route_tokens, constants, warps=warps, stages=1), block
+    return _launches[key]
 
 
 def _run(
     logits: Tensor, bias: Tensor | None, scale: Tensor | None, rule: list[int], factor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from mogul.kernels.triton import route_kernels
-
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = logits.contiguous()
+    bias, scale = (None if t is None else t.contiguous() for t in (bias, scale))
     results = _outputs(logits, rule)
-    if not logits.shape[0]:
+    tokens = logits.shape[0]
+    if not tokens:
         return results
-    experts, picks, groups, nulls, limit, score, weighting = rule
-    columns = max(16, next_power_of_2(experts + nulls))
-    block = max(1, _TILE // columns)
-    constants = {
-        **{"E": experts, "NULLS": nulls, "M": groups, "K": picks, "LIMIT": limit},
-        **{"SCORE": score, "WEIGHTING": weighting, "SCALED": scale is not None},
-        **{"NUM_BIAS": 0 if bias is None else bias.numel(), "BLOCK_T": block},
-        **{"COLUMNS": columns, "SLOTS": next_power_of_2(picks)},
-        **{"GROUPS": max(2, next_power_of_2(groups))},
-    }
-    options = {} if INTERPRETED else {"num_warps": 4}
-    some = logits
-    grid = (cdiv(logits.shape[0], block),)
-    kernel: Any = route_kernels.route_tokens
-    kernel[grid](
-        logits,
-        some if bias is None else bias.contiguous(),
-        some if scale is None else scale.contiguous(),
-        *results,
-        logits.shape[0],
-        factor,
-        **constants,
-        **options,
-    )
+    launch, block = _launch(logits, bias, scale, rule, factor)
+    device = logits.device.index if logits.is_cuda else -1
+    some = (logits if bias is None else bias, logits if scale is None else scale)
+    launch((cdiv(tokens, block), 1), device, logits, *some, *results, tokens)
     return results
 
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define(
     "route(Tensor logits, Tensor? bias, Tensor? scale, int[] rule, float factor) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -154,13 +169,13 @@ def _(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     logits, _bias, scale, ctx.rule, ctx.factor = inputs
-    ids, _weights, _scores, count, offset = output
+    ids, _weights, _scores, rows = output
     ctx.save_for_backward(logits, scale, ids)
-    ctx.mark_non_differentiable(ids, count, offset)
+    ctx.mark_non_differentiable(ids, rows)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, _dids: Any, dweights: Any, dscores: Any, *_others: Any) -> Any:
+def _backward(ctx: Any, _dids: Any, dweights: Any, dscores: Any, _drows: Any) -> Any:
     logits, scale, ids = ctx.saved_tensors
     given = [grad for grad in (dweights, dscores) if grad is not None]
     if not given:
