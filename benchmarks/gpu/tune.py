@@ -212,9 +212,9 @@ class Parts:
     def _call(self, kind: str, plan: Plan, inputs: Any, sort: Any) -> Any:
         layer, case, tile = self.layer, self.case, plan.up
         x, ids, weights = inputs
-        if tile.sync or tile.panel:
+        if tile.sync:
             experts = case.dims[0]
-            sort.head[experts + 2 : experts + 34].zero_()  # as a fresh sort leaves them
+            sort.head[experts + 2 : experts + 10].zero_()  # as a fresh sort leaves them
         if kind in ("up", "up_save"):
             save = kind == "up_save"
             layer.up(plan, x, case.gate_up, self.act, self.pre, sort, save=save)

@@ -97,32 +97,24 @@ def tile_type(block: list[int], element: str) -> str:
 ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 
 
-PRODUCT = {
-    "NARROW": False,
-    "TURNS": False,
-    "DONE": 0,
-    "WEIGHTED": False,
-    "ADD_REGS": 0,
-    "SAVE": False,
-    "SYNC": 1,
-}
+PRODUCT = {"NARROW": False, "TURNS": False, "SAVE": False, "SYNC": 1}
 
 
 def split_product(element: str, boxes: tuple[list[int] | None, list[int]], **changes: Any) -> Any:
     """hopper_kernels.row_product; `boxes` of the rows (None: gathered) and of the weights."""
     rows, weights = boxes
-    pointers = ("out_ptr", "pre_ptr", "dpre_ptr", "sum_ptr", "a_ptr", "a_desc")
+    pointers = ("out_ptr", "pre_ptr", "dpre_ptr", "a_ptr", "a_desc")
     types = {
         **dict.fromkeys(pointers, f"*{element}"),
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), INT),
         **dict.fromkeys(("weights_ptr", "part_ptr"), "*fp32"),
-        **{"w_desc": tile_type(weights, element), "num_slots": "i32", "ids_ptr": "*i64"},
+        **{"w_desc": tile_type(weights, element), "num_slots": "i32"},
     }
     if rows:
         types["a_desc"] = tile_type(rows, element)
     constants = {
         **{"N": 1344, "C": 512, "K": 8, "E": 64, "BLOCK_T": 128, "BLOCK_K": 64, "BLOCK_N": 128},
-        **{"STAGES": 4, "BLOCK_GROUP": 8, "GATHER": rows is None, "TRANSPOSED": False, "PANEL": 99},
+        **{"STAGES": 4, "BLOCK_GROUP": 8, "GATHER": rows is None, "TRANSPOSED": False},
         **PRODUCT,
         **ROLES,
         **changes,
@@ -139,20 +131,12 @@ def test_split_product_fits_hopper(element: str) -> None:
     assert "cp.async.bulk.tensor" in done.asm["ptx"]
 
 
-def test_product_with_panels_adds_beside_the_product() -> None:
-    roles = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 216, "ADD_REGS": 80}
-    sizes = {"MODE": 1, "N": 2048, "BLOCK_N": 256, "PANEL": 2, "DONE": 8, "WEIGHTED": True}
-    done = split_product("bf16", ([128, 64], [256, 64]), **sizes, **roles)
-    assert ".maxnreg 168" in done.asm["ptx"]  # three warp groups: 128 would not hold the product
-    assert re.search(r"atom\.global\.gpu\.release", done.asm["ptx"])
-    assert re.search(r"ld\.acquire\.gpu\.global", done.asm["ptx"])
-
-
-def test_backward_of_down_holds_256_columns() -> None:
-    sizes = {"MODE": 2, "BLOCK_N": 256, "TRANSPOSED": True, "NARROW": True}
-    done = split_product("bf16", (None, [64, 256]), **sizes)
+@pytest.mark.parametrize("turns", [False, True])
+def test_backward_of_down_fits_hopper(turns: bool) -> None:
+    sizes = {"MODE": 2, "STAGES": 6, "TRANSPOSED": True, "NARROW": True, "TURNS": turns}
+    done = split_product("bf16", (None, [64, 128]), **sizes)
     assert done.metadata.shared <= 232_448
-    assert "m64n256k16" in done.asm["ptx"]
+    assert "m64n128k16" in done.asm["ptx"]
     assert "m64n64k16" in done.asm["ptx"]
 
 

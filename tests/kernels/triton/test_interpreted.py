@@ -16,7 +16,7 @@ CASES = (
     "small_null",
     "small_skewed",
     "small_empty",
-    "three_launch_sort",
+    "two_launch_sort",
     "swapped",
     "few",
 )

@@ -60,8 +60,9 @@ def gradients(tensors: list[Tensor], dout: Tensor, backend: str, **options: bool
 
 
 CASES = [
-    *itertools.product(("small", "wide"), (1, 7, 64, 300, 3000), ("random",)),
-    *itertools.product(("small", "wide"), (64, 3000), ("skewed", "empty", "null")),
+    *itertools.product(("small",), (1, 7, 64, 300), ("random",)),
+    *itertools.product(("small",), (64,), ("skewed", "empty", "null")),
+    *itertools.product(("wide",), (3000,), ("random", "skewed", "empty", "null")),
     ("one", 5, "random"),
     ("one", 2500, "null"),
 ]

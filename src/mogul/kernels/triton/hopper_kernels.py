@@ -45,28 +45,19 @@ def follow_the_last_launch():
 
 @gluon.jit
 def _tile_at(
-    tile, num_tiles, num_m, tiles_ptr, NUM_N: gl.constexpr, PANEL: gl.constexpr,
-    BLOCK_GROUP: gl.constexpr,
+    tile, num_tiles, num_m, tiles_ptr, NUM_N: gl.constexpr, BLOCK_GROUP: gl.constexpr
 ):  # fmt: skip
-    """Expert, first row, end row, column tile; panels of PANEL column tiles come one by one.
+    """Expert, first row, end row, column tile.
 
     Asked for ahead of time: past the end, the answer is that of the last tile.
     """
     tile = gl.maximum(gl.minimum(tile, num_tiles - 1), 0)
-    before = 0
-    width = NUM_N
-    if PANEL < NUM_N:
-        panel = tile // gl.maximum(num_m * PANEL, 1)
-        before = panel * PANEL
-        width = gl.minimum(NUM_N - before, PANEL)
-        tile -= num_m * before
-    span = BLOCK_GROUP * width
+    span: gl.constexpr = BLOCK_GROUP * NUM_N
     first = (tile // span) * BLOCK_GROUP
     height = gl.maximum(gl.minimum(num_m - first, BLOCK_GROUP), 1)
     inside = tile % span
     entry_ptr = tiles_ptr + (first + inside % height) * 4
-    n = before + inside // height
-    return gl.load(entry_ptr), gl.load(entry_ptr + 1), gl.load(entry_ptr + 2), n
+    return gl.load(entry_ptr), gl.load(entry_ptr + 1), gl.load(entry_ptr + 2), inside // height
 
 
 @gluon.jit
@@ -111,7 +102,6 @@ def _load(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
-    PANEL: gl.constexpr,
 ):  # fmt: skip
     """Load weights [columns, BLOCK_K] and rows [BLOCK_T, BLOCK_K], every step of every tile."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -120,12 +110,10 @@ def _load(
     row_bytes: gl.constexpr = 0 if GATHER else BLOCK_T * BLOCK_K * 2
     step = 0
     num_tiles = num_m * NUM_N
-    e, start, end, n = _tile_at(
-        gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
-    )
+    e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         next_e, next_start, next_end, next_n = _tile_at(
-            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
+            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
         )
         if SYNC > 0:
             wait_for_wave(head_ptr + E + 1 + SYNC, tile // gl.num_programs(0), num_tiles)
@@ -286,6 +274,7 @@ def _tile_product(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+    turn, PART: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile from row OFFSET on, WIDTH columns: all steps, then the epilogue."""
     wide: gl.constexpr = 2 * WIDTH if MODE == UP else WIDTH
@@ -313,6 +302,7 @@ def _tile_grad(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
+    turn, PART: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """_tile_product for DOWN_GRAD.
 
@@ -329,10 +319,15 @@ def _tile_grad(
     row = row.to(gl.int64)
     g = _fetch(pre_ptr, row, live, first, PIECE, N, 2 * N)
     u = _fetch(pre_ptr + N, row, live, first, PIECE, N, 2 * N)
+    if TURNS:  # also keeps the two from waiting for stages of different rounds
+        num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+        mbarrier.wait(turn.index(PART), (step // (2 * num_k) + 1 - PART) & 1)
     acc = _steps(
         ROWS, OFFSET, WIDTH, step, a_ring, b_ring, full, free, C, BLOCK_K, STAGES, GATHER,
         TRANSPOSED,
     )  # fmt: skip
+    if TURNS:
+        mbarrier.arrive(turn.index(1 - PART))
     pieces = _pieces(acc, PIECE)
     share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
     for i in gl.static_range(WIDTH // PIECE):
@@ -360,16 +355,13 @@ def _skip(step, full, free, C: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.c
 def _multiply(
     PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
     head_ptr, tiles_ptr,
-    a_ring, b_ring, full, free,
+    a_ring, b_ring, full, free, turn,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr, TURNS: gl.constexpr,
+    NARROW: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Multiplier PART (0 or 1): its half of the rows of every tile, or every other tile (TURNS).
-
-    DONE > 0: counts finished half tiles of each panel from counter DONE of the sort's head on.
-    """
+    """Multiplier PART (0 or 1): its half of the rows of every tile, or every other tile (TURNS)."""
     HALF: gl.constexpr = BLOCK_T // 2
     ROWS: gl.constexpr = BLOCK_T if TURNS else HALF
     OFFSET: gl.constexpr = 0 if TURNS else PART * HALF
@@ -385,10 +377,10 @@ def _multiply(
     begin = gl.program_id(0) + (gl.num_programs(0) * PART if TURNS else 0)
     stride = gl.num_programs(0) * (2 if TURNS else 1)
     step = 0 + (num_k * PART if TURNS else 0)
-    _, start, end, n = _tile_at(begin, num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP)
+    _, start, end, n = _tile_at(begin, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
     for tile in range(begin, num_tiles, stride):
         _, next_start, next_end, next_n = _tile_at(
-            tile + stride, num_tiles, num_m, tiles_ptr, NUM_N, PANEL, BLOCK_GROUP
+            tile + stride, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
         )
         if start + OFFSET >= end:
             _skip(step, full, free, C, BLOCK_K, STAGES)
@@ -396,100 +388,32 @@ def _multiply(
             product(
                 ROWS, OFFSET, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, turn, PART, TURNS,
             )  # fmt: skip
         elif TURNS and start + HALF >= end:
             product(
                 HALF, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, turn, PART, TURNS,
             )  # fmt: skip
         else:
             product(
                 ROWS, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, turn, PART, TURNS,
             )  # fmt: skip
-        if DONE > 0:
-            gl.thread_barrier()
-            gl.atomic_add(head_ptr + E + 2 + DONE + n // PANEL, 1, sem="release")
         step += num_k * (2 if TURNS else 1)
         start, end, n = next_start, next_end, next_n
 
 
-@gluon.jit
-def _acquired(ptr):
-    """The value at ptr; what its writers released with it can be read from now on."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _picks(ids_ptr, token, num_tokens, K: gl.constexpr):
-    """The picks of some tokens as 32-bit numbers, one vector a pick; -1 past the end."""
-    picks = ()
-    for k in gl.static_range(K):
-        e = gl.load(ids_ptr + token * K + k, mask=token < num_tokens, other=-1)
-        picks = picks + (e.to(gl.int32),)  # noqa: RUF005
-    return picks
-
-
-@gluon.jit
-def _add(
-    y_ptr, sum_ptr, ids_ptr, weights_ptr, head_ptr, num_slots,
-    N: gl.constexpr, K: gl.constexpr, E: gl.constexpr, BLOCK_N: gl.constexpr, PANEL: gl.constexpr,
-    DONE: gl.constexpr, WEIGHTED: gl.constexpr,
-):  # fmt: skip
-    """sum[t] = sum over k of (weight *) y[t * K + k] in the order of k, as soon as a panel is done.
-
-    The last panel is left to another launch: nothing would hide it here.
-    Waits for the other programs' tiles: all programs must be resident (cooperative launch).
-    """
-    NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    WIDE: gl.constexpr = PANEL * BLOCK_N
-    ROWS: gl.constexpr = 512 // WIDE if WIDE < 512 else 1
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [ROWS, 2 // ROWS], [1, 0])
-    num_m = gl.load(head_ptr + E + 1)
-    lane = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
-    num_tokens = num_slots // K
-    for panel in range(0, (NUM_N - 1) // PANEL):
-        done_ptr = head_ptr + E + 2 + DONE + panel
-        while _acquired(done_ptr) < 2 * num_m * PANEL:
-            pass
-        cols = panel * WIDE + column
-        first = gl.program_id(0) * ROWS
-        e_K = _picks(ids_ptr, first + lane, num_tokens, K)
-        for _ in range(first, num_tokens, gl.num_programs(0) * ROWS):
-            slot = (first + lane) * K
-            here = first + lane < num_tokens
-            next_K = _picks(ids_ptr, first + gl.num_programs(0) * ROWS + lane, num_tokens, K)
-            acc = gl.zeros((ROWS, WIDE), gl.float32, layout)
-            for k in gl.static_range(K):
-                live = (e_K[k] >= 0) & (e_K[k] < E)
-                at = y_ptr + (slot + k).to(gl.int64)[:, None] * N + cols[None, :]
-                keep = live[:, None] & (cols < N)[None, :]
-                y = gl.load(at, mask=keep, other=0.0, cache_modifier=".cg").to(gl.float32)
-                if WEIGHTED:
-                    weight = gl.load(weights_ptr + slot + k, mask=live, other=0.0).to(gl.float32)
-                    y *= weight[:, None]
-                acc += y
-            at = sum_ptr + (first + lane).to(gl.int64)[:, None] * N + cols[None, :]
-            gl.store(at, acc.to(sum_ptr.dtype.element_ty), mask=here[:, None] & (cols < N)[None, :])
-            e_K = next_K
-            first += gl.num_programs(0) * ROWS
-
-
 @gluon.jit(do_not_specialize=["num_slots"])
 def row_product(
-    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, sum_ptr, ids_ptr,
-    order_ptr, head_ptr, tiles_ptr, num_slots,
+    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr, head_ptr,
+    tiles_ptr, num_slots,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    SYNC: gl.constexpr, NARROW: gl.constexpr, PANEL: gl.constexpr, DONE: gl.constexpr,
-    WEIGHTED: gl.constexpr, ADD_REGS: gl.constexpr, TURNS: gl.constexpr,
+    SYNC: gl.constexpr, NARROW: gl.constexpr, TURNS: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
@@ -498,7 +422,6 @@ def row_product(
     SYNC > 0 keeps the programs in step by counter SYNC of the sort's head, see wait_for_wave.
     NARROW computes only what is needed of a last column tile (64 or 128 columns).
     TURNS gives each multiplier whole tiles in turn: one's epilogue runs under the other's product.
-    DONE > 0 (PRODUCT only) also sums out over the picks of each token into `sum`, see _add.
     """
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
@@ -509,60 +432,34 @@ def row_product(
     b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turn.index(0), 1)
+    mbarrier.init(turn.index(1), 1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
         mbarrier.init(free.index(s), 1 if TURNS else 2)
     fence_async_shared()
     follow_the_last_launch()
-    if DONE > 0:
-        gl.warp_specialize(
-            [
-                (_multiply, (
-                    0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                    head_ptr, tiles_ptr,
-                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
-                )),
-                (_multiply, (
-                    1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                    head_ptr, tiles_ptr,
-                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
-                )),
-                (_load, (
-                    a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
-                    free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
-                    TRANSPOSED, SYNC, PANEL,
-                )),
-                (_add, (
-                    out_ptr, sum_ptr, ids_ptr, weights_ptr, head_ptr, num_slots, N, K, E, BLOCK_N,
-                    PANEL, DONE, WEIGHTED,
-                )),
-            ],
-            [4, LOAD_WARPS, 2],
-            [MULTIPLY_REGS, LOAD_REGS, ADD_REGS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (
-                    0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                    head_ptr, tiles_ptr,
-                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
-                )),
-                (_multiply, (
-                    1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                    head_ptr, tiles_ptr,
-                    a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                    BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, PANEL, DONE, TURNS,
-                )),
-                (_load, (
-                    a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
-                    free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
-                    TRANSPOSED, SYNC, PANEL,
-                )),
-            ],
-            [4, LOAD_WARPS],
-            [MULTIPLY_REGS, LOAD_REGS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                head_ptr, tiles_ptr,
+                a_ring, b_ring, full, free, turn, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, TURNS,
+            )),
+            (_multiply, (
+                1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
+                head_ptr, tiles_ptr,
+                a_ring, b_ring, full, free, turn, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, TURNS,
+            )),
+            (_load, (
+                a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
+                free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
+                TRANSPOSED, SYNC,
+            )),
+        ],
+        [4, LOAD_WARPS],
+        [MULTIPLY_REGS, LOAD_REGS],
+    )  # fmt: skip

@@ -33,15 +33,12 @@ class Launch:
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
-        cooperative: bool = False,
     ):
         self.kernel = kernel
         self.constants = constants
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         if pdl and not INTERPRETED:
             self.options["launch_pdl"] = True
-        if cooperative and not INTERPRETED:
-            self.options["launch_cooperative_grid"] = True
         self._run: Any = None
 
     def __call__(self, grid: tuple[int, int], device: int, *args: Any) -> None:

@@ -35,14 +35,11 @@ _COUNTER_OF = {
     "DOWN_WEIGHT": 6,
 }
 """Counter of the sort's head that keeps the programs of a product in step."""
-_DONE_OF = {"DOWN": 8, "UP_GRAD": 16}
-"""First of the counters of finished tiles, one for each panel of columns: at most 8."""
 _ONE_LAUNCH_SLOTS = 8192
-"""Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
+"""Above this the sort takes two launches (in the one-launch sort every program reads all ids)."""
 _SORT_BLOCK = 1024
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
-_SUM_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 216}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
 
 
@@ -87,7 +84,7 @@ class Layer:
         buffer = torch.empty(size, dtype=torch.int32, device=ids.device)
         result = sorted_views(buffer, slots, experts)
         if slots > _ONE_LAUNCH_SLOTS:
-            self._sort_in_three(ids, result, rows)
+            self._sort_in_two(ids, result, rows)
             return result
         block = min(4096, max(64, next_power_of_2(slots)))
         warps = 4 if block <= 512 else 8 if block <= 2048 else 16
@@ -103,17 +100,12 @@ class Layer:
         constants = {"E": self.shape.experts, "BINS": self._bins, "BLOCK_S": block, "PDL": self.pdl}
         return Launch(kernel, {**constants, **more}, warps=warps, pdl=self.pdl)
 
-    def _sort_in_three(self, ids: Tensor, result: Sorted, rows: int) -> None:
+    def _sort_in_two(self, ids: Tensor, result: Sorted, rows: int) -> None:
         slots = ids.numel()
         blocks = cdiv(slots, _SORT_BLOCK)
-        scratch = torch.empty((2 * blocks + 1, self._bins), dtype=torch.int32, device=ids.device)
-        count, before, total = scratch, scratch[blocks:], scratch[2 * blocks :]
+        count = torch.empty((blocks, self._bins), dtype=torch.int32, device=ids.device)
         first = self._launch(
             "count", None, lambda: self._sort_launch(sort_kernels.count_blocks, _SORT_BLOCK)
-        )
-        scan_constants = {"BINS": self._bins, "BLOCK": 1024, "PDL": self.pdl}
-        scan = self._launch(
-            "scan", None, lambda: Launch(sort_kernels.scan_blocks, scan_constants, pdl=self.pdl)
         )
         place = self._launch(
             ("place", rows),
@@ -121,9 +113,7 @@ class Layer:
             lambda: self._sort_launch(sort_kernels.place_slots, _SORT_BLOCK, BLOCK_T=rows),
         )
         first((blocks, 1), self.device, ids, count, slots)
-        scan((self.shape.experts, 1), self.device, count, before, total, blocks)
-        tables = (result.order, result.head, result.tiles)
-        place((blocks, 1), self.device, ids, count, before, total, *tables, slots)
+        place((blocks, 1), self.device, ids, count, result.order, result.head, result.tiles, slots)
 
     # ---- forward
 
@@ -189,7 +179,7 @@ class Layer:
             box = _narrowest(inner, tile)
             desc = split_descriptor(gate_up.view(-1, width), [box, tile.k])
             launch = self._split_product("UP", plan, tile, inner, width, save=save)
-            launch(grid, self.device, x, x, desc, act, pre, pre, *[act] * 4, *tables, 0)
+            launch(grid, self.device, x, x, desc, act, pre, pre, act, act, *tables, 0)
             return
         flags = {"SAVE": save, **_flags(tile), "PDL": self.pdl}
         launch = self._launch(
@@ -227,7 +217,7 @@ class Layer:
             w_desc = split_descriptor(weight.view(-1, weight.shape[-1]), block)
             mode = "UP_GRAD" if transposed else "DOWN"
             launch = self._split_product(mode, plan, tile, width, contracted)
-            launch(grid, self.device, a, a_desc, w_desc, *[out] * 7, *tables, 0)
+            launch(grid, self.device, a, a_desc, w_desc, *[out] * 5, *tables, 0)
             return
         sizes = {"N": width, "C": contracted, "E": self.shape.experts, **_blocks(plan, tile)}
         flags = {"TRANSPOSED": transposed, **_flags(tile), "PDL": self.pdl}
@@ -260,55 +250,26 @@ class Layer:
         *,
         transposed: bool,
     ) -> Tensor:
-        """Product, then the ordered sum over picks: weighted forward, plain in backward.
+        """Product, then the ordered sum over picks: weighted forward, plain in backward."""
+        y = a.new_empty((a.shape[0], self.shape.width))
+        self.product(plan, tile, a, weight, y, sort, transposed=transposed)
+        return self.sum(plan, y, ids, weights, weighted=not transposed)
 
-        A tile with panels does both in one launch: sums run beside the product of the next panel.
-        """
-        tokens, width = ids.shape[0], self.shape.width
-        y = a.new_empty((a.shape[0], width))
-        if not tile.panel:
-            self.product(plan, tile, a, weight, y, sort, transposed=transposed)
-            return self.sum(plan, y, ids, weights, weighted=not transposed)
-        total = a.new_empty((tokens, width))
-        grid = self._row_grid(plan, tile, a.shape[0], width)
-        block = [tile.k, tile.n] if transposed else [tile.n, tile.k]
-        a_desc = split_descriptor(a, [plan.rows, tile.k])
-        w_desc = split_descriptor(weight.view(-1, weight.shape[-1]), block)
-        role = "UP_GRAD" if transposed else "DOWN"
-        launch = self._split_product(role, plan, tile, width, a.shape[1])
-        tables = (sort.order, sort.head, sort.tiles)
-        tensors = (a, a_desc, w_desc, y, y, y, weights, y, total, ids)
-        launch(grid, self.device, *tensors, *tables, a.shape[0])
-        panel = tile.panel * tile.n
-        last = (cdiv(width, panel) - 1) * panel
-        weighted = not transposed
-        return self.sum(plan, y, ids, weights, weighted=weighted, out=total, first=last)
-
-    def sum(
-        self,
-        plan: Plan,
-        y: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        *,
-        weighted: bool,
-        out: Tensor | None = None,
-        first: int = 0,
-    ) -> Tensor:
-        """Ordered sum over picks, of the columns from `first` on."""
+    def sum(self, plan: Plan, y: Tensor, ids: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
+        """Ordered sum over picks."""
         width, tokens = self.shape.width, ids.shape[0]
-        block = even_block(width - first)
-        out = y.new_empty((tokens, width)) if out is None else out
-        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "FIRST": first, "PDL": self.pdl}
+        block = even_block(width)
+        out = y.new_empty((tokens, width))
+        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "PDL": self.pdl}
         dims = {"D": width, "K": self.shape.picks, "E": self.shape.experts}
         launch = self._launch(
-            ("sum", weighted, first),
+            ("sum", weighted),
             plan,
             lambda: Launch(
                 token_kernels.sum_slots, {**dims, **flags}, warps=max(1, block // 256), pdl=self.pdl
             ),
         )
-        launch((tokens, cdiv(width - first, block)), self.device, y, ids, weights, out)
+        launch((tokens, cdiv(width, block)), self.device, y, ids, weights, out)
         return out
 
     def sum_parts(self, part: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -352,9 +313,6 @@ class Layer:
             dgate_up = self.weight_grad(tile, dpre, x, gate_up, sort, gather_left=False)
         if need_input:
             tile = _tile(plan.up_grad)
-            if tile.panel:  # the second backward of a graph would find the first one's counts
-                done = shape.experts + 2 + _DONE_OF["UP_GRAD"]
-                sort.head[done : done + 8].zero_()
             dx = self.product_sum(plan, tile, dpre, gate_up, sort, ids, weights, transposed=True)
         return dx, dgate_up, ddown, self.sum_parts(part, ids, weights)
 
@@ -378,7 +336,7 @@ class Layer:
         if tile.split:
             desc = split_descriptor(down.view(-1, inner), block)
             launch = self._split_product("DOWN_GRAD", plan, tile, inner, self.shape.width)
-            tensors = (dout, dout, desc, act, pre, dpre, weights, part, act, act)
+            tensors = (dout, dout, desc, act, pre, dpre, weights, part)
             launch(grid, self.device, *tensors, *tables, slots)
             return part
         flags = {"TMA": tile.tma, "FLATTEN": tile.flatten}
@@ -482,14 +440,9 @@ class Layer:
             "SYNC": _COUNTER_OF[role] if tile.sync else 0,
             "NARROW": tile.narrow,
             "TURNS": tile.turns,
-            "PANEL": tile.panel or cdiv(width, tile.n),
-            "DONE": _DONE_OF[role] if tile.panel else 0,
-            "WEIGHTED": role == "DOWN",
-            "ADD_REGS": 80 if tile.panel else 0,
-            **(_GATHER_ROLES if gathers else _SUM_ROLES if tile.panel else _TMA_ROLES),
+            **(_GATHER_ROLES if gathers else _TMA_ROLES),
         }
-        pdl = self.pdl and not tile.panel
-        return Launch(kernels.row_product, constants, pdl=pdl, cooperative=tile.panel > 0)
+        return Launch(kernels.row_product, constants, pdl=self.pdl)
 
 
 def _tile(tile: Tile | None) -> Tile:

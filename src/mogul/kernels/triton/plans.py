@@ -99,7 +99,9 @@ def _large(rows: int, shape: Shape) -> Plan:
         tile = Tile(n=64, k=32, warps=4, stages=3, tma=False)
         return Plan(rows=min(rows, 64), up=replace(tile, n=64), down=replace(tile, n=128))
     big = 4 * shape.inner * shape.width > 16 << 20
-    up = Tile(n=128, k=64, group=8 if big else 4, stages=4, split=True, per_sm=1, sync=big)
+    up = Tile(
+        n=128, k=64, group=8 if big else 4, stages=4, split=True, per_sm=1, sync=big, narrow=True
+    )
     return Plan(rows=rows, up=up, down=Tile(n=256, k=64, group=4, stages=4, split=True, per_sm=1))
 
 

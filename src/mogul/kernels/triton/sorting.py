@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_COUNTERS = 32
+_COUNTERS = 8
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def sum_slots(
     y_ptr, ids_ptr, weights_ptr, out_ptr,
     D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
-    WEIGHTED: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    WEIGHTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k of (weight *) y[t * K + k], in the order of k; null picks are skipped.
-
-    Columns from FIRST on.
-    """
+    """out[t] = sum over k of (weight *) y[t * K + k], in the order of k; null picks are skipped."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
-    cols = FIRST + tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(K):
         e = tl.load(ids_ptr + t * K + k)
