@@ -74,7 +74,6 @@ WAYS = {
     "accumulated": {"parts": 4},
     "recomputed": {"recompute": True},
     "every second recomputed": {"recompute": 2, "parts": 2},
-    "traced": {"compile": "aot_eager"},
     "traced, recomputed, accumulated": {"compile": "aot_eager", "recompute": True, "parts": 2},
 }
 
@@ -92,7 +91,7 @@ def test_same_gradients_and_losses(plain, tiny_model, way):
 
 @pytest.mark.full
 def test_same_when_compiled_for_real(plain, tiny_model):
-    losses, gradients, _, _ = _train(tiny_model(), compile=True)
+    losses, gradients, _, _ = _train(tiny_model(), compile=True, parts=2)
     for name, want in plain[1].items():
         assert (gradients[name] - want).abs().max() < 1e-9, name
     assert losses == pytest.approx(plain[0], abs=1e-8)
@@ -109,8 +108,8 @@ def test_layers_share_one_graph(tiny_model):
     """A graph a layer would compile for minutes, and stop at torch's limit."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = tiny_model(num_hidden_layers=12)
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+    model = tiny_model(num_hidden_layers=4)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         _train(model, compile="aot_eager")
 
 
@@ -120,7 +119,9 @@ def test_the_chunked_loss_is_the_models_own(tiny_model, monkeypatch):
     want.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr("mogul.train.objective.CHUNK_ELEMENTS", 64 * 30 * 128)  # chunks of 256 at least: one
+    monkeypatch.setattr(
+        "mogul.train.objective.CHUNK_ELEMENTS", 64 * 30 * 128
+    )  # chunks of 256 at least: one
     loss = ChunkedLoss()(model, batch)
     (loss * 3).backward()
     # The model casts its logits to float32.

@@ -142,6 +142,7 @@ def test_the_command_trains_resumes_and_names_mistakes(token_folder, tmp_path, c
     assert "resumed at step 2 of 3" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_exported_code_loads_without_importing_us_first(token_folder, tmp_path):
     """As a tool would that knows Transformers only."""
     import subprocess

@@ -13,7 +13,7 @@ import torch
 from mogul.core.errors import ArtifactError, ConfigError, MogulError
 from mogul.models import load_model
 from mogul.spec.trace import load_trace
-from mogul.train import checkpoint
+from mogul.train import checkpoint, state
 from mogul.train.session import CHECKPOINTS, MODEL, Session
 
 
@@ -25,7 +25,7 @@ def _run(recipe, folder, *, resume=False):
 
 def _files(session) -> dict[str, torch.Tensor]:
     """Every tensor of a session's state."""
-    return {f"{f}/{n}": t for f, ts in session.snapshot().tensors.items() for n, t in ts.items()}
+    return {f"{f}/{n}": t for f, ts in state.take(session).tensors.items() for n, t in ts.items()}
 
 
 def _same(first, second) -> bool:
@@ -64,7 +64,7 @@ def test_resumed_is_bit_identical(recipe, tmp_path, changes):
     with Session(part, tmp_path / "part") as session:
         for _ in range(3):
             session.take_step()
-        checkpoint.write(tmp_path / "part" / CHECKPOINTS, session.snapshot(), keep=2)
+        checkpoint.write(tmp_path / "part" / CHECKPOINTS, state.take(session), keep=2)
     resumed = _run(part, tmp_path / "part", resume=True)
     assert _same(whole, resumed)
 
@@ -79,7 +79,7 @@ def test_resumed_with_a_batch_waiting_is_bit_identical(recipe, tmp_path, monkeyp
         _spoil(patch, at=(2,))
         for _ in range(4):
             session.take_step()
-        checkpoint.write(tmp_path / "part" / CHECKPOINTS, session.snapshot(), keep=2)
+        checkpoint.write(tmp_path / "part" / CHECKPOINTS, state.take(session), keep=2)
     resumed = _run(spiky, tmp_path / "part", resume=True)
     assert resumed.optimizer.num_updates == 5
     assert _same(whole, resumed)
@@ -137,13 +137,13 @@ def test_no_pickle_is_ever_read(recipe, tmp_path, monkeypatch):
         assert session.step == 6
     newest = tmp_path / "run" / CHECKPOINTS / "step-00000006"
     (newest / "model.safetensors").write_bytes(bomb)
-    state = json.loads((newest / "state.json").read_text())
-    state["files"]["model.safetensors"] = checkpoint._seal_of(newest / "model.safetensors")
-    (newest / "state.json").write_text(json.dumps(state))
+    content = json.loads((newest / "state.json").read_text())
+    content["files"]["model.safetensors"] = checkpoint._seal_of(newest / "model.safetensors")
+    (newest / "state.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match="is no safetensors file"):
         checkpoint.read(newest)
-    state["files"] = {"../evil.safetensors": {}}
-    (newest / "state.json").write_text(json.dumps(state))
+    content["files"] = {"../evil.safetensors": {}}
+    (newest / "state.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match="strange file"):
         checkpoint.read(newest)
     assert not (tmp_path / "exploded").exists()

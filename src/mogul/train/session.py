@@ -22,18 +22,11 @@ from mogul.core.units import show_count
 from mogul.observe.live import LiveTrace, live_numbers
 from mogul.spec.families import model_spec
 from mogul.spec.fingerprint import stamp_of_config
+from mogul.train import state
 from mogul.train.balance import SAMPLE_TOKENS, Balancer, has_experts
 from mogul.train.build import around_forward, build_model, choose_device, router_products
-from mogul.train.checkpoint import (
-    Saver,
-    Snapshot,
-    random_state,
-    read_newest,
-    restore_random_state,
-    steps_in,
-    to_host,
-)
-from mogul.train.data import held_out_windows, open_stream
+from mogul.train.checkpoint import Saver, read_newest, steps_in
+from mogul.train.data import Windows, held_out_windows, open_stream
 from mogul.train.data.shards import TOKENIZER
 from mogul.train.evaluate import held_out_loss
 from mogul.train.export import export
@@ -50,6 +43,8 @@ from mogul.train.step import Gradients, Stepper
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+MOST_LOGITS = 1 << 28
+"""In one forward of the held-out loss."""
 MAY_CHANGE = ("checkpoint", "log")
 """Sections that may differ when a run is resumed, beside the length of the run."""
 
@@ -78,6 +73,7 @@ class Session:
             seed=run.seed,
         )
         self._check_vocabulary()
+        self._held_out = self._held_out_windows()
         self.guard = SpikeGuard(run.spike_factor, run.spike_retries)
         self.balancer = self._balancer()
         self.saver = Saver(
@@ -89,7 +85,8 @@ class Session:
         self._stack = ExitStack()
         self._live = self._new_trace()
         if resume and (snapshot := read_newest(self.folder / CHECKPOINTS)) is not None:
-            self._restore(snapshot)
+            state.put(self, snapshot)
+            say(f"resumed at step {self.step} of {self.num_steps}")
 
     # ---- making ready
 
@@ -195,43 +192,6 @@ class Session:
     def _next_batches(self) -> list[Tensor]:
         return [next(self.stream) for _ in range(self.recipe.run.accumulation)]
 
-    # ---- checkpoints
-
-    def snapshot(self) -> Snapshot:
-        """Everything the next step depends on, copied to the host."""
-        guard_numbers, waiting = self.guard.state()
-        weights, tied = _without_ties(self.model.state_dict())
-        return Snapshot(
-            step=self.step,
-            tensors={
-                "model": to_host(weights),
-                "optimizer": to_host(dict(self.optimizer.tensors(self.names))),
-                "more": to_host({**random_state(self.device), **waiting}),
-            },
-            state={
-                "tokens": self.tokens,
-                "updates": self.optimizer.num_updates,
-                "tied": tied,
-                "data": self.stream.state(),
-                "guard": guard_numbers,
-                "balance": self.balancer.state() if self.balancer else None,
-            },
-        )
-
-    def _restore(self, snapshot: Snapshot) -> None:
-        state, tensors = snapshot.state, snapshot.tensors
-        weights = dict(tensors["model"])
-        weights |= {name: weights[kept] for name, kept in state["tied"].items()}
-        self.model.load_state_dict(weights, strict=True)
-        self.optimizer.restore(self.names, tensors["optimizer"], int(state["updates"]))
-        self.stream.restore(state["data"])
-        self.guard.restore(state["guard"], tensors["more"])
-        if self.balancer is not None and state["balance"]:
-            self.balancer.restore(state["balance"])
-        self.step, self.tokens = snapshot.step, int(state["tokens"])
-        restore_random_state(tensors["more"], self.device)
-        say(f"resumed at step {self.step} of {self.num_steps}")
-
     # ---- looking
 
     def routing_numbers(self, log: MetricsLog) -> dict[str, float]:
@@ -246,16 +206,24 @@ class Session:
         return {**live_numbers(counts.numpy(), sample.long().numpy(), grouping).flat(), **losses}
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss; the trace of the sampled picks so far is written beside it."""
-        run, count = self.recipe.run, self.recipe.log.eval_batches * self.recipe.run.batch_size
+        """Held-out loss; nothing where the data have no held-out part."""
+        if self._held_out is None:
+            return {}
+        run, config = self.recipe.run, self.model.config
+        vocabulary = getattr(config, "vocab_size", 1)
+        rows = max(1, MOST_LOGITS // (run.sequence_length * vocabulary))
+        with torch.compiler.set_stance("force_eager"), around_forward(run, self.device)():
+            found = held_out_loss(self.model, self._held_out, batch_size=min(run.batch_size, rows))
+        return {"held_out_loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte}
+
+    def _held_out_windows(self) -> Windows | None:
+        run, log = self.recipe.run, self.recipe.log
+        count = log.eval_batches * run.batch_size
         try:
-            windows = held_out_windows(self.recipe.data, run.sequence_length, count=count)
+            return held_out_windows(self.recipe.data, run.sequence_length, count=count)
         except ConfigError as error:
             say(f"no held-out loss: {error}")
-            return {}
-        with torch.compiler.set_stance("force_eager"), around_forward(run, self.device)():
-            found = held_out_loss(self.model, windows, batch_size=run.batch_size)
-        return {"held_out_loss": found.nats_per_token, "bits_per_byte": found.bits_per_byte}
+            return None
 
     def write_trace(self) -> None:
         """The routing since the last trace, as the same record that `mogul trace` writes."""
@@ -327,12 +295,12 @@ class Session:
         is_time = self.step % self.recipe.checkpoint.every_steps == 0
         if not (is_time or is_last):
             return False
-        self.saver.save(self.snapshot())
+        self.saver.save(state.take(self))
         return True
 
     def _finish(self, is_stopped: bool) -> None:
         if self.saver.last_step != self.step and self.step > 0:
-            self.saver.save(self.snapshot())
+            self.saver.save(state.take(self))
         self.saver.wait()
         if is_stopped:
             say(f"stopped at step {self.step} of {self.num_steps}; go on with --resume")
@@ -350,19 +318,6 @@ class Session:
             return Path(self.recipe.model.tokenizer)
         beside = Path(self.recipe.data.sources[0].path) / TOKENIZER
         return beside if beside.is_dir() else None
-
-
-def _without_ties(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name without second names, and second name -> first."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    tied = {}
-    for name, tensor in weights.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in first:
-            tied[name] = first[key]
-        else:
-            first[key] = name
-    return {name: weights[name] for name in weights if name not in tied}, tied
 
 
 def _check_same(before: Recipe, now: Recipe) -> None:
