@@ -11,6 +11,7 @@ passed over. Kernels are compiled first, by several processes at once.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import time
@@ -126,7 +127,8 @@ def _short(row: dict[str, Any]) -> str:
         f"{row['shape']} T{row['tokens']} {row['routing']} {row['way']}: called "
         f"{row['called_s'] * 1e6:.0f} graph {graph} experts {experts} floor "
         f"{row['floor_s'] * 1e6:.0f} us, exposed {row['exposed']:.0%}, rho {row['rho']:.3f} delta "
-        f"{row['delta']:.3f}, waits for the host {row.get('host_waits')}"
+        f"{row['delta']:.3f}, host waits {row.get('host_waits')} {row.get('is_sync_free', '')} "
+        f"{row.get('graph_failed', '')}"
     )
 
 
@@ -227,6 +229,7 @@ def decoding(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
             found.append(row)
             log.put("decode", row)
         del model
+        gc.collect()
         if not tiny:
             torch.cuda.empty_cache()
     return found

@@ -151,7 +151,7 @@ def _cell(setup: Setup, routing: str, way: Way, tokens: int) -> dict[str, Any]:
     row |= _verdict(setup, inputs, way, row["layer_s"], experts)
     if tokens in setup.request.traced_tokens:
         if clock.on_gpu:
-            row["host_waits"] = host_waits(call)
+            row |= host_waits(call)
         setup.phases += record_phases(setup, dispatcher, inputs, row)
     return row
 

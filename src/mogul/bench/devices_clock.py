@@ -133,17 +133,36 @@ def measure_link(clock: Clock, large_bytes: int) -> Link:
     return Link(large_bytes * (size - 1) / size / large_s, small_s)
 
 
-def host_waits(call: Call) -> int:
-    """Times that the host waits for the GPU in ten calls, by torch's profiler."""
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+def host_waits(call: Call) -> dict[str, Any]:
+    """Times that the host waits for the GPU in ten calls by torch's profiler, and torch's own word.
+
+    `is_sync_free`: one call under torch's debug mode in which a waiting operator is an error.
+    """
+    found: dict[str, Any] = {"is_sync_free": True}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        found |= {"is_sync_free": False, "sync": str(error)[:120]}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if not found["is_sync_free"]:
+        return found
+    try:
+        found["host_waits"] = _profiled(call, 10) - _profiled(call, 0)
+    except RuntimeError as error:
+        found["profiler"] = str(error)[:120]
+    return found
+
+
+def _profiled(call: Call, calls: int) -> int:
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-
-    def count(calls: int) -> int:
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=kinds) as profile:
-            for _ in range(calls):
-                call()
-        return sum(event.count for event in profile.key_averages() if event.key in waits)
-
-    call()
-    return count(10) - count(0)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(calls):
+            call()
+    return sum(event.count for event in profile.key_averages() if event.key in WAITS)

@@ -7,6 +7,7 @@ AdamW; weights, gradients and moments are in `dtype`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,7 @@ def measure_training(world: World, request: TrainRequest, *, alone: bool = False
     `alone`: every rank trains the plain model by itself, and the slowest counts as one device.
     """
     clock, ranks = Clock(world.device), 1 if alone else world.size
+    gc.collect()  # a sharded model hangs in cycles of hooks
     if clock.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
