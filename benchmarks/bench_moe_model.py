@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+from tune import precompile
 
 import mogul.models  # noqa: F401 (registers the implementation)
 from mogul.bench import ledger
@@ -180,6 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     names = args.implementations.split(",")
+    precompile([("C", 4096)], [("C", 16384)])
     vocab = FULL["vocab"] * args.layers // FULL["layers"] // 64 * 64
     for compiled in (False, True) if args.compile else (False,):
         for kind, shape in (("prefill", (1, 4096)), ("training", (4, 4096))):
