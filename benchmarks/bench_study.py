@@ -24,7 +24,7 @@ from statistics import NormalDist, mean, stdev
 from typing import Any
 
 RESULTS = Path("benchmarks/study.jsonl")
-VARIANTS = ("topk-aux", "topk-bias", "moge2", "moge4", "moge8")
+VARIANTS = ("topk-aux", "topk-bias", "topk-bias-fast", "moge2", "moge4", "moge8")
 DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
 SAMPLED = 16_384  # held-out tokens whose picks are looked at
