@@ -176,7 +176,9 @@ class Layer:
         grid = self._row_grid(plan, tile, act.shape[0], inner)
         tables = (sort.order, sort.head, sort.tiles)
         if tile.split:
-            box = _narrowest(inner, tile)
+            from mogul.kernels.triton.hopper_kernels import last_width
+
+            box = last_width(inner, tile.n) if tile.narrow else tile.n
             desc = split_descriptor(gate_up.view(-1, width), [box, tile.k])
             launch = self._split_product("UP", plan, tile, inner, width, save=save)
             launch(grid, self.device, x, x, desc, act, pre, pre, act, act, *tables, 0)
@@ -457,12 +459,6 @@ def _blocks(plan: Plan, tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.k,
         "BLOCK_GROUP": tile.group,
     }
-
-
-def _narrowest(width: int, tile: Tile) -> int:
-    """Columns of the narrowest tile, see hopper_kernels.last_width."""
-    left = width % tile.n if tile.narrow else 0
-    return 64 if 0 < left <= 64 else 128 if 64 < left <= 128 else tile.n
 
 
 def _flags(tile: Tile) -> dict[str, bool]:
