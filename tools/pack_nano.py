@@ -40,6 +40,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = AutoModelForCausalLM.from_pretrained(options.run / "model", dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         values = json.loads((options.tokenizer / name).read_text(encoding="utf-8"))
         compact = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
