@@ -52,10 +52,11 @@ def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
     length = options.max_length or context or DEFAULT_LENGTH
     step_tokens = options.step_tokens or (CPU_STEP_TOKENS if on_cpu else STEP_TOKENS)
     tokens = options.cache_tokens
+    page = options.page_size or (CPU_PAGE if on_cpu else PAGE)
     if tokens is None:
         room = CPU_CACHE_BYTES if on_cpu else _free_bytes(runner, options, step_tokens)
-        tokens = min(int(room // runner.token_bytes), options.max_sequences * length)
-    page = options.page_size or (CPU_PAGE if on_cpu else PAGE)
+        whole = -(-length // page) * page  # a request takes whole pages
+        tokens = min(int(room // runner.token_bytes), options.max_sequences * whole)
     num_pages = -(-tokens // page) if options.cache_tokens else tokens // page
     if num_pages < 1:
         raise HardwareError(
