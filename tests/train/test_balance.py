@@ -218,6 +218,16 @@ def test_warmed_keeps_mean_and_spread():
     assert torch.equal(warmed(logits, torch.tensor(1.0)), logits + 0 * noise)
 
 
+def test_the_layer_of_multi_token_prediction_is_balanced_too(tiny_model):
+    model = tiny_model(num_nextn_predict_layers=1)
+    with Balancer(model, BalanceSection(loss="batch", loss_coef=1.0)) as balancer:
+        assert balancer.layers == (0, 1, 2)
+        ChunkedLoss()(model, _ids()).backward()
+        assert balancer.count.sum(1).tolist() == [4 * 12 * 2] * 3
+    model.config.mtp_loss_coef = 0.0
+    assert Balancer(model, BalanceSection()).layers == (0, 1)
+
+
 def test_stock_routers_are_balanced_too():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -143,3 +143,16 @@ def test_the_chunked_loss_counts_nothing_after_the_last_token(tiny_model):
     logits = (hidden @ weight.T)[:, :-2].flatten(0, 1)
     want = torch.nn.functional.cross_entropy(logits, batch[:, 2:].flatten())
     assert shifted.item() == pytest.approx(want.item(), abs=1e-12)
+
+
+def test_the_chunked_loss_trains_multi_token_prediction(tiny_model):
+    model, batch = tiny_model(num_nextn_predict_layers=1), _batches()[0]
+    want = model_loss(model, batch)
+    want.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    loss = ChunkedLoss()(model, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), abs=1e-6)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - gradients[name]).abs().max() < 1e-6, name

@@ -224,6 +224,14 @@ def test_folders_are_not_mixed(recipe, tmp_path):
     assert longer.step == 7
 
 
+def test_multi_token_prediction_is_trained_and_exported(recipe, tmp_path):
+    config = {**recipe().model.config, "num_nextn_predict_layers": 1}
+    _run(recipe(model__config=config, run__steps=2), tmp_path)
+    assert load_trace(tmp_path / "trace").meta.layers == (0, 1)
+    loaded = load_model(tmp_path / MODEL)
+    assert loaded.model.layers[2].eh_proj.weight.shape == (32, 64)
+
+
 def test_a_small_vocabulary_is_refused(recipe, tmp_path):
     config = {**recipe().model.config, "vocab_size": 200}
     with pytest.raises(

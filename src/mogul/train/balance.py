@@ -53,7 +53,7 @@ class Balancer:
         if shape is None:
             raise ConfigError("a dense model has nothing to balance", fix="leave out [balance]")
         self.model, self.section, self.shape = model, section, shape
-        self.blocks: list[MoeBlock] = moe_blocks(model, with_mtp=True)
+        self.blocks: list[MoeBlock] = moe_blocks(model, with_mtp=_runs_mtp(model))
         self.routers: list[Any] = [_router_of(block) for block in self.blocks]
         self.num_steps, self.updates, self.steps = num_steps, 0, 0
         self._reduce = reduce
@@ -211,6 +211,11 @@ class Balancer:
         """Go on from a state."""
         self.steps = self._last_taken = int(state["steps"])
         self.updates = int(state["updates"])
+
+
+def _runs_mtp(model: Any) -> bool:
+    """Whether training passes the multi-token-prediction layer, whose router counts like others."""
+    return getattr(model, "has_mtp", False) and model.config.mtp_loss_coef > 0
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -129,7 +129,8 @@ class Session:
             return None
         config: Any = self.model.config
         stamp = stamp_of_config(config.to_dict(), name=self.folder.name)
-        return LiveTrace(stamp, self.balancer.layers, seed=self.recipe.run.seed)
+        layers = tuple(one for one in self.balancer.layers if one < stamp.num_layers)
+        return LiveTrace(stamp, layers, seed=self.recipe.run.seed)
 
     def __enter__(self) -> Self:
         recipe, run = self.recipe, self.recipe.run
@@ -200,7 +201,7 @@ class Session:
             return {}
         counts, losses = self.balancer.take()
         sample = self.balancer.sample.cpu()
-        self._live.add_sample(sample)
+        self._live.add_sample(sample[: len(self._live.layers)])  # a trace ends before MTP
         log.write_loads(self.step, counts.tolist())
         grouping = self.balancer.shape.grouping
         return {**live_numbers(counts.numpy(), sample.long().numpy(), grouping).flat(), **losses}
