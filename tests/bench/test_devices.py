@@ -1,0 +1,113 @@
+"""`mogul bench devices`: what it counts, what it shows, and that it runs on CPU ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mogul.bench import devices_cases as cases
+from mogul.bench.devices_report import ledger_rows, table, timeline, training_rows
+from mogul.bench.kernels import LayerShape
+
+SHAPE = LayerShape(16, 4, 16, 8, 4)
+FACTS = {
+    "tflop_per_s": 1.0, "memory_gb_per_s": 2.0, "link_gb_per_s": 3.0, "link_latency_s": 1e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("routing", ["uniform", "skewed"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_picks_are_distinct_and_keep_to_their_groups(routing, groups):
+    ids = cases.draw_picks(SHAPE, groups, routing, 50)
+    assert ids.shape == (50, 4)
+    assert all(len(set(row)) == 4 for row in ids)
+    if groups == 4:
+        assert (ids // 4 == np.arange(4)).all()
+
+
+def test_skew_makes_some_experts_busier():
+    def most(routing: str) -> int:
+        ids = cases.draw_picks(SHAPE, 1, routing, 400)
+        return np.bincount(ids.ravel(), minlength=16).max()
+
+    assert most("skewed") > 1.5 * most("uniform")
+
+
+def inputs(ids: list[list[int]]) -> cases.Inputs:
+    none = np.zeros(0)
+    return cases.Inputs(none, none, none, 1.0, 1.0, 0, 0, slice(0, 0), np.array(ids))  # type: ignore[arg-type]
+
+
+def test_bytes_sent_are_counted_by_hand():
+    """Two ranks of two tokens: rank 0's tokens go 1 and 0 times over, rank 1's both do."""
+    ids = [[0, 1, 2, 9], [0, 1, 2, 3], [0, 9, 10, 11], [7, 8, 9, 10]]
+    row, picks = 16 * 2, 8 * 4
+    static = cases.sent_bytes(inputs(ids), cases.Way("grouped", "static"), 2, SHAPE, 2)
+    assert static == 2 * (row + picks) + 2 * row
+    exchanged = cases.sent_bytes(inputs(ids), cases.Way("top-k", "all_to_all"), 2, SHAPE, 2)
+    # rank 0 sends 1 token and 2 sums; rank 1 sends 2 tokens and 1 sum
+    assert exchanged == max(1 * (row + picks) + 2 * row, 2 * (row + picks) + 1 * row)
+
+
+def a_row(**more) -> dict:
+    return {
+        "shape": "16x4x16x8x4", "ranks": 2, "tokens": 64, "routing": "skewed",
+        "way": "grouped static", "layer_s": 4e-4, "experts_s": [1e-4, 3e-4],
+        "wait_s": [2e-4, 0.0], "exposed_s": 1e-4, "exposed": 0.25, "floor_s": 2e-4, "ratio": 2.0,
+        "rho": 1.0, "delta": 1.1, "sent_bytes": 2048, "called_s": 4e-4, **more,
+    }  # fmt: skip
+
+
+def test_the_table_shows_waits_and_names_what_was_refused():
+    refused = {"shape": "s", "ranks": 2, "way": "top-k static", "refused": "legal is ep = 1"}
+    shown = table([a_row(), refused], FACTS)
+    line = dict(zip(shown.columns, shown.rows[0], strict=True))
+    assert line["layer us"] == 400
+    assert line["waits us"] == 200
+    assert line["exposed %"] == "25"
+    assert any("top-k static: legal is ep = 1" in note for note in shown.notes)
+    assert len(shown.rows) == 1
+
+
+def test_the_timeline_has_a_bar_for_every_rank_and_chunk():
+    one = {"tokens": 64, "routing": "skewed", "way": "grouped static x2"}
+    marks = [0.0, 1e-4, 2e-4, 2.5e-4, 3e-4, 4e-4]
+    svg = timeline([{**one, "rank": r, "marks_s": marks} for r in (0, 1)])
+    assert svg.count("<rect") == 2 * (1 + 2)
+    assert "rank 1" in svg
+    assert "400.00 us" in svg
+
+
+def test_ledger_rows_hold_floor_and_ratio():
+    (row,) = ledger_rows([a_row(), {"refused": "no"}], FACTS, "two devices")
+    assert row["bench"] == "devices"
+    assert (row["value"], row["floor"], row["ratio"]) == (4e-4, 2e-4, 2.0)
+    steps = [
+        {"ranks": r, "tokens_per_s": t, "step_s": 1.0, "dispatch": "static", "chunks": 1}
+        for r, t in ((1, 100.0), (2, 190.0))
+    ]
+    assert [row["gain"] for row in training_rows(steps, "two devices")] == [1.0, 1.9]
+
+
+def test_it_runs_on_processes_of_the_processor(tmp_path, capfd):
+    from mogul.cli.main import main
+
+    words = "bench devices --cpu --shape 16x4x16x8x4 --tokens 8 --routing skewed --format json"
+    assert (
+        main([*words.split(), "--train-layers", "1", "--length", "16", "--out", str(tmp_path)]) == 0
+    )
+    found = json.loads((tmp_path / "devices.json").read_text())
+    ways = {row["way"]: row for row in found["rows"]}
+    assert ways["grouped static"]["rho"] == 1.0
+    assert ways["top-k all_to_all"]["rho"] > 1.0
+    for row in found["rows"]:
+        assert row["layer_s"] > 0
+        assert len(row["experts_s"]) == 2
+        assert row["exposed"] == pytest.approx(1 - max(row["experts_s"]) / row["layer_s"])
+    assert [step["ranks"] for step in found["training"]] == [1, 2]
+    assert found["training"][0]["loss"] == pytest.approx(found["training"][1]["loss"], abs=0.2)
+    page = (tmp_path / "devices.html").read_text()
+    assert page.count("<rect") >= 4
+    assert "grouped static" in capfd.readouterr().out
