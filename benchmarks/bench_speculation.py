@@ -1,0 +1,171 @@
+"""Does guessing tokens pay? Time per output token with and without, on real text.
+
+Prompts are windows of the shipped text's held-out part (or of --text), greedy, no stop. Plain and
+guessing engines of the same model take turns; medians count. The number of guesses adapts unless
+--fixed. Guessing may change no token: the share of answers that are equal stands beside the times
+(in 16 bits a wider step may round a near tie differently).
+
+    python benchmarks/bench_speculation.py CHECKPOINT --proposers ngram mtp draft=SMALL --record
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from mogul.bench import ledger
+from mogul.bench.calibrate_timing import device_name
+from mogul.core.log import say
+from mogul.core.table import Table
+from mogul.models import load_model, load_tokenizer
+from mogul.serve import Engine, SamplingParams
+from mogul.serve.loading import default_device
+from mogul.serve.options import EngineOptions
+from mogul.serve.speculate import DraftLength, NgramProposer, Proposer, Speculator
+from mogul.train.data import shipped_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--proposers", nargs="+", default=["ngram"], help="ngram, mtp, draft=PATH")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument("--most", type=int, default=4, help="guesses a request at most")
+    parser.add_argument("--fixed", action="store_true", help="always guess --most tokens")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--text", type=Path, help="real text of another kind")
+    parser.add_argument("--record", nargs="?", const=str(ledger.LEDGER), help="append to a ledger")
+    options = parser.parse_args()
+    device = default_device()
+    model = load_model(options.model, dtype=options.dtype, device=device)
+    text = options.text.read_text() if options.text else shipped_text().held_out[0]
+    tokenizer: Any = load_tokenizer(options.model)
+    ids = tokenizer(text[: 12 * options.prompt * max(options.batches)])["input_ids"]
+    rows, entries = [], []
+    settings = EngineOptions(
+        max_sequences=max(options.batches),
+        max_length=options.prompt + options.new + 8,
+        reuse_prefix=False,
+        seed=0,
+        memory_share=0.45,
+    )
+    for name in options.proposers:
+        plain = Engine(model, None, settings)
+        length = DraftLength(options.most, fixed=options.fixed)
+        speculator = Speculator(proposer_of(name, options, device), length)
+        guessing = Engine(model, None, settings, speculator=speculator)
+        for batch in options.batches:
+            prompts = [ids[i * options.prompt : (i + 1) * options.prompt] for i in range(batch)]
+            row, entry = compare(name, batch, plain, guessing, prompts, options)
+            rows.append(row)
+            entries.append(entry)
+            print(json.dumps(entry), flush=True)
+        guessing.close()
+        plain.close()
+    Table(
+        f"{Path(options.model).name}, {options.prompt} + {options.new} tokens, "
+        f"{device_name(torch.device(device))}",
+        (
+            "guesses by",
+            "batch",
+            "plain ms",
+            "guessing ms",
+            "times",
+            "tokens a step",
+            "stood",
+            "equal",
+        ),
+        rows,
+    ).show()
+    if options.record:
+        ledger.append(entries, Path(options.record))
+
+
+def proposer_of(name: str, options: argparse.Namespace, device: str) -> Proposer:
+    """The proposer an option names."""
+    if name == "ngram":
+        return NgramProposer()
+    if name == "mtp":
+        from mogul.serve.speculate.mtp import MtpProposer
+
+        return MtpProposer()
+    from mogul.serve.speculate.draft_model import DraftModelProposer
+
+    path = name.removeprefix("draft=")
+    return DraftModelProposer(load_model(path, dtype=options.dtype, device=device))
+
+
+def compare(
+    name: str,
+    batch: int,
+    plain: Engine,
+    guessing: Engine,
+    prompts: list[list[int]],
+    options: argparse.Namespace,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let both engines take turns on the same prompts."""
+    params = [
+        SamplingParams(
+            max_tokens=options.new, temperature=options.temperature, ignore_eos=True, seed=i
+        )
+        for i in range(batch)
+    ]
+    times: dict[str, list[float]] = {"plain": [], "guessing": []}
+    said: dict[str, list[tuple[int, ...]]] = {}
+    assert guessing.speculator is not None
+    for run in range(options.runs + 1):
+        for kind, engine in (("plain", plain), ("guessing", guessing)):
+            answers = engine.generate(prompts, params)
+            said[kind] = [answer.token_ids for answer in answers]
+            each = [np.ptp(a.token_times_s) / (len(a.token_ids) - 1) * 1e3 for a in answers]
+            if run:  # the first run warms up and teaches the number of guesses
+                times[kind].append(float(median(each)))
+        if run == 0:
+            before = guessing.speculator.stats
+    stats = guessing.speculator.stats
+    steps = stats.num_steps - before.num_steps
+    gained = (stats.num_tokens - before.num_tokens) / steps if steps else 0.0
+    drafted = np.subtract(stats.drafted, before.drafted)
+    stood = np.subtract(stats.accepted, before.accepted) / np.maximum(drafted, 1)
+    plain_ms, guessing_ms = median(times["plain"]), median(times["guessing"])
+    equal = sum(a == b for a, b in zip(said["plain"], said["guessing"], strict=True)) / batch
+    say(f"{name} batch {batch}: {plain_ms:.3f} -> {guessing_ms:.3f} ms")
+    shares = " ".join(f"{share:.2f}" for share in stood)
+    row = (
+        name, batch, round(plain_ms, 3), round(guessing_ms, 3), round(plain_ms / guessing_ms, 3),
+        round(gained, 2), shares, f"{equal:.0%}",
+    )  # fmt: skip
+    entry = ledger.row(
+        device_name(torch.device(default_device())),
+        bench="speculation",
+        case=f"{Path(options.model).name}, {name.split('=')[0]}, at most {options.most}"
+        f"{' always' if options.fixed else ''}, batch {batch}, {options.prompt} + {options.new} "
+        f"tokens of real text, temperature {options.temperature:g}",
+        metric="time per output token",
+        unit="ms",
+        value=round(guessing_ms, 4),
+        spread=[round(min(times["guessing"]), 4), round(max(times["guessing"]), 4)],
+        runs=options.runs,
+        baseline="the same engine without guesses, same run",
+        baseline_value=round(plain_ms, 4),
+        ratio=round(plain_ms / guessing_ms, 4),
+        tokens_a_step=round(gained, 3),
+        drafted=drafted.tolist(),
+        acceptance=[round(float(share), 3) for share in stood],
+        equal_answers=equal,
+    )
+    return row, entry
+
+
+if __name__ == "__main__":
+    main()
