@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--windows", type=int, help="held-out windows, evenly spread; all")
     parser.add_argument("--deadline-s", type=float, help="begin no run after this many seconds")
     parser.add_argument("--stop-s", type=float, help="stop every run after this many seconds")
     options = parser.parse_args()
@@ -107,6 +108,7 @@ def start(options: argparse.Namespace, variant: str, seed: int) -> subprocess.Po
         "--jobs", str(options.jobs),
     ]  # fmt: skip
     command += ["--scale", str(options.scale)] if options.scale else []
+    command += ["--windows", str(options.windows)] if options.windows else []
     command += [word for change in options.set for word in ("--set", change)]
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / f"{scale_name(options)}-{variant}-{seed}.log").open("ab") as log:
@@ -153,7 +155,7 @@ def run_one(options: argparse.Namespace, variant: str, seed: int) -> int:
             "tokens": session.tokens,
             "epochs": round(session.tokens / session.stream.tokens_per_epoch, 3),
             "parameters": session.model.num_parameters(),
-            **held_out(session.model, recipe, config),
+            **held_out(session.model, recipe, config, options.windows),
         }
     lines = read_lines(folder / METRICS_FILE)
     speeds = sorted(line["tokens_per_s"] for line in lines[len(lines) // 4 :])
@@ -179,7 +181,7 @@ def provenance(device: Any) -> dict[str, Any]:
     return {key: known[key] for key in ("date", "commit", "device", "versions")}
 
 
-def held_out(model: Any, recipe: Any, config: Any) -> dict[str, Any]:
+def held_out(model: Any, recipe: Any, config: Any, count: int | None) -> dict[str, Any]:
     """Bits per byte and the balance of the experts on held-out text."""
     import torch
 
@@ -187,7 +189,7 @@ def held_out(model: Any, recipe: Any, config: Any) -> dict[str, Any]:
     from mogul.train.data import held_out_windows
     from mogul.train.evaluate import held_out_loss
 
-    windows = held_out_windows(recipe.data, recipe.run.sequence_length)
+    windows = held_out_windows(recipe.data, recipe.run.sequence_length, count=count)
     with torch.compiler.set_stance("force_eager"):
         loss = held_out_loss(model, windows, batch_size=16)
         few = windows.spread(min(len(windows), SAMPLED // windows.length))
