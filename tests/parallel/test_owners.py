@@ -1,4 +1,4 @@
-"""The table of owners: every replica takes its turn, empty slots take none, null picks go nowhere."""
+"""The table of owners: replicas take turns, empty slots take none, null picks go nowhere."""
 
 from __future__ import annotations
 
