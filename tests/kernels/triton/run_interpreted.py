@@ -93,12 +93,12 @@ def main() -> None:
             "small_null": (SMALL, "null", True),
             "small_skewed": (SMALL, "skewed", False),
             "small_empty": (SMALL, "empty", True),
-            "two_launch_sort": (SMALL, "null", False),
+            "three_launch_sort": (SMALL, "null", False),
             "swapped": (SWAPPED, "random", False),
             "few": (SMALL, "null", False),
         }[name]
         layer.plan_for = lambda shape, tokens, plan=plan: plan
-        layer._ONE_LAUNCH_SLOTS = 0 if name == "two_launch_sort" else 8192
+        layer._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 8192
         tokens, experts = (2, 16) if name == "few" else (21, 4)
         print(
             json.dumps({"case": name, **errors(make(tokens, 64, 40, experts, 2, kind), grad=grad)})

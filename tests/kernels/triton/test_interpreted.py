@@ -16,7 +16,7 @@ CASES = (
     "small_null",
     "small_skewed",
     "small_empty",
-    "two_launch_sort",
+    "three_launch_sort",
     "swapped",
     "few",
 )

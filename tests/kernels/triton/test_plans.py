@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from mogul.core.errors import BackendError
 from mogul.kernels import choose_backend
 from mogul.kernels.triton import why_not_triton
-from mogul.kernels.triton.plans import Shape, few_plan, plan_for, table
+from mogul.kernels.triton.plans import Shape, few_plan, last_width, plan_for, table
 
 PANGU = Shape(experts=64, picks=8, width=5120, inner=1344)
 CUDA = torch.device("cuda", 0)
@@ -96,3 +98,10 @@ def test_shapes_are_known_without_running() -> None:
     assert out.shape == (5, 16)
     assert pre.shape == (10, 32)
     assert sort.dtype == torch.int32
+
+
+@given(st.integers(1, 5000), st.sampled_from([64, 128, 256]))
+def test_the_last_tile_is_wide_enough_and_no_wider_than_needed(width: int, block: int) -> None:
+    last, left = last_width(width, block), width % block or block
+    assert left <= last <= block
+    assert last == block or last // 2 < left or last == 64

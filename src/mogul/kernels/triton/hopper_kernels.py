@@ -19,16 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mogul.kernels.triton import plans
+
 UP = gl.constexpr(0)
 PRODUCT = gl.constexpr(1)
 DOWN_GRAD = gl.constexpr(2)
 
 
-@gluon.constexpr_function
-def last_width(width, block):
-    """Columns to compute in the last tile of `width`: 64, 128 or the whole block."""
-    left = width % block
-    return 64 if 0 < left <= 64 else 128 if 64 < left <= 128 else block
+last_width = gluon.constexpr_function(plans.last_width)
 
 
 @gluon.jit

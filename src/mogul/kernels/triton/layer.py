@@ -23,7 +23,7 @@ from mogul.kernels.triton.launch import (
     next_power_of_2,
     split_descriptor,
 )
-from mogul.kernels.triton.plans import Plan, Shape, Tile, few_plan, plan_for
+from mogul.kernels.triton.plans import Plan, Shape, Tile, few_plan, last_width, plan_for
 from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_size, sorted_views
 
 _COUNTER_OF = {
@@ -36,7 +36,7 @@ _COUNTER_OF = {
 }
 """Counter of the sort's head that keeps the programs of a product in step."""
 _ONE_LAUNCH_SLOTS = 8192
-"""Above this the sort takes two launches (in the one-launch sort every program reads all ids)."""
+"""Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
 _SORT_BLOCK = 1024
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
@@ -84,7 +84,7 @@ class Layer:
         buffer = torch.empty(size, dtype=torch.int32, device=ids.device)
         result = sorted_views(buffer, slots, experts)
         if slots > _ONE_LAUNCH_SLOTS:
-            self._sort_in_two(ids, result, rows)
+            self._sort_in_three(ids, result, rows)
             return result
         block = min(4096, max(64, next_power_of_2(slots)))
         warps = 4 if block <= 512 else 8 if block <= 2048 else 16
@@ -100,12 +100,17 @@ class Layer:
         constants = {"E": self.shape.experts, "BINS": self._bins, "BLOCK_S": block, "PDL": self.pdl}
         return Launch(kernel, {**constants, **more}, warps=warps, pdl=self.pdl)
 
-    def _sort_in_two(self, ids: Tensor, result: Sorted, rows: int) -> None:
+    def _sort_in_three(self, ids: Tensor, result: Sorted, rows: int) -> None:
         slots = ids.numel()
         blocks = cdiv(slots, _SORT_BLOCK)
-        count = torch.empty((blocks, self._bins), dtype=torch.int32, device=ids.device)
+        scratch = torch.empty((2 * blocks + 1, self._bins), dtype=torch.int32, device=ids.device)
+        count, before, total = scratch, scratch[blocks:], scratch[2 * blocks :]
         first = self._launch(
             "count", None, lambda: self._sort_launch(sort_kernels.count_blocks, _SORT_BLOCK)
+        )
+        scan_constants = {"BINS": self._bins, "BLOCK": 1024, "PDL": self.pdl}
+        scan = self._launch(
+            "scan", None, lambda: Launch(sort_kernels.scan_blocks, scan_constants, pdl=self.pdl)
         )
         place = self._launch(
             ("place", rows),
@@ -113,7 +118,9 @@ class Layer:
             lambda: self._sort_launch(sort_kernels.place_slots, _SORT_BLOCK, BLOCK_T=rows),
         )
         first((blocks, 1), self.device, ids, count, slots)
-        place((blocks, 1), self.device, ids, count, result.order, result.head, result.tiles, slots)
+        scan((self.shape.experts, 1), self.device, count, before, total, blocks)
+        tables = (result.order, result.head, result.tiles)
+        place((blocks, 1), self.device, ids, count, before, total, *tables, slots)
 
     # ---- forward
 
@@ -176,9 +183,8 @@ class Layer:
         grid = self._row_grid(plan, tile, act.shape[0], inner)
         tables = (sort.order, sort.head, sort.tiles)
         if tile.split:
-            from mogul.kernels.triton.hopper_kernels import last_width
-
-            box = last_width(inner, tile.n) if tile.narrow else tile.n
+            narrow = tile.narrow and not save
+            box = last_width(inner, tile.n) if narrow else tile.n
             desc = split_descriptor(gate_up.view(-1, width), [box, tile.k])
             launch = self._split_product("UP", plan, tile, inner, width, save=save)
             launch(grid, self.device, x, x, desc, act, pre, pre, act, act, *tables, 0)
@@ -440,7 +446,7 @@ class Layer:
             "TRANSPOSED": role in ("DOWN_GRAD", "UP_GRAD"),
             "SAVE": save,
             "SYNC": _COUNTER_OF[role] if tile.sync else 0,
-            "NARROW": tile.narrow,
+            "NARROW": tile.narrow and not save,
             "TURNS": tile.turns,
             **(_GATHER_ROLES if gathers else _TMA_ROLES),
         }

@@ -35,11 +35,18 @@ class Tile:
     sync: bool = False
     """Split kernels start their tiles in step, for products whose operands outgrow the cache."""
     narrow: bool = False
-    """Split kernels compute only what is needed of a last column tile."""
+    """Split kernels compute only what is needed of a last column tile. Up that keeps its products
+    for backward does not: there it was measured slower."""
     turns: bool = False
     """The two multipliers take whole tiles in turn (backward of down only)."""
     per_sm: int = 0
     """Programs a multiprocessor for a persistent grid; 0 = one program a tile."""
+
+
+def last_width(width: int, block: int) -> int:
+    """Columns that a narrow last tile of `width` computes: 64, 128 or the whole block."""
+    left = width % block
+    return 64 if 0 < left <= 64 else 128 if 64 < left <= 128 else block
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,7 @@ def _large(rows: int, shape: Shape) -> Plan:
         tile = Tile(n=64, k=32, warps=4, stages=3, tma=False)
         return Plan(rows=min(rows, 64), up=replace(tile, n=64), down=replace(tile, n=128))
     big = 4 * shape.inner * shape.width > 16 << 20
-    up = Tile(
-        n=128, k=64, group=8 if big else 4, stages=4, split=True, per_sm=1, sync=big, narrow=True
-    )
+    up = Tile(n=128, k=64, group=8 if big else 4, stages=4, split=True, per_sm=1, sync=big)
     return Plan(rows=rows, up=up, down=Tile(n=256, k=64, group=4, stages=4, split=True, per_sm=1))
 
 

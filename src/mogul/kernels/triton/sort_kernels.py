@@ -5,7 +5,7 @@ Slot `t * K + k` is pick k of token t.  The result is
 `head` [E + 10] the first row of each expert, the number of rows, the number of row tiles,
 8 zeros (counters),
 `tiles` [n, 4] per row tile: expert, first row, end row of the expert, 0.
-One launch up to a few thousand slots (every program counts all ids itself), two above.
+One launch up to a few thousand slots (every program counts all ids itself), three above.
 No atomics: the order never depends on timing.
 """
 
@@ -93,33 +93,49 @@ def count_blocks(
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), count_E)
 
 
+@triton.jit(do_not_specialize=["num_blocks"])
+def scan_blocks(
+    count_ptr, before_ptr, total_ptr, num_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program e: rows of expert e before each block, and in all."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    e = tl.program_id(0)
+    total = 0
+    for base in range(0, num_blocks, BLOCK):
+        blocks = base + tl.arange(0, BLOCK)
+        count = tl.load(count_ptr + blocks * BINS + e, mask=blocks < num_blocks, other=0)
+        tl.store(
+            before_ptr + blocks * BINS + e,
+            total + tl.cumsum(count, 0) - count,
+            mask=blocks < num_blocks,
+        )
+        total += tl.sum(count)
+    tl.store(total_ptr + e, total)
+
+
 @triton.jit(do_not_specialize=["num_slots"])
 def place_slots(
-    ids_ptr, count_ptr, order_ptr, head_ptr, tiles_ptr, num_slots,
+    ids_ptr, count_ptr, before_ptr, total_ptr, order_ptr, head_ptr, tiles_ptr, num_slots,
     E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each block sorts its slots by (expert, slot) and writes them behind those of earlier blocks."""
+    """Each block sorts its slots by (expert, slot) and writes them where they belong."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     block = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    total_E = tl.zeros((BINS,), tl.int32)
-    before_E = tl.zeros((BINS,), tl.int32)
-    for base in range(0, tl.num_programs(0), 32):
-        blocks = base + tl.arange(0, 32)
-        keep = (blocks < tl.num_programs(0))[:, None] & (bins < E)[None, :]
-        counts = tl.load(count_ptr + blocks[:, None] * BINS + bins[None, :], mask=keep, other=0)
-        total_E += tl.sum(counts, 0)
-        before_E += tl.sum(tl.where((blocks < block)[:, None], counts, 0), 0)
+    total_E = tl.where(bins < E, tl.load(total_ptr + bins, mask=bins < E, other=0), 0)
     for e in range(block, E, tl.num_programs(0)):
         _write_expert(e, total_E, tiles_ptr, head_ptr, E, BINS, BLOCK_T)
     lane = tl.arange(0, BLOCK_S)
     key = tl.sort(_bins(ids_ptr, block * BLOCK_S + lane, num_slots, E) * BLOCK_S + lane)
     bin_S = key // BLOCK_S
     local_E = tl.load(count_ptr + block * BINS + bins)
-    shift_E = tl.cumsum(total_E, 0) - total_E + before_E
+    shift_E = tl.cumsum(total_E, 0) - total_E + tl.load(before_ptr + block * BINS + bins)
     shift_E -= tl.cumsum(local_E, 0) - local_E
     row = lane + tl.gather(shift_E, bin_S, 0)
     tl.store(order_ptr + row, block * BLOCK_S + key % BLOCK_S, mask=bin_S < E)
