@@ -238,3 +238,57 @@ def test_a_small_vocabulary_is_refused(recipe, tmp_path):
         ConfigError, match=r"the data have ids up to 2\d\d, the model a vocabulary of 200"
     ):
         Session(recipe(model__config=config), tmp_path)
+
+
+def test_a_checkpoint_is_trained_further(recipe, tmp_path, capsys):
+    """A model without a selection bias gets one when the recipe balances by it."""
+    plain = recipe(balance__bias="none", run__steps=2)
+    _run(plain, tmp_path / "first")
+    origin = {"checkpoint": str(tmp_path / "first" / MODEL)}
+    values = {**plain.model_dump(), "model": origin, "balance": {"bias": "sign", "loss": "none"}}
+    second = type(plain).parse(values)
+    with Session(second, tmp_path / "second") as session:
+        assert "new tensors, not in the checkpoint: 2" in capsys.readouterr().err
+        before = load_model(tmp_path / "first" / MODEL)
+        assert torch.equal(session.model.lm_head.weight, before.lm_head.weight)
+        session.run()
+    bias = session.model.model.layers[0].mlp.gate.e_score_correction_bias
+    assert bias.abs().max() > 0
+    again = load_model(tmp_path / "second" / MODEL)
+    assert torch.equal(again.model.layers[0].mlp.gate.e_score_correction_bias, bias)
+    odd = type(plain).parse({**values, "model": {**origin, "overrides": {"hidden_size": 64}}})
+    with pytest.raises(ConfigError, match="changes the tensors"):
+        Session(odd, tmp_path / "third")
+    typo = type(plain).parse({**values, "model": {**origin, "overrides": {"hiden_size": 64}}})
+    with pytest.raises(ConfigError, match="no key 'hiden_size'"):
+        Session(typo, tmp_path / "third")
+
+
+def test_a_dense_model_is_upcycled_and_trained(recipe, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    dense.save_pretrained(tmp_path / "dense")
+    origin = {"checkpoint": str(tmp_path / "dense"), "experts": 8, "groups": 4}
+    values = {**recipe(run__steps=2).model_dump(), "model": {"upcycle": origin}}
+    session = _run(type(recipe()).parse(values), tmp_path / "run")
+    assert session.model.config.num_experts == 8
+    assert load_model(tmp_path / "run" / MODEL).config.router_n_groups == 4
+
+
+def test_a_dense_model_is_trained_without_balance(recipe, tmp_path):
+    config = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    values = {**recipe(run__steps=2).model_dump(), "model": {"config": config}}
+    values["balance"] = {"bias": "none"}
+    _run(type(recipe()).parse(values), tmp_path)
+    assert "max_vio" not in _lines(tmp_path)[-1]
+    assert not (tmp_path / "trace").exists()

@@ -172,7 +172,13 @@ def _with_overrides(
             f"[model.overrides] has no key {key!r}", fix=nearest(key, model.config.to_dict())
         )
     new = _from_config(AutoConfig.for_model(kind, **values), dtype, run)
-    missing, surplus = new.load_state_dict(model.state_dict(), strict=False)
+    try:
+        missing, surplus = new.load_state_dict(model.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"[model.overrides] changes the tensors: {error}",
+            fix="override only keys that leave the shapes as they are",
+        ) from error
     first_new = f"layers.{model.config.num_hidden_layers}."
     lost = [n for n in missing if not n.endswith(FRESH) and first_new not in n]
     if lost or surplus:
