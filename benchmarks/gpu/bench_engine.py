@@ -76,6 +76,8 @@ def main() -> None:
             graphs=not options.no_graphs,
             kv_dtype=options.kv_dtype,
             graph_sizes=tuple(batches),
+            fuse=not options.no_fuse,
+            tune=options.tune,
         ),
     )
     note(options, kind="ready", seconds=time.perf_counter() - start_s)
@@ -147,6 +149,8 @@ def read_options() -> Any:
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-fuse", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="search tiles for single tokens")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--distinct", action="store_true", help="count the experts touched")
     parser.add_argument("--check", action="store_true", help="compare with a plain forward")

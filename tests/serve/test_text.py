@@ -17,10 +17,11 @@ def guesses(most: int = 4) -> Speculator:
     return Speculator(NgramProposer(longest=3, shortest=1), DraftLength(most, fixed=True))
 
 
-class Oracle:
+class Oracle(NgramProposer):
     """Guesses what is going to be said, wrong at every third place."""
 
     def __init__(self, texts: list[list[int]]) -> None:
+        super().__init__()
         self.texts = texts
 
     def propose(self, requests, counts):
@@ -31,9 +32,6 @@ class Oracle:
             guess = text[len(said) : len(said) + count]
             found.append([(t + (len(said) + i) % 3 // 2) % 90 for i, t in enumerate(guess)])
         return found
-
-    def forget(self, request_id):
-        pass
 
 
 def test_chunks_make_the_text_and_the_text_makes_sense(tiny):

@@ -80,21 +80,26 @@ def running(state: StepState) -> Iterator[None]:
         _state = previous
 
 
-def find_layers(model: nn.Module, device: torch.device) -> list[LayerShape]:
-    """Run one token through a model set to `mogul_paged` and number its attention layers.
-
-    Raises:
-        BackendError: its attention does not go through the interface, so pages cannot be used.
-    """
+def run_one_token(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:
+    """Run one token without pages through a model set to `mogul_paged`; its attention calls."""
     global _seen
     previous, _seen = _seen, []
     try:
         ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
         with torch.inference_mode():
             model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
-        found = _seen
+        return _seen
     finally:
         _seen = previous
+
+
+def find_layers(model: nn.Module, device: torch.device) -> list[LayerShape]:
+    """Number the attention layers of a model set to `mogul_paged`.
+
+    Raises:
+        BackendError: its attention does not go through the interface, so pages cannot be used.
+    """
+    found = run_one_token(model, device)
     expected = getattr(model.config, "num_hidden_layers", len(found))
     if not found or len(found) != expected:
         raise BackendError(

@@ -78,7 +78,8 @@ class Engine:
     ) -> None:
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
-        self.runner = Runner(model, kv_dtype=self.options.kv_dtype)
+        fuse = self.options.fuse and model.device.type != "cpu"
+        self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)
         self.sizes = sizes = choose_sizes(self.runner, self.options)
         self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size)
         self.pool = BlockPool(sizes.num_pages, sizes.page_size, reuse=self.options.reuse_prefix)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from mogul.core.log import log, say
@@ -45,9 +46,17 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 def compile_layers(model: Any) -> int:
     """Compile every decoder layer, lazily and for any number of tokens; returns how many."""
+    from mogul.serve.passes import FewPicks
+
     layers = decoder_layers(model)
+    options: dict[str, Any] = {"post_grad_custom_pre_pass": FewPicks()}
     for layer in layers:
-        layer.compile(dynamic=True)
+        try:
+            layer.compile(dynamic=True, options=options)
+        except RuntimeError as error:  # a version of torch that takes no pass as an option
+            log.warning(f"layers are compiled without fast picks: {error}")
+            options = {}
+            layer.compile(dynamic=True)
     return len(layers)
 
 
@@ -69,8 +78,12 @@ class Ladder:
         sequences, width = rung
         return Layout(sequences * width, sequences, sequences * width, self.pages, width)
 
-    def capture(self) -> None:
-        """Capture every rung, the largest first: the smaller ones reuse its memory."""
+    def capture(self, *, tune: bool) -> None:
+        """Capture every rung, the largest first: the smaller ones reuse its memory.
+
+        A single token is compiled apart. With `tune` its products become plain reductions whose
+        tiles are searched: matrix products of one row read their weights too slowly.
+        """
         start_s = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         for rung in sorted(self.rungs, key=lambda rung: -rung[0] * rung[1]):
@@ -78,8 +91,10 @@ class Ladder:
             stream = torch.cuda.Stream(self.runner.device)
             stream.wait_stream(torch.cuda.current_stream(self.runner.device))
             with torch.cuda.stream(stream):
-                for _ in range(2):
+                search = tune and rung == (1, 1)
+                with torch._inductor.config.patch(coordinate_descent_tuning=search):
                     self.runner.forward(inputs)
+                self.runner.forward(inputs)
             torch.cuda.current_stream(self.runner.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -106,7 +121,7 @@ class Ladder:
 
 
 def try_ladder(
-    runner: Runner, rungs: Sequence[int], pages_a_table: int, guesses: int = 0
+    runner: Runner, rungs: Sequence[int], pages_a_table: int, guesses: int = 0, *, tune: bool
 ) -> Ladder | None:
     """Capture where it can be done; where not, say why and run uncaptured."""
     if runner.device.type != "cuda":
@@ -114,7 +129,7 @@ def try_ladder(
     ladder = Ladder(runner, rungs, pages_a_table, guesses)
     try:
         with torch.inference_mode():
-            ladder.capture()
+            ladder.capture(tune=tune)
     except Exception as error:  # a kernel that synchronises, a family that branches on data
         log.warning(f"decode steps are not captured: {type(error).__name__}: {error}")
         torch.cuda.synchronize(runner.device)

@@ -45,6 +45,12 @@ class EngineOptions:
     compile: bool = True
     """Compile the decoder layer, on accelerators."""
 
+    fuse: bool = True
+    """Join linear layers that read one input, on accelerators."""
+
+    tune: bool = False
+    """Search tile sizes for the step of a single token while compiling: a slower start."""
+
     record_experts: bool = False
     """Keep the picks of every step in `Engine.last_picks`."""
 

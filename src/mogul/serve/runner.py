@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mogul.core.errors import BackendError, ConfigError
 from mogul.core.log import say
 from mogul.serve.attention import NAME, LayerCache, LayerShape, StepState, find_layers, running
+from mogul.serve.fuse import fuse_linears
 from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
 from mogul.serve.options import EngineOptions
@@ -25,7 +26,9 @@ KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 class Runner:
     """Runs steps; knows nothing of who asked."""
 
-    def __init__(self, model: PreTrainedModel, *, kv_dtype: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, kv_dtype: str = "auto", fuse: bool = False
+    ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise ConfigError(f"KV dtype {kv_dtype!r} is unknown", fix=f"use {list(KV_DTYPES)}")
         self.model = model.eval().requires_grad_(False)
@@ -33,6 +36,8 @@ class Runner:
         head: Any = model.get_output_embeddings()
         self.vocab_size = int(head.weight.shape[0])
         _use_pages(model)
+        if fuse:
+            fuse_linears(model, self.device)
         self.shapes: list[LayerShape] = find_layers(model, self.device)
         self.kv_dtype = KV_DTYPES[kv_dtype]
         self.caches: list[LayerCache] = []
@@ -94,7 +99,7 @@ class Runner:
         if options.graphs and not self.tap.is_open:
             most = limits.sequences
             rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
-            self.ladder = try_ladder(self, rungs, limits.pages, guesses)
+            self.ladder = try_ladder(self, rungs, limits.pages, guesses, tune=options.tune)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
