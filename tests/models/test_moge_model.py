@@ -366,3 +366,11 @@ def test_reward_model_head():
 
     model = AutoModelForSequenceClassification.from_config(MogeConfig(**TINY, num_labels=1))
     assert model(TOKENS).logits.shape == (2, 1)
+
+
+def test_the_selection_bias_is_float32_in_a_model_of_any_dtype():
+    config = MogeConfig(**TINY | {"router_selection_bias": True})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    gate = model.model.layers[0].mlp.gate
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32

@@ -106,7 +106,8 @@ class MogeRouter(nn.Module):
         self.straight_through = config.router_gradient == "straight_through"
         num_rows = config.num_experts + config.num_null_experts
         self.weight = nn.Parameter(torch.zeros(num_rows, config.hidden_size))
-        bias = torch.zeros(num_rows) if config.router_selection_bias else None
+        wants_bias = config.router_selection_bias  # float32 in a model of any dtype
+        bias = torch.zeros(num_rows, dtype=torch.float32) if wants_bias else None
         self.register_buffer("e_score_correction_bias", bias)
         scale = nn.Parameter(torch.ones(config.num_experts)) if config.router_scale else None
         self.register_parameter("router_scale", scale)
