@@ -27,7 +27,7 @@ from mogul.models import load_model, load_tokenizer
 from mogul.serve import Engine, SamplingParams
 from mogul.serve.loading import default_device
 from mogul.serve.options import EngineOptions
-from mogul.serve.speculate import DraftLength, NgramProposer, Proposer, Speculator
+from mogul.serve.speculate import make_speculator
 from mogul.train.data import shipped_text
 
 
@@ -61,8 +61,13 @@ def main() -> None:
     )
     for name in options.proposers:
         plain = Engine(model, None, settings)
-        length = DraftLength(options.most, fixed=options.fixed)
-        speculator = Speculator(proposer_of(name, options, device), length)
+        speculator = make_speculator(
+            name.removeprefix("draft="),
+            guesses=options.most,
+            fixed=options.fixed,
+            dtype=options.dtype,
+            device=device,
+        )
         guessing = Engine(model, None, settings, speculator=speculator)
         for batch in options.batches:
             prompts = [ids[i * options.prompt : (i + 1) * options.prompt] for i in range(batch)]
@@ -89,20 +94,6 @@ def main() -> None:
     ).show()
     if options.record:
         ledger.append(entries, Path(options.record))
-
-
-def proposer_of(name: str, options: argparse.Namespace, device: str) -> Proposer:
-    """The proposer an option names."""
-    if name == "ngram":
-        return NgramProposer()
-    if name == "mtp":
-        from mogul.serve.speculate.mtp import MtpProposer
-
-        return MtpProposer()
-    from mogul.serve.speculate.draft_model import DraftModelProposer
-
-    path = name.removeprefix("draft=")
-    return DraftModelProposer(load_model(path, dtype=options.dtype, device=device))
 
 
 def compare(

@@ -106,6 +106,15 @@ def test_a_run_measures_every_load(model: Qwen3MoeForCausalLM) -> None:
     assert all(row["value"] > 0 for row in rows)
 
 
+def test_guesses_are_told_by_position(model: Qwen3MoeForCausalLM) -> None:
+    loads = (Workload(2, 12, 24),)
+    options = {"page_size": 4, "cache_tokens": 400}
+    request = serve.Request(loads, runs=1, engine=options, guess="ngram", guesses=2)
+    result = serve.measure(model, request, name="tiny")
+    assert len(result.cells[0].acceptance) == 2
+    assert any("guesses that stood" in note for note in serve.table(result).notes)
+
+
 def test_alike_tokens_are_replaced_by_random_ones(model: Qwen3MoeForCausalLM, monkeypatch) -> None:
     counts = iter([2.0, 7.5])
     monkeypatch.setattr(serve, "count_distinct", lambda engine, workload: next(counts))

@@ -45,6 +45,12 @@ class Request:
     engine: dict[str, Any] = field(default_factory=dict)
     """Fields of `EngineOptions`."""
 
+    guess: str = ""
+    """Who guesses tokens: ngram, mtp, a draft model; nobody where empty."""
+
+    guesses: int = 4
+    """Guessed tokens a request at most."""
+
     def __post_init__(self) -> None:
         """Refuse to measure nothing."""
         if self.runs < 1 or not self.workloads:
@@ -172,21 +178,30 @@ def step_bytes(
     return weights.step_bytes(distinct or 0.0) + kv_bytes
 
 
-def _engine(model: PreTrainedModel, request: Request, **more: Any) -> Engine:
+def _engine(
+    model: PreTrainedModel, request: Request, speculator: Any = None, **more: Any
+) -> Engine:
     from mogul.serve import Engine
     from mogul.serve.options import EngineOptions
 
     most = max(workload.requests for workload in request.workloads)
     length = max(one.input_tokens + one.output_tokens for one in request.workloads)
     options = {"max_sequences": most, "max_length": length, "reuse_prefix": False, "seed": 0}
-    return Engine(model, None, EngineOptions(**{**options, **request.engine, **more}))
+    settled = EngineOptions(**{**options, **request.engine, **more})
+    return Engine(model, None, settled, speculator=speculator)
 
 
 def _timed(
     model: PreTrainedModel, workloads: Sequence[Workload], request: Request
 ) -> Iterator[tuple[tuple[Timeline, ...], tuple[float, ...], int]]:
     """Of each workload: its runs, guesses that stood by position, bytes of a token in the cache."""
-    engine = _engine(model, request)
+    from mogul.serve.speculate import make_speculator
+
+    speculator = None
+    if request.guess:
+        kind = {"dtype": model.dtype, "device": model.device.type}
+        speculator = make_speculator(request.guess, guesses=request.guesses, **kind)
+    engine = _engine(model, request, speculator)
     try:
         for workload in workloads:
             short = replace(workload, output_tokens=min(8, workload.output_tokens), rate=None)
@@ -195,7 +210,6 @@ def _timed(
                 drive(engine, replace(workload, seed=workload.seed + run))
                 for run in range(request.runs)
             )
-            speculator = engine.speculator
             acceptance = speculator.stats.acceptance if speculator is not None else ()
             yield runs, acceptance, engine.runner.token_bytes
     finally:

@@ -61,6 +61,12 @@ class Options:
     set: tuple[str, ...] = ()
     """Options of the engine as NAME=VALUE, for example kv_dtype=fp8 page_size=64 graphs=false."""
 
+    guess: str = ""
+    """Guess tokens and verify them: ngram, mtp, or a draft model's folder."""
+
+    guesses: int = 4
+    """Guessed tokens a request at most; fewer where they do not pay."""
+
     record: bool = False
     """Append the results to the ledger."""
 
@@ -110,7 +116,14 @@ def _request(options: Options) -> Any:
         workloads = (Workload(options.requests, rate=options.rate, **sizes),)
     else:
         workloads = tuple(Workload(count, **sizes) for count in options.batch)
-    return Request(workloads, options.runs, options.tokens == "auto", engine_options(options.set))
+    return Request(
+        workloads,
+        options.runs,
+        options.tokens == "auto",
+        engine_options(options.set),
+        options.guess,
+        options.guesses,
+    )
 
 
 def engine_options(pairs: tuple[str, ...]) -> dict[str, Any]:

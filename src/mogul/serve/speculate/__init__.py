@@ -7,6 +7,7 @@ what the model draws; `DraftLength` decides how many guesses pay.
 from __future__ import annotations
 
 from mogul.serve.speculate.length import DraftLength, SpeculationStats
+from mogul.serve.speculate.make import make_speculator
 from mogul.serve.speculate.ngram import NgramProposer
 from mogul.serve.speculate.proposer import Drafting, Proposer
 from mogul.serve.speculate.speculator import Speculator
@@ -21,4 +22,5 @@ __all__ = [
     "Speculator",
     "count_tokens",
     "draft_rows",
+    "make_speculator",
 ]
