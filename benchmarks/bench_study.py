@@ -44,11 +44,15 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
     parser.add_argument("--windows", type=int, help="held-out windows, evenly spread; all")
+    parser.add_argument("--record", action="store_true", help="add the table to the ledger")
     parser.add_argument("--deadline-s", type=float, help="begin no run after this many seconds")
     parser.add_argument("--stop-s", type=float, help="stop every run after this many seconds")
     options = parser.parse_args()
     if options.what == "table":
-        show(read_results(options.results))
+        results = read_results(options.results)
+        show(results)
+        if options.record:
+            record(results)
         return 0
     if options.what == "one":
         return run_one(options, options.variants[0], options.seeds[0])
@@ -280,6 +284,33 @@ def show(results: list[dict[str, Any]]) -> None:
         )
         rows = [summary(variant, found) for variant, found in by.items() if found]
         Table(title=scale, columns=columns, rows=rows, notes=notes).show()
+
+
+def record(results: list[dict[str, Any]]) -> None:
+    """One ledger row a scale and variant, with device, versions and commit of the runs."""
+    from mogul.bench.ledger import append, row
+
+    rows = []
+    for scale, variant in dict.fromkeys((r["scale"], r["variant"]) for r in results):
+        runs = [r for r in results if (r["scale"], r["variant"]) == (scale, variant)]
+        bits = [run["bits_per_byte"] for run in runs]
+        rows.append(
+            row(
+                **{key: runs[-1][key] for key in ("device", "date", "commit", "versions")},
+                bench="study",
+                case=f"{scale} {variant}, {runs[0]['tokens'] / 1e6:.3g}M tokens",
+                metric="held-out bits per byte",
+                unit="bits/byte",
+                value=round(mean(bits), 5),
+                spread=[round(min(bits), 5), round(max(bits), 5)],
+                runs=len(runs),
+                max_vio=round(mean(run["max_vio"] for run in runs), 3),
+                rho_D8_T512=round(mean(run["rho"]["D8 T512"] for run in runs), 4),
+                command="python benchmarks/bench_study.py run --scale recipes/"
+                f"{scale}.toml --variants {variant}",
+            )
+        )
+    append(rows)
 
 
 def summary(variant: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
