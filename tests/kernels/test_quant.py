@@ -25,6 +25,7 @@ from mogul.kernels import (
 from mogul.kernels.quant_format import (
     dequantise_fp8,
     dequantise_int4,
+    quantise_fp8_weight,
     quantise_int4,
     quantise_rows,
     unpack_int4,
@@ -109,6 +110,17 @@ def test_least_squares_beat_the_plain_range_and_importance_moves_the_error() -> 
     importance[:8] = 100
     cared = dequantise_int4(*quantise_int4(weight, 128, importance), 128, torch.float32) - weight
     assert cared[:, :8].norm() < 0.8 * error[:, :8].norm()
+
+
+def test_fp8_scales_make_the_weights_that_matter_exact() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(4))
+    importance = torch.ones(64)
+    importance[7] = 1000
+    plain = dequantise_fp8(*quantise_fp8_weight(weight), torch.float32) - weight
+    cared = dequantise_fp8(*quantise_fp8_weight(weight, importance), torch.float32) - weight
+    assert cared[:, 7].norm() < 0.2 * plain[:, 7].norm()
+    assert cared.norm() < 1.1 * plain.norm()
+    assert torch.equal(quantise_fp8_weight(weight)[1], quantise_rows(weight)[1])
 
 
 def test_fp8_rows_have_their_own_scales() -> None:

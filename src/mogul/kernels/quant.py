@@ -7,7 +7,7 @@ router is no part of this and stays as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -89,10 +89,11 @@ class QuantisedExperts:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a name, `gate_up_value` and so on: what a checkpoint holds."""
-        found = {
-            f"{side}_{field.name}": getattr(weight, field.name)
-            for side, weight in (("gate_up", self.gate_up), ("down", self.down))
-            for field in fields(QuantisedWeight)
+        found: dict[str, Tensor | None] = {
+            "gate_up_value": self.gate_up.value,
+            "gate_up_scale": self.gate_up.scale,
+            "down_value": self.down.value,
+            "down_scale": self.down.scale,
         }
         found |= {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -102,13 +103,10 @@ class QuantisedExperts:
         cls, tensors: dict[str, Tensor], format: ExpertFormat, layout: ExpertLayout
     ) -> QuantisedExperts:
         """The record of what `tensors` gave."""
-
-        def weight(side: str) -> QuantisedWeight:
-            parts = (tensors.get(f"{side}_{field.name}") for field in fields(QuantisedWeight))
-            return QuantisedWeight(*parts)  # type: ignore[arg-type]
-
+        gate_up = QuantisedWeight(tensors["gate_up_value"], tensors["gate_up_scale"])
+        down = QuantisedWeight(tensors["down_value"], tensors["down_scale"])
         biases = (tensors.get("gate_up_bias"), tensors.get("down_bias"))
-        return cls(format, weight("gate_up"), weight("down"), layout, *biases)
+        return cls(format, gate_up, down, layout, *biases)
 
     @property
     def num_bytes(self) -> int:

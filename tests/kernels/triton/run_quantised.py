@@ -54,12 +54,38 @@ def rounding_error() -> float:
     return max(float(error.max()) for error in errors)
 
 
+def operator_error() -> float:
+    """Operator checks of torch, and a module compiled and exported as one graph."""
+    from mogul.kernels import MOE_QUANTISED
+    from mogul.kernels.triton.quant import moe_quantised_triton
+    from mogul.models.quantise import PackedExperts
+
+    MOE_QUANTISED.add("interpreted", moe_quantised_triton)
+    packed = quantise_experts(torch.randn(4, 64, 32), torch.randn(4, 32, 32), "int4-32")
+    module = PackedExperts(packed)
+    module.backend = "interpreted"
+    call = (torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2))
+    with torch.no_grad():
+        want = module(*call)
+        got = torch.compile(module, fullgraph=True, backend="eager")(*call)
+        graph = torch.export.export(module, call).graph
+    assert any("moe_quantised" in str(node.target) for node in graph.nodes)
+    up, down = packed.gate_up, packed.down
+    weights = (up.value, up.scale, down.value, down.scale, None, None)
+    operator = torch.ops.mogul.moe_quantised.default
+    torch.library.opcheck(operator, (call[0], *weights, *call[1:], 32, 0, 1.702, 7.0))
+    return float((got - want).norm())
+
+
 def main() -> None:
     """Case names from the command line; one JSON object a line."""
     quant_layer.QuantLayer = TorchRounds
     for name in sys.argv[1:]:
         if name == "rounding":
             print(json.dumps({"case": name, "error": rounding_error()}))
+            continue
+        if name == "operator":
+            print(json.dumps({"case": name, "error": operator_error()}))
             continue
         format_name, tile, activation, dtype = CASES[name]
         torch.manual_seed(3)

@@ -60,30 +60,62 @@ def test_the_kernels_know_every_activation() -> None:
     assert any_layer.ACTIVATIONS[any_kernels.CLAMPED.value] == CLAMPED_SWIGLU
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_up_compiles_for_gpt_oss(arch: int) -> None:
-    kernel = any_kernels.up_any
-    types = {
-        **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "act_ptr", "pre_ptr"), "*bf16"),
+BLOCKS = {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+FORM = any_layer.Form.of(GPT_OSS)
+SIZES = {"D": 2880, "F": 2880, "K": 4, "E": 32}
+KERNELS = {
+    "up_any": {
+        **SIZES,
+        **FORM.strides(5760, 2880),
+        **FORM.activation(),
+        **{"INTERLEAVED": True, "BIAS": True, "SAVE": True},
+        **BLOCKS,
+    },
+    "product_any": {
+        **{"N": 2880, "C": 5760, "F": 2880, "E": 32},
+        **FORM.strides(5760, 2880),
+        **{"BACK": True, "INTERLEAVED": True, "BIAS": False},
+        **BLOCKS,
+    },
+    "down_grad_any": {
+        **SIZES,
+        **FORM.strides(2880, 2880),
+        **{**FORM.activation(), "BIAS": True, "ACT": 1},
+        **BLOCKS,
+    },
+    "weight_grad_any": {
+        **{"M": 5760, "N": 2880, "F": 2880, "K": 4},
+        **FORM.strides(5760, 2880),
+        **{"INTERLEAVED": True, "GATHER_LEFT": False},
+        **{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32},
+    },
+    "bias_grad_any": {
+        **{"N": 5760, "F": 2880, "K": 4, "INTERLEAVED": True, "WEIGHTED": True},
+        **{"BLOCK_N": 64, "BLOCK_R": 32},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("up_any", 80), ("up_any", 89), ("up_any", 100), *((name, 90) for name in KERNELS)],
+)
+def test_they_compile_for_gpt_oss(name: str, arch: int) -> None:
+    kernel, constants = getattr(any_kernels, name), KERNELS[name]
+    special = {
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), "*i32"),
-    }
-    form = any_layer.Form.of(GPT_OSS)
-    constants = {
-        **{"D": 2880, "F": 2880, "K": 4, "E": 32, **form.strides(5760, 2880)},
-        **form.activation(),
-        **{"INTERLEAVED": form.interleaved, "BIAS": True, "SAVE": True},
-        **{"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32},
+        **{"weights_ptr": "*fp32", "part_ptr": "*fp32", "num_slots": "i32"},
     }
     names = [parameter.name for parameter in kernel.params]
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    types = {n: special.get(n, "*bf16") for n in names}
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }
-    constexprs = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    constexprs = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
-    done = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "num_stages": 2}
-    )
+    options = {"num_warps": 4, "num_stages": 2}
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert done.metadata.shared < 100_000
 
 

@@ -32,6 +32,7 @@ CASES = {
     "int4-64 half": 2e-3,
     "int4-128 short group": 2e-6,
     "int4-128 clamped with biases": 2e-6,
+    "operator": 1e-9,
 }
 
 

@@ -55,6 +55,11 @@ def test_equal_to_the_reference(found: list[dict[str, Any]], rule: str) -> None:
         assert "dlogits" in case
 
 
+def test_a_compiled_graph_has_the_same_gradients(found: list[dict[str, Any]]) -> None:
+    (case,) = (case for case in found if case["case"] == "compiled")
+    assert case["error"] < 1e-6
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_it_compiles(arch: int) -> None:
     kernel = route_kernels.route_tokens
