@@ -89,6 +89,8 @@ def main() -> None:
         attempt(options, measure, engine, batch, options, bandwidth)
     for batch in options.profile:
         attempt(options, profile, engine, batch, options)
+    if options.profile:
+        attempt(options, profile_prompts, engine, options)
     engine.steps.sampler = plain
     if options.check:
         attempt(options, check, engine, options)
@@ -300,6 +302,23 @@ def profile(engine: Engine, batch: int, options: Any) -> None:
     for _ in range(3):
         engine.step()
     steps = 8
+    watch_steps(engine, steps, options, f"decode, batch {batch}")
+    while engine.has_work:
+        engine.step()
+
+
+def profile_prompts(engine: Engine, options: Any) -> None:
+    """Device time of one full step of prompts by kernel."""
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    for prompt in prompts_of(8, options, engine.runner.vocab_size, 8):
+        engine.add(prompt, params)
+    watch_steps(engine, 1, options, "prompts")
+    while engine.has_work:
+        engine.step()
+
+
+def watch_steps(engine: Engine, steps: int, options: Any, what: str) -> None:
+    """Note what the device does in some steps, the longest first."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as seen:
         start_s = time.perf_counter()
@@ -307,15 +326,17 @@ def profile(engine: Engine, batch: int, options: Any) -> None:
             engine.step()
         torch.cuda.synchronize()
         wall_s = time.perf_counter() - start_s
-    while engine.has_work:
-        engine.step()
-    events = [e for e in seen.key_averages() if e.self_device_time_total > 0]
+    events = [
+        e
+        for e in seen.key_averages()
+        if e.self_device_time_total > 0 and not e.key.startswith("aten::")
+    ]
     events.sort(key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) / steps / 1e3
-    note(options, kind="profile", batch=batch, device_ms=total, wall_ms=1e3 * wall_s / steps)
+    note(options, kind="profile", what=what, device_ms=total, wall_ms=1e3 * wall_s / steps)
     for e in events[:24]:
         note(
-            options, kind="kernel", batch=batch, name=e.key[:90],
+            options, kind="kernel", what=what, name=e.key[:90],
             ms=round(e.self_device_time_total / steps / 1e3, 4), calls=e.count / steps,
         )  # fmt: skip
 

@@ -83,6 +83,8 @@ class PageRoom:
 
     def learn(self, live: Live) -> None:
         """Teach the pool the pages that are full of computed, known tokens."""
+        if not self.pool.reuse:
+            return
         size = self.pool.page_size
         full = min(live.computed, len(live.tokens)) // size
         for index in range(len(live.digests), full):
