@@ -112,13 +112,19 @@ def measure(world: World, request: Request) -> Iterator[dict[str, Any]]:
 
 def measure_cells(setup: Setup) -> Iterator[dict[str, Any]]:
     """The rows of a prepared run."""
-    request = setup.request
-    for tokens in request.tokens:
-        for routing in request.routings:
-            for way in request.ways:
-                if way.chunks > 1 and tokens < CHUNKED_TOKENS:
-                    continue
-                yield _cell(setup, routing, way, tokens)
+    for routing, way, tokens in cells_of(setup.request):
+        yield _cell(setup, routing, way, tokens)
+
+
+def cells_of(request: Request) -> list[tuple[str, Way, int]]:
+    """(routing, way, tokens) of every cell."""
+    return [
+        (routing, way, tokens)
+        for tokens in request.tokens
+        for routing in request.routings
+        for way in request.ways
+        if way.chunks == 1 or tokens >= CHUNKED_TOKENS
+    ]
 
 
 @torch.no_grad()
@@ -170,7 +176,7 @@ def _experts_s(setup: Setup, dispatcher: Dispatcher, inputs: Inputs, budget_s: f
         for rows in seen:
             setup.weights.run(*rows)
 
-    called = setup.clock.own_s(alone, budget_s)
+    called = setup.clock.own_s(alone, budget_s, busy=True)
     if not setup.clock.on_gpu:
         return called
     with setup.clock.captured(alone) as replay:

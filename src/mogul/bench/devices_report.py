@@ -23,7 +23,7 @@ COLUMNS = (
 )  # fmt: skip
 NOTES = (
     "layer: the slowest rank's, called or in a graph, whichever is less",
-    "experts: the slowest rank's, alone",
+    "experts: the slowest rank's, alone (on a processor: computing time, not waiting)",
     "waits: the rank with the fewest work waits so long for the slowest rank's experts",
     "exposed: share of the layer that is not the slowest rank's experts",
     "floor: an even share of the work at this run's limits, or the bytes over this run's link",

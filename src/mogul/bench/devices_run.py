@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
-from mogul.bench.devices import Request, explain, measure_cells, prepare
+from mogul.bench.devices import Request, cells_of, explain, measure_cells, prepare
 from mogul.bench.devices_train import TrainRequest, measure_training
 from mogul.bench.kernels import LayerShape, device_name
 from mogul.core.log import progress
@@ -33,12 +34,12 @@ def layers_on_rank(world: World, request: Request) -> dict[str, Any]:
     """All cells on one rank."""
     setup = prepare(world, request)
     facts = explain(setup)
-    cells = len(request.tokens) * len(request.routings) * len(request.ways)
-    rows = []
-    with progress("measuring", cells) as bar:
+    with progress("measuring", len(cells_of(request))) if world.rank == 0 else nullcontext() as bar:
+        rows = []
         for row in measure_cells(setup):
             rows.append(row)
-            bar.advance(1, row["way"])
+            if bar is not None:
+                bar.advance(1, row["way"])
     device = device_name(world.device)
     return {"facts": facts, "rows": rows, "phases": setup.phases, "device": device}
 
