@@ -111,14 +111,15 @@ def test_runs_are_equal_to_the_bit() -> None:
         assert torch.equal(first_gradients[name], again_gradients[name]), name
 
 
-@pytest.mark.parametrize("family", ["Qwen3Moe", "Moge"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_whole_model_compiles_in_one_graph(family: str) -> None:
+    """Traced but not fused, as fused operators round elsewhere: so equal to the bit."""
     model, ids = build(family, torch.bfloat16), tokens()
     model.set_experts_implementation("mogul")
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
-        compiled = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
-    assert relative(compiled, plain) <= 1e-2
+        traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(traced(ids, use_cache=False).logits, plain)
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
