@@ -46,7 +46,8 @@ def weight_dtype(run: RunSection, device: torch.device) -> torch.dtype:
 
 def around_forward(run: RunSection, device: torch.device) -> Callable[[], AbstractContextManager]:
     """What is open around every forward: autocast, the order of attention kernels."""
-    wants_cudnn = run.attention == "cudnn"
+    on_device = device.type != "cpu" and torch.backends.cudnn.is_available()
+    wants_cudnn = run.attention == "cudnn" or (run.attention == "auto" and on_device)
     if run.precision != "autocast" and not wants_cudnn:
         return nullcontext
 

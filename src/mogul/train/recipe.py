@@ -97,7 +97,8 @@ class RunSection(Spec):
     """Experts implementation: mogul, grouped_mm, eager..."""
 
     attention: str = "auto"
-    """Attention implementation of Transformers; auto: sdpa; `cudnn`: sdpa, cuDNN's kernel first."""
+    """Attention implementation of Transformers; `cudnn`: sdpa, cuDNN's kernel first, which auto
+    takes where there is one."""
 
     loss: Literal["auto", "chunked", "model"] = "auto"
     """`chunked` never holds all logits; `model` calls the model with labels."""
