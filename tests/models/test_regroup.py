@@ -221,3 +221,24 @@ def test_families_and_groups_that_cannot_be_are_named(trained, trace):
         find_groups(trace, 8)
     with pytest.raises(ConfigError, match=r"no groups for the layers \[0, 1\]"):
         regroup(trained, {}, 2)
+
+
+def test_routers_heal_in_float32_and_come_back(trained, trace):
+    grouped = regroup(trained, find_groups(trace, 4), 4).bfloat16()
+    healing = Healing(grouped, trained)
+    assert {p.dtype for p in routers_of(grouped)} == {torch.float32}
+    healing.finish()
+    assert {p.dtype for p in grouped.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in grouped.parameters())
+
+
+def test_a_layer_no_trace_sees_keeps_its_order():
+    model = tiny("moge", num_nextn_predict_layers=1)
+    groups = {layer: np.arange(16)[::-1] // 4 for layer in (0, 1)}
+    grouped = regroup(model, groups, 4)
+    before, after = model.state_dict(), grouped.state_dict()
+    further = [name for name in before if ".layers.2." in name and ".mlp." in name]
+    assert further
+    assert all(torch.equal(before[name], after[name]) for name in further)
+    name = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(after[name], before[name][order_of(groups[0])])

@@ -89,3 +89,16 @@ def test_the_nearer_measurement_weighs_more():
     plain = curves.curve("hopper", "gemm").seconds(physics.demand("gemm", asked), H100, "bf16")
     ratio = Calibration((table,)).estimate("gemm", asked, H100, "bf16").seconds / plain
     assert ratio == pytest.approx(2.0, rel=0.05)
+
+
+def test_no_shipped_time_beats_the_machine():
+    """A measured call from memory cannot be faster than the memory, nor any than the arithmetic."""
+    for table in load_shipped():
+        device = hardware(table.device)
+        demand = physics.demand(table.kind, table.dims)
+        peak = device.peak(table.dtype)
+        compute_s = demand.flop / peak
+        from_memory = demand.moved_bytes > 4 * device.l2_bytes
+        memory_s = np.where(from_memory, demand.moved_bytes / device.memory_bytes_per_s, 0.0)
+        worst = (np.maximum(compute_s, memory_s) / table.seconds).max()
+        assert worst < 1.02, f"{table.kind} {table.dtype} of {table.engine}: {worst:.2f}"

@@ -178,7 +178,7 @@ def _heal(options: Options, original: Any, grouped: Any, ids_NL: np.ndarray) -> 
     )
     train(healing, best.batches(endless()), settings, description="healing the routers")
     best.restore()
-    grouped.requires_grad_(True)
+    healing.finish()
 
 
 def _balance(options: Options, original: Any, grouped: Any, ids_NL: np.ndarray) -> Table:

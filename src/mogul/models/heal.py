@@ -46,6 +46,16 @@ class Healing(nn.Module):
             raise ConfigError("the model has no routers to heal", fix="heal a regrouped model")
         for parameter in student.parameters():
             parameter.requires_grad_(id(parameter) in routers)
+        # Steps of a bf16 weight would be rounded away.
+        self._dtypes = [parameter.dtype for parameter in routers_of(student)]
+        for parameter in routers_of(student):
+            parameter.data = parameter.data.float()
+
+    def finish(self) -> None:
+        """Give the routers their dtype back and let everything train again."""
+        for parameter, dtype in zip(routers_of(self.student), self._dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)
+        self.student.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Healing:
         """Switch the student alone; the original stays in evaluation mode."""

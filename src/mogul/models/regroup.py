@@ -147,7 +147,9 @@ def _reordered(name: str, tensor: Tensor, groups: Groups) -> Tensor:
     counts_experts = ".mlp.experts." in name or ".mlp.gate." in name
     if not counts_experts:
         return tensor.clone()
-    group_E = groups[int(parts[parts.index("layers") + 1])]
+    group_E = groups.get(int(parts[parts.index("layers") + 1]))
+    if group_E is None:  # a layer that predicts further tokens: no trace sees it, groups in order
+        return tensor.clone()
     order_E = torch.from_numpy(order_of(group_E)).to(tensor.device)
     return tensor.index_select(0, order_E)
 
