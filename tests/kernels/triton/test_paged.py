@@ -48,7 +48,7 @@ def check_all(found: dict[str, float]) -> None:
 
 
 def test_kernels_equal_the_reference() -> None:
-    check_all(interpreted(4))
+    check_all(interpreted(2))
 
 
 @pytest.mark.full

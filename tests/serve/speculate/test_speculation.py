@@ -138,7 +138,7 @@ def test_company_and_kinds_may_mix() -> None:
 @pytest.mark.parametrize("params", [KINDS["sampled"], KINDS["filtered"]], ids=["all", "filtered"])
 def test_the_distribution_is_the_models(params: SamplingParams) -> None:
     """Two tokens after a fixed text, over many seeds, against their exact probabilities."""
-    count = 6000
+    count = 3000
     tokens = [4, 5]
 
     def shares(text: list[int]) -> torch.Tensor:
