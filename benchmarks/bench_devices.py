@@ -3,6 +3,8 @@
 python benchmarks/bench_devices.py --out FOLDER                  Pangu Pro and Qwen3-30B-A3B layers
 python benchmarks/bench_devices.py --out FOLDER --parts decode   the whole Pangu Pro MoE decodes
 python benchmarks/bench_devices.py --out FOLDER --tiny --cpu     the same code on CPU processes
+python benchmarks/bench_devices.py --out FOLDER --cpu --ranks 4 --parts computing
+                                                                 what each rank's experts compute
 
 Writes rows.jsonl as rows come, then devices.html and ledger.jsonl. Parts that fail are reported and
 passed over. Kernels are compiled first, by several processes at once.
@@ -235,6 +237,25 @@ def decoding(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
     return found
 
 
+def computing(world: Any, log: Log) -> list[dict[str, Any]]:
+    """What each rank computes in the experts of an upcycled SmolLM2 layer, by router."""
+    from mogul.bench.devices import Request, measure_cells, prepare
+    from mogul.bench.devices_cases import Way
+    from mogul.bench.kernels import LayerShape
+
+    request = Request(
+        shape=LayerShape(32, 8, 576, 192, 8),
+        tokens=(16, 64, 456),
+        dtype="fp32",
+        budget_s=0.2,
+        ways=(Way("grouped", "static"), Way("top-k", "gather")),
+    )
+    rows = list(measure_cells(prepare(world, request)))
+    for row in rows:
+        log.put("computing", row)
+    return rows
+
+
 def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
     """All parts in order of worth."""
     from mogul.bench.kernels import device_name
@@ -243,6 +264,8 @@ def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
     shapes = TINY_SHAPES if tiny else SHAPES
     found: dict[str, Any] = {"device": device_name(world.device), "layers": [], "training": []}
     found["decode"] = []
+    if "computing" in parts:
+        found["computing"] = computing(world, log)
     if "decode" in parts:
         log.attempt("decode", lambda: found["decode"].extend(decoding(world, log, tiny)))
     for name, sizes in shapes.items():
@@ -259,12 +282,15 @@ def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
 def write(found: dict[str, Any], folder: Path) -> None:
     from mogul.bench import ledger
     from mogul.bench.devices_report import (
+        busiest_chart,
+        busiest_rows,
         decode_rows,
         ledger_rows,
         table,
         training_rows,
         write_page,
     )
+    from mogul.draw.png import save_png
 
     tables, phases, rows = [], [], []
     for one in found["layers"]:
@@ -273,6 +299,9 @@ def write(found: dict[str, Any], folder: Path) -> None:
         rows += ledger_rows(one["rows"], one["facts"], found["device"])
     rows += training_rows(found["training"], found["device"])
     rows += decode_rows(found["decode"], found["device"])
+    if waits := found.get("computing"):
+        rows += busiest_rows(waits, found["device"])
+        save_png(busiest_chart(waits), folder / "devices.png")
     ledger.append(rows, folder / "ledger.jsonl")
     write_page(folder, tables, phases)
 

@@ -14,6 +14,7 @@ from typing import Any
 from mogul.bench import ledger
 from mogul.core.table import Table
 from mogul.core.units import show_s
+from mogul.draw.chart import Chart, Series
 from mogul.draw.page import Page
 
 Row = Mapping[str, Any]
@@ -190,3 +191,48 @@ def decode_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
         )
         for step in steps
     ]
+
+
+def busiest(row: Row) -> float:
+    """Time of the slowest rank's experts over the mean of all ranks."""
+    return max(row["experts_s"]) * len(row["experts_s"]) / sum(row["experts_s"])
+
+
+def busiest_rows(rows: Iterable[Row], device: str) -> list[dict[str, Any]]:
+    """Ledger rows of what ranks compute: the slowest over the mean, with its rho."""
+    return [
+        ledger.row(
+            device,
+            bench="devices",
+            case=f"{row['shape']} x{row['ranks']} {row['way']} {row['routing']} T{row['tokens']}",
+            metric="experts of the slowest rank over the mean",
+            unit="x",
+            value=busiest(row),
+            runs=5,
+            detail={key: row[key] for key in ("experts_s", "rho", "delta")},
+        )
+        for row in rows
+    ]
+
+
+def busiest_chart(rows: Sequence[Row]) -> Chart:
+    """Bars of the slowest rank over the mean, by router and load."""
+    ranks = rows[0]["ranks"]
+    series = [
+        Series(
+            name=way,
+            x=[f"{row['routing']}\n{row['tokens']}" for row in rows if row["way"] == way],
+            y=[busiest(row) for row in rows if row["way"] == way],
+            kind="bars",
+        )
+        for way in dict.fromkeys(row["way"] for row in rows)
+    ]
+    return Chart(
+        title=f"Who waits: experts of the slowest of {ranks} ranks",
+        x_label="routing, tokens of all ranks",
+        y_label="computing time, slowest / mean",
+        series=series,
+        caption="1 means that no rank waits for another's experts.",
+        y_range=(0.9, 1.5),
+        reference=(1.0, "nobody waits"),
+    )
