@@ -56,6 +56,20 @@ def test_prompts_differ_from_the_first_token() -> None:
     assert Workload(90, 5, 2, seed=1).prompts(97) != prompts
 
 
+def test_requests_draw_numbers_of_their_own() -> None:
+    seeds = [one.seed for run in (0, 1) for one in Workload(5, 3, 2, seed=run).params()]
+    assert len(set(seeds)) == 10
+
+
+def test_forced_tokens_pick_nearly_all_experts(model: Qwen3MoeForCausalLM) -> None:
+    options = {"page_size": 4, "cache_tokens": 900, "record_experts": True}
+    workload = Workload(16, 4, 8, temperature=FORCED_TEMPERATURE)
+    engine = serve._engine(model, serve.Request((workload,), engine=options))
+    found = serve_floor.count_distinct(engine, workload)
+    assert found is not None
+    assert found > 0.8 * serve_floor.weights_of(model).uniform_distinct(16)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [((0, 1, 2), "no time per token"), ((1, 1, 1), "no time per token"), ((1, 1, 2, -1), "arrive")],

@@ -104,8 +104,8 @@ def count_distinct(engine: Engine, workload: Workload) -> float | None:
     from mogul.serve.routed import distinct_experts
 
     short = replace(workload, output_tokens=min(workload.output_tokens, COUNTED_TOKENS), rate=None)
-    params = short.params()
-    for prompt in short.prompts(engine.runner.vocab_size):
+    prompts = short.prompts(engine.runner.vocab_size)
+    for prompt, params in zip(prompts, short.params(), strict=True):
         engine.add(prompt, params)
     found: list[float] = []
     while engine.has_work:

@@ -61,16 +61,19 @@ class Workload:
         gaps = np.random.default_rng(self.seed + 1).exponential(1 / self.rate, self.requests)
         return (np.cumsum(gaps) - gaps[0]).tolist()
 
-    def params(self) -> SamplingParams:
-        """How its tokens are chosen."""
+    def params(self) -> list[SamplingParams]:
+        """How the tokens of each request are chosen; every one draws numbers of its own."""
         from mogul.serve import SamplingParams
 
-        return SamplingParams(
-            max_tokens=self.output_tokens,
-            temperature=self.temperature,
-            ignore_eos=True,
-            seed=self.seed,
-        )
+        return [
+            SamplingParams(
+                max_tokens=self.output_tokens,
+                temperature=self.temperature,
+                ignore_eos=True,
+                seed=self.seed * self.requests + number,
+            )
+            for number in range(self.requests)
+        ]
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def drive(engine: Engine, workload: Workload) -> Timeline:
     while len(answers) < len(prompts):
         now_s = time.perf_counter() - start_s
         while len(numbers) < len(prompts) and arrivals_s[len(numbers)] <= now_s:
-            numbers.append(engine.add(prompts[len(numbers)], params))
+            numbers.append(engine.add(prompts[len(numbers)], params[len(numbers)]))
         if not engine.has_work:
             time.sleep(max(0.0, arrivals_s[len(numbers)] - now_s))
             continue

@@ -119,7 +119,7 @@ def _request(options: Options) -> Any:
     return Request(
         workloads,
         options.runs,
-        options.tokens == "auto",
+        options.tokens == "auto" and not options.guess,  # nobody guesses random tokens
         engine_options(options.set),
         options.guess,
         options.guesses,
