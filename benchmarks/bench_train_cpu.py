@@ -146,6 +146,9 @@ def report(
                     runs=options.rounds,
                     peers=peers,
                     ratio=round(ours / peers["Transformers, grouped_mm"], 3),
+                    ratio_compiled=round(
+                        speed["mogul, compiled"] / peers["Transformers, grouped_mm"], 3
+                    ),
                 )
             ]
         )

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +232,18 @@ def test_multi_token_prediction_is_trained_and_exported(recipe, tmp_path):
     assert load_trace(tmp_path / "trace").meta.layers == (0, 1)
     loaded = load_model(tmp_path / MODEL)
     assert loaded.model.layers[2].eh_proj.weight.shape == (32, 64)
+
+
+def test_a_larger_mesh_and_a_missing_tensorboard_are_refused(recipe, tmp_path):
+    mesh = SimpleNamespace(size=lambda: 2)
+    with pytest.raises(ConfigError, match="a mesh of 2 devices is not built"):
+        Session(recipe(), tmp_path, mesh=mesh)
+    if find_spec("tensorboard") is None:
+        with pytest.raises(ConfigError, match="tensorboard is not installed"):
+            _run(recipe(log__tensorboard=True), tmp_path / "board")
+    else:
+        _run(recipe(log__tensorboard=True), tmp_path / "board")
+        assert list((tmp_path / "board" / "tensorboard").iterdir())
 
 
 def test_a_small_vocabulary_is_refused(recipe, tmp_path):

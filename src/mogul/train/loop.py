@@ -65,10 +65,7 @@ def train(
         ConfigError: A mesh of more than one device, or nothing to train.
         MogulError: The loss stopped being finite, naming the step, or the batches ran out.
     """
-    if mesh is not None and mesh.size() != 1:
-        raise ConfigError(
-            f"training on a mesh of {mesh.size()} devices is not built", fix="use one process"
-        )
+    refuse_mesh(mesh)
     stepper = Stepper(model, build_optimizer(model, settings), max_grad_norm=settings.max_grad_norm)
     model.train()
     # Progress counts what ends the run: seconds where given, else steps.
@@ -79,6 +76,14 @@ def train(
     finally:
         stepper.clear()
         model.eval()
+
+
+def refuse_mesh(mesh: DeviceMesh | None) -> None:
+    """Raise ConfigError for a mesh of more than one device."""
+    if mesh is not None and mesh.size() != 1:
+        raise ConfigError(
+            f"training on a mesh of {mesh.size()} devices is not built", fix="use one process"
+        )
 
 
 def _run(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from mogul.train.evaluate import held_out_loss
 from mogul.train.export import export
 from mogul.train.guard import SpikeGuard
 from mogul.train.layers import prepared_layers
-from mogul.train.loop import not_finite
+from mogul.train.loop import not_finite, refuse_mesh
 from mogul.train.metrics import MetricsLog, Speedometer, note_of, peak_flop_per_s
 from mogul.train.objective import choose_objective
 from mogul.train.optimizer import build_optimizer
@@ -40,6 +40,9 @@ from mogul.train.recipe import Recipe
 from mogul.train.recipe_file import RECIPE_FILE, read_resolved, write_resolved
 from mogul.train.signals import StopFlag
 from mogul.train.step import Gradients, Stepper
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -50,9 +53,24 @@ MAY_CHANGE = ("checkpoint", "log")
 
 
 class Session:
-    """One recipe in one folder; a context that holds the model dressed for training."""
+    """One recipe in one folder; a context that holds the model dressed for training.
 
-    def __init__(self, recipe: Recipe, folder: str | Path, *, resume: bool = False) -> None:
+    Args:
+        recipe: what to train, and how.
+        folder: the run folder; made where it is missing.
+        resume: go on from its newest whole checkpoint, if there is one.
+        mesh: devices to train on; only one device is built today.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        refuse_mesh(mesh)
         self.recipe, self.folder = recipe, Path(folder)
         self.num_steps = recipe.run.num_steps
         self._check_folder(resume)
