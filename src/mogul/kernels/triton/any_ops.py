@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.triton.any_layer import Call, Form, layer_for
+from mogul.kernels.triton.ops import _aligned
 from mogul.kernels.triton.sorting import sorted_size
 
 _TENSORS = (
@@ -33,11 +34,6 @@ def _call(tensors: tuple[Any, ...]) -> Call:
     """Contiguous tensors on 16-byte addresses, as the compiled kernels assume."""
     aligned: Any = (None if tensor is None else _aligned(tensor) for tensor in tensors)
     return Call(*aligned)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _forward(tensors: tuple[Any, ...], form: Form, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:

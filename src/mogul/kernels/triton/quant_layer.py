@@ -18,6 +18,7 @@ from mogul.core.errors import BackendError
 from mogul.kernels.triton import quant_kernels
 from mogul.kernels.triton.launch import Launch, cdiv, descriptor, next_power_of_2
 from mogul.kernels.triton.layer import Layer, layer_of
+from mogul.kernels.triton.ops import _aligned
 from mogul.kernels.triton.plans import Plan, Tile
 from mogul.kernels.triton.quant_plans import quant_plan_for
 from mogul.kernels.triton.sorting import Sorted, max_tiles
@@ -189,7 +190,7 @@ def run_quantised(x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> 
     if x.shape[0] == 0:
         return torch.empty_like(x)
     _check(weights)
-    x, ids, factors = x.contiguous(), ids.contiguous(), factors.contiguous()
+    x, ids, factors = _aligned(x), _aligned(ids), _aligned(factors)
     device = x.device.index if x.is_cuda else -1
     dtypes = (x.dtype, ids.dtype, factors.dtype)
     experts, width, _ = weights.down.shape
