@@ -25,6 +25,7 @@ from typing import Any
 
 RESULTS = Path("benchmarks/study.jsonl")
 VARIANTS = ("topk-aux", "topk-bias", "topk-bias-fast", "moge2", "moge4", "moge8")
+SECOND = ("smollm2-dense", "smollm2-moge2", "smollm2-moge4")  # upcycled against dense, continued
 DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
 SAMPLED = 16_384  # held-out tokens whose picks are looked at
@@ -35,10 +36,10 @@ def main() -> int:
     """Run, or show the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("run", "one", "table"))
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS + SECOND)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scale", type=Path, help="a recipe laid over every variant")
-    parser.add_argument("--tokens", default="tokens", help="token folder")
+    parser.add_argument("--tokens", help="token folder; default: the recipe's")
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -59,8 +60,10 @@ def main() -> int:
     return run_all(options)
 
 
-def scale_name(options: argparse.Namespace) -> str:
+def scale_name(options: argparse.Namespace, variant: str) -> str:
     """The name under which results are kept."""
+    if variant in SECOND:
+        return "study-smollm2"
     return options.scale.stem if options.scale else "study"
 
 
@@ -81,7 +84,7 @@ def run_all(options: argparse.Namespace) -> int:
         (variant, seed)
         for seed in options.seeds
         for variant in options.variants
-        if (scale_name(options), variant, seed) not in done
+        if (scale_name(options, variant), variant, seed) not in done
     ]
     start_s, failed = time.monotonic(), 0
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
@@ -108,14 +111,15 @@ def start(options: argparse.Namespace, variant: str, seed: int) -> subprocess.Po
     """One run as a process of its own."""
     command = [
         sys.executable, __file__, "one", "--variants", variant, "--seeds", str(seed),
-        "--tokens", options.tokens, "--out", str(options.out), "--results", str(options.results),
+        "--out", str(options.out), "--results", str(options.results),
         "--jobs", str(options.jobs),
     ]  # fmt: skip
     command += ["--scale", str(options.scale)] if options.scale else []
+    command += ["--tokens", options.tokens] if options.tokens else []
     command += ["--windows", str(options.windows)] if options.windows else []
     command += [word for change in options.set for word in ("--set", change)]
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{scale_name(options)}-{variant}-{seed}.log").open("ab") as log:
+    with (options.out / f"{scale_name(options, variant)}-{variant}-{seed}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -138,11 +142,13 @@ def run_one(options: argparse.Namespace, variant: str, seed: int) -> int:
     from mogul.train.recipe_file import read_recipe
     from mogul.train.session import Session
 
-    changes = [f"run.seed={seed}", f"data.sources={json.dumps([options.tokens])}"]
+    changes = [f"run.seed={seed}"]
+    if options.tokens:
+        changes.append(f"data.sources={json.dumps([options.tokens])}")
     if options.scale:
         changes += changes_of(tomllib.loads(options.scale.read_text(encoding="utf-8")))
     recipe = read_recipe(f"recipes/study-{variant}.toml", [*changes, *options.set])
-    folder = options.out / f"{scale_name(options)}-{variant}-{seed}"
+    folder = options.out / f"{scale_name(options, variant)}-{variant}-{seed}"
     try:
         session = Session(recipe, folder, resume=folder.exists())
     except ArtifactError:  # cut off before its first checkpoint
@@ -152,7 +158,7 @@ def run_one(options: argparse.Namespace, variant: str, seed: int) -> int:
             return 3
         config: Any = session.model.config
         found = {
-            "scale": scale_name(options),
+            "scale": scale_name(options, variant),
             "variant": variant,
             "seed": seed,
             "steps": session.step,
@@ -196,14 +202,13 @@ def held_out(model: Any, recipe: Any, config: Any, count: int | None) -> dict[st
     windows = held_out_windows(recipe.data, recipe.run.sequence_length, count=count)
     with torch.compiler.set_stance("force_eager"):
         loss = held_out_loss(model, windows, batch_size=16)
+        found = {"bits_per_byte": loss.bits_per_byte, "held_out_tokens": loss.tokens}
+        if not getattr(config, "num_experts", 0):
+            return found
         few = windows.spread(min(len(windows), SAMPLED // windows.length))
         with record_routing(model) as recording:
             held_out_loss(model, few, batch_size=16)
-    return {
-        "bits_per_byte": loss.bits_per_byte,
-        "held_out_tokens": loss.tokens,
-        **balance_numbers(recording.ids(), config.num_experts, config.router_n_groups),
-    }
+    return found | balance_numbers(recording.ids(), config.num_experts, config.router_n_groups)
 
 
 def balance_numbers(ids: Any, num_experts: int, num_groups: int) -> dict[str, Any]:
@@ -265,7 +270,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
     for scale in dict.fromkeys(result["scale"] for result in results):
         runs = [result for result in results if result["scale"] == scale]
-        by = {v: [r for r in runs if r["variant"] == v] for v in VARIANTS}
+        by = {v: [r for r in runs if r["variant"] == v] for v in VARIANTS + SECOND}
         bits = {v: [r["bits_per_byte"] for r in found] for v, found in by.items() if found}
         first = runs[0]
         size = f"{first['parameters'] / 1e6:.1f}M parameters, {first['tokens'] / 1e6:.0f}M tokens"
@@ -279,8 +284,8 @@ def show(results: list[dict[str, Any]]) -> None:
                 f"bits a byte (5 %, power {POWER:.0%})"
             )
         columns = (
-            *("variant", "seeds", "bits/byte", "sd", "MaxVio", "in groups", "dead"),
-            *("rho D8 T16", "rho D8 T512", "delta D8 T16", "delta D8 T64", "tokens/s"),
+            *("variant", "seeds", "bits/byte", "sd", "MaxVio", "dead"),
+            *("rho D8 T16", "rho D8 T512", "delta D8 T16", "tokens/s"),
         )
         rows = [summary(variant, found) for variant, found in by.items() if found]
         Table(title=scale, columns=columns, rows=rows, notes=notes).show()
@@ -304,8 +309,7 @@ def record(results: list[dict[str, Any]]) -> None:
                 value=round(mean(bits), 5),
                 spread=[round(min(bits), 5), round(max(bits), 5)],
                 runs=len(runs),
-                max_vio=round(mean(run["max_vio"] for run in runs), 3),
-                rho_D8_T512=round(mean(run["rho"]["D8 T512"] for run in runs), 4),
+                max_vio=[round(run["max_vio"], 3) for run in runs if "max_vio" in run],
                 command="python benchmarks/bench_study.py run --scale recipes/"
                 f"{scale}.toml --variants {variant}",
             )
@@ -317,14 +321,16 @@ def summary(variant: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
     """One row: means over seeds."""
     bits = [run["bits_per_byte"] for run in found]
     speeds = [run["tokens_per_s"] for run in found if run["tokens_per_s"]]
-    return (
-        variant, len(found), f"{mean(bits):.4f}", f"{stdev(bits):.4f}" if len(bits) > 1 else None,
-        *(f"{mean(run[key] for run in found):.2f}" for key in ("max_vio", "max_vio_in_groups")),
-        f"{mean(run['dead_experts'] for run in found):.1f}",
-        *(f"{mean(r['rho'][key] for r in found):.3f}" for key in ("D8 T16", "D8 T512")),
-        *(f"{mean(r['delta'][key] for r in found):.3f}" for key in ("D8 T16", "D8 T64")),
-        round(mean(speeds)) if speeds else None,
-    )  # fmt: skip
+    spread = f"{stdev(bits):.4f}" if len(bits) > 1 else None
+    balance: tuple[str | None, ...] = (None,) * 5  # a dense model has none
+    if "rho" in found[0]:
+        vio = f"{mean(run['max_vio'] for run in found):.2f}"
+        dead = f"{mean(run['dead_experts'] for run in found):.1f}"
+        rhos = (f"{mean(run['rho'][key] for run in found):.3f}" for key in ("D8 T16", "D8 T512"))
+        delta = f"{mean(run['delta']['D8 T16'] for run in found):.3f}"
+        balance = (vio, dead, *rhos, delta)
+    speed = round(mean(speeds)) if speeds else None
+    return (variant, len(found), f"{mean(bits):.4f}", spread, *balance, speed)
 
 
 if __name__ == "__main__":

@@ -77,3 +77,25 @@ def test_finished_runs_are_not_run_again(study, tmp_path, monkeypatch):
     )  # fmt: skip
     assert study.run_all(options) == 0
     assert started == [("moge2", 1)]
+
+
+def test_the_table_shows_dense_and_grouped_runs(study, capsys):
+    def result(variant, seed, bits, **more):
+        return {
+            "scale": "s", "variant": variant, "seed": seed, "bits_per_byte": bits, "device": "d",
+            "parameters": 10**6, "tokens": 10**6, "epochs": 1.0, "tokens_per_s": None, **more,
+        }  # fmt: skip
+
+    keys = ("D8 T16", "D8 T64", "D8 T512")
+    balance = {"max_vio": 0.5, "dead_experts": 1, "rho": dict.fromkeys(keys, 1.25),
+               "delta": dict.fromkeys(keys, 1.5)}  # fmt: skip
+    study.show([
+        result("smollm2-dense", 0, 1.0),
+        result("smollm2-moge2", 0, 1.1, **balance),
+        result("smollm2-moge2", 1, 1.3, **balance),
+    ])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "1.2000" in shown
+    assert "0.1414" in shown  # the sd of 1.1 and 1.3
+    assert "smallest detectable difference" in shown
+    assert "smollm2-dense" in shown
