@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,27 @@ def test_kernels_equal_the_reference() -> None:
 @pytest.mark.full
 def test_kernels_equal_the_reference_on_many_shapes() -> None:
     check_all(interpreted(60))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kernels_equal_the_reference_on_a_device(page_size: int, cache: torch.dtype) -> None:
+    path = Path(__file__).parents[1] / "test_paged_attention.py"
+    spec = spec_from_file_location("paged_calls", path)
+    assert spec
+    assert spec.loader
+    calls = module_from_spec(spec)
+    spec.loader.exec_module(calls)
+    sizes = {"page_size": page_size, "width": 128, "group": 8, "padding": 2}
+    for sequences in ([(1, 9), (1, 700), (3, 64)], [(40, 300), (1, 77), (0, 5), (129, 129)]):
+        made = calls.make(sequences, dtype=torch.bfloat16, cache_dtype=cache, **sizes)
+        call = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+        call["tables_SB"].clamp_(max=len(call["key_cache"]) - 1)
+        (got, *pages), (want, *wanted) = calls.run(call, "triton"), calls.run(call, "reference")
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+        for mine, its in zip(pages, wanted, strict=True):
+            assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
 
 
 POINTERS = {

@@ -20,7 +20,7 @@ def sequence(
     starts_ptr, lengths_ptr, s, live, MAX_Q: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Where sequence(s) s start; their queries, length, first key block and number of blocks.
+    """First token, queries, length, first key block and number of key blocks of each of `s`.
 
     No blocks where there are no queries, or more than MAX_Q.
     """
@@ -48,19 +48,20 @@ def shares(
 
 @triton.jit
 def key_block(
-    table_ptr, pos, length, n, c,
+    table_ptr, base, length, n, c,
     N: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Offsets [L, C] of one block of keys in the pages, and which of them exist."""
+    """Positions [L] of the keys from `base` on, their offsets [L, C] in the pages, which exist."""
+    pos = base + tl.arange(0, BLOCK_L)
     inside = pos < length
     if Z % BLOCK_L == 0:
-        base = tl.min(pos)
         page = tl.load(table_ptr + base // Z).to(tl.int64)
         row = page * Z + (base % Z) + tl.arange(0, BLOCK_L)
     else:
         page = tl.load(table_ptr + pos // Z, mask=inside, other=0).to(tl.int64)
         row = page * Z + pos % Z
-    return row[:, None] * (N * C) + n * C + c[None, :], inside[:, None] & (c < C)[None, :]
+    where = row[:, None] * (N * C) + n * C + c[None, :]
+    return pos, where, inside[:, None] & (c < C)[None, :]
 
 
 @triton.jit
@@ -159,8 +160,7 @@ def attend_few(
         norm = tl.zeros((ROWS,), tl.float32)
         table_ptr = tables_ptr + s.to(tl.int64) * table_stride
         for j in tl.range(low, high, num_stages=STAGES):
-            pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
-            where, exists = key_block(table_ptr, pos, length, n, c, N, C, Z, BLOCK_L)
+            pos, where, exists = key_block(table_ptr, j * BLOCK_L, length, n, c, N, C, Z, BLOCK_L)
             k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
             v = tl.load(value_cache_ptr + where, mask=exists, other=0.0)
             acc, peak, norm = absorb(
@@ -319,8 +319,9 @@ def attend_many(
         if WINDOW == 0:
             whole = (lowest + 1) // BLOCK_L  # every row of the tile sees all of these blocks
             for j in tl.range(low, whole, num_stages=STAGES):
-                pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
-                where, exists = key_block(table_ptr, pos, length, n, c, N, C, Z, BLOCK_L)
+                pos, where, exists = key_block(
+                    table_ptr, j * BLOCK_L, length, n, c, N, C, Z, BLOCK_L
+                )
                 k = tl.load(key_cache_ptr + where, mask=(c < C)[None, :], other=0.0)
                 v = tl.load(value_cache_ptr + where, mask=(c < C)[None, :], other=0.0)
                 acc, peak, norm = absorb(
@@ -328,8 +329,7 @@ def attend_many(
                     WINDOW, False,
                 )  # fmt: skip
         for j in tl.range(whole, high, num_stages=STAGES):
-            pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
-            where, exists = key_block(table_ptr, pos, length, n, c, N, C, Z, BLOCK_L)
+            pos, where, exists = key_block(table_ptr, j * BLOCK_L, length, n, c, N, C, Z, BLOCK_L)
             k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
             v = tl.load(value_cache_ptr + where, mask=exists, other=0.0)
             acc, peak, norm = absorb(
