@@ -60,8 +60,23 @@ def test_a_compiled_graph_has_the_same_gradients(found: list[dict[str, Any]]) ->
     assert case["error"] < 1e-6
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_it_compiles(arch: int) -> None:
+GROUPED = {"E": 64, "NULLS": 0, "M": 8, "K": 8, "LIMIT": 0, "SCORE": 0, "WEIGHTING": 2}
+SHAPES = {
+    "grouped": {**GROUPED, "COLUMNS": 64, "BLOCK_T": 8},
+    "plain": {**GROUPED, "E": 128, "M": 1, "WEIGHTING": 1, "COLUMNS": 128, "BLOCK_T": 4},
+    "nulls": {**GROUPED, "E": 56, "NULLS": 8, "WEIGHTING": 1, "COLUMNS": 64, "BLOCK_T": 8},
+    "limited": {
+        **{**GROUPED, "E": 256, "LIMIT": 4, "SCORE": 1, "WEIGHTING": 1},
+        **{"COLUMNS": 256, "BLOCK_T": 2},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "arch"),
+    [("grouped", 80), ("grouped", 89), ("grouped", 100), *((name, 90) for name in SHAPES)],
+)
+def test_it_compiles(shape: str, arch: int) -> None:
     kernel = route_kernels.route_tokens
     types = {
         "logits_ptr": "*bf16",
@@ -69,16 +84,9 @@ def test_it_compiles(arch: int) -> None:
         **{"ids_ptr": "*i64", "rows_ptr": "*i32", "num_tokens": "i32"},
     }
     constants = {
-        **{"E": 64, "NULLS": 0, "M": 8, "K": 8, "LIMIT": 0, "SCORE": 0, "WEIGHTING": 2},
-        **{
-            "NUM_BIAS": 64,
-            "SCALED": True,
-            "FACTOR": 2.5,
-            "BLOCK_T": 8,
-            "COLUMNS": 64,
-            "SLOTS": 8,
-            "GROUPS": 8,
-        },
+        **SHAPES[shape],
+        **{"NUM_BIAS": SHAPES[shape]["E"], "SCALED": True, "FACTOR": 2.5},
+        **{"SLOTS": 8, "GROUPS": 8},
     }
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
