@@ -130,6 +130,26 @@ def test_regroup_writes_a_moge_and_says_what_it_cost(trace, checkpoint, data, tm
     assert "exists and is not empty" in capsys.readouterr().err
 
 
+def test_regroup_streams_and_report_takes_a_placement(trace, checkpoint, tmp_path, capsys):
+    from mogul.models.load import load_model
+
+    out = tmp_path / "streamed"
+    args = ["regroup", str(checkpoint), "--trace", str(trace), "--devices", "2", "--stream"]
+    assert main([*args, "--out", str(out)]) == 0
+    assert "random groups" in capsys.readouterr().out
+    assert load_model(out).config.router_n_groups == 2
+    assert (out / "tokenizer.json").exists()
+    assert main([*args, "--heal", "3", "--out", str(tmp_path / "no")]) == 2
+    assert "--stream loads no model" in capsys.readouterr().err
+    file = tmp_path / "placement.json"
+    place = ["place", str(trace), "--devices", "4", "--method", "contiguous"]
+    assert main([*place, "--out", str(file)]) == 0
+    page = tmp_path / "page.html"
+    shown = ["report", str(trace), "--placement", str(file), "--html", str(page)]
+    assert main(shown) == 0
+    assert "Transitions from layer to layer" in page.read_text()
+
+
 def test_bad_input_is_named(trace, checkpoint, tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mogul.core.errors import ConfigError
 from mogul.models.heal import BestRouters, Healing, routers_of
 from mogul.models.load import load_model
-from mogul.models.regroup import find_groups, order_of, regroup
+from mogul.models.regroup import find_groups, order_of, regroup, regroup_checkpoint
 from mogul.observe.agreement import agreement, kept_of_layer
 from mogul.observe.recorder import record_routing
 from mogul.observe.tracer import Tracer
@@ -210,6 +210,23 @@ def test_the_written_checkpoint_is_the_grouped_model(trained, trace, tmp_path):
         torch.testing.assert_close(
             loaded(HELD_OUT).logits, grouped(HELD_OUT).logits, rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "moge"])
+def test_streaming_writes_the_same_model(kind, tmp_path):
+    model = tiny(kind)
+    model.save_pretrained(tmp_path / "source")
+    rng = np.random.default_rng(0)
+    groups = {layer: rng.permutation(np.arange(16) // 4) for layer in (0, 1)}
+    regroup_checkpoint(tmp_path / "source", tmp_path / "out", groups, 4)
+    with torch.no_grad():
+        wanted = regroup(model, groups, 4)(HELD_OUT).logits
+        torch.testing.assert_close(
+            load_model(tmp_path / "out")(HELD_OUT).logits, wanted, rtol=0, atol=1e-5
+        )
+    with pytest.raises(ConfigError, match=r"no groups for the layers \[1\]"):
+        regroup_checkpoint(tmp_path / "source", tmp_path / "two", {0: groups[0]}, 4)
+    assert not (tmp_path / "two").exists()
 
 
 def test_families_and_groups_that_cannot_be_are_named(trained, trace):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 examples:
   mogul regroup ./Qwen3-30B-A3B --trace trace/ --devices 8 --out ./qwen3-moge
+  mogul regroup ./Qwen3-235B-A22B --trace trace/ --devices 8 --stream --out ./qwen3-moge
   mogul regroup ./Qwen3-30B-A3B --trace trace/ --devices 4 --groups 8 --heal 200 --out ./moge
 """
 
@@ -42,6 +43,8 @@ class Options:
     """Folder to write; it appears whole or not at all."""
     groups: int | None = None
     """Groups, where they are to be another multiple of the devices."""
+    stream: bool = False
+    """Write tensor by tensor without loading the model: nothing is compared or healed."""
     heal: int = 0
     """Steps that train the routers alone to answer like the original."""
     lr: float = 3e-4
@@ -88,6 +91,8 @@ def run(options: Options) -> int:
     trace = load_trace(options.trace)
     stamp_of_folder(folder).check_same(trace.meta.model, what="the trace")
     group_of = find_groups(trace, groups, seed=options.seed)
+    if options.stream:
+        return _stream(options, folder, trace, group_of, groups)
     with atomic_folder(options.out, force=options.force) as work:
         device = options.device or default_device()
         original = load_model(folder, dtype=options.dtype, device=device)
@@ -104,6 +109,46 @@ def run(options: Options) -> int:
     _table(options, trace, group_of, groups, before, healed).show(options.format)
     balance.show(options.format)
     return 0
+
+
+def _stream(
+    options: Options, folder: Path, trace: Trace, group_of: dict[int, np.ndarray], groups: int
+) -> int:
+    from mogul.core.errors import ConfigError
+    from mogul.core.table import Table
+    from mogul.models.regroup import regroup_checkpoint
+    from mogul.place.spread import random_kept
+
+    if options.heal:
+        raise ConfigError("--stream loads no model that could be healed", fix="leave out --heal")
+    regroup_checkpoint(folder, options.out, group_of, groups, force=options.force)
+    mine, plain = _kept_on_trace(trace, group_of, groups)
+    model = trace.meta.model
+    rows = [
+        ("this grouping", round(mine, 4)),
+        ("contiguous groups", round(plain, 4)),
+        ("random groups", round(random_kept(model.top_k, groups, model.num_experts), 4)),
+    ]
+    title = f"{options.model} in {groups} groups -> {options.out}"
+    Table(title, ("picks kept, trace", "share"), rows).show(options.format)
+    return 0
+
+
+def _kept_on_trace(
+    trace: Trace, group_of: dict[int, np.ndarray], groups: int
+) -> tuple[float, float]:
+    """Share of the trace's picks kept: by these groups, and by contiguous ones."""
+    import numpy as np
+
+    from mogul.place.spread import kept_share
+
+    experts, ids = trace.meta.model.num_experts, trace.get("sample_ids")
+    plain = [np.arange(experts) * groups // experts] * len(trace.meta.layers)
+    mine, even = (
+        float(np.mean([kept_share(ids[:, i], g, groups) for i, g in enumerate(parts)]))
+        for parts in (group_of.values(), plain)
+    )
+    return mine, even
 
 
 def _windows(options: Options, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -216,17 +261,11 @@ def _table(
     before: Agreement,
     healed: Agreement | None,
 ) -> Table:
-    import numpy as np
-
     from mogul.core.table import Table
-    from mogul.place.spread import kept_share, random_kept
+    from mogul.place.spread import random_kept
 
-    model, ids = trace.meta.model, trace.get("sample_ids")
-    plain_E = np.arange(model.num_experts) * groups // model.num_experts
-    on_trace = [
-        float(np.mean([kept_share(ids[:, i], g, groups) for i, g in enumerate(parts)]))
-        for parts in (group_of.values(), [plain_E] * len(trace.meta.layers))
-    ]
+    model = trace.meta.model
+    on_trace = _kept_on_trace(trace, group_of, groups)
     rows: list[tuple[Any, ...]] = [
         ("kept picks, held-out text", before.kept, None),
         ("kept picks, trace", on_trace[0], None),

@@ -35,6 +35,8 @@ class Renumbering:
     orders: Mapping[int, np.ndarray]
     """Layer -> old expert at every new position [E]."""
     num_groups: int = 1
+    renames: tuple[tuple[str, str], ...] = ()
+    """Parts of tensor names and what takes their place."""
 
     def row_order(self, layer: int, num_rows: int) -> np.ndarray:
         """Old row at every new position of a tensor with a row an expert, then null experts.
@@ -104,15 +106,20 @@ def permute_checkpoint(
     change = Renumbering(family, orders, placement.model.num_groups)
     check_space(Path(out), checkpoint.num_bytes)
     with atomic_folder(out, force=force) as work:
-        _copy_others(folder, work, checkpoint)
-        weight_map: dict[str, str] = {}
-        with progress("writing shards", total=len(checkpoint.files)) as bar:
-            for name in checkpoint.files:
-                weight_map |= _write_shard(checkpoint, name, work / name, change)
-                bar.advance(1, name)
-        if (folder / INDEX).exists():
-            index = {**read_json(folder / INDEX), "weight_map": weight_map}
-            (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_reordered(checkpoint, work, change)
+
+
+def write_reordered(checkpoint: Checkpoint, work: Path, change: Renumbering) -> None:
+    """Write every file of a checkpoint, its experts in their new order, a tensor at a time."""
+    _copy_others(checkpoint.folder, work, checkpoint)
+    weight_map: dict[str, str] = {}
+    with progress("writing shards", total=len(checkpoint.files)) as bar:
+        for name in checkpoint.files:
+            weight_map |= _write_shard(checkpoint, name, work / name, change)
+            bar.advance(1, name)
+    if (checkpoint.folder / INDEX).exists():
+        index = {**read_json(checkpoint.folder / INDEX), "weight_map": weight_map}
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_others(folder: Path, work: Path, checkpoint: Checkpoint) -> None:
@@ -150,16 +157,16 @@ def _write_shard(
 
 
 def new_name(tensor: str, change: Renumbering) -> str:
-    """The name of a tensor after renumbering: only tensors of one expert change theirs."""
+    """The name of a tensor after renumbering: only tensors of one expert change their number."""
     found = re.search(change.family.tensors.expert, tensor)
-    if found is None or "expert" not in found.groupdict():
-        return tensor
-    order_E = change.orders.get(int(found["layer"]))
-    if order_E is None:
-        return tensor
-    position = int(np.flatnonzero(order_E == int(found["expert"]))[0])
-    start, end = found.span("expert")
-    return f"{tensor[:start]}{position}{tensor[end:]}"
+    order_E = change.orders.get(int(found["layer"])) if found else None
+    if found and order_E is not None and "expert" in found.groupdict():
+        position = int(np.flatnonzero(order_E == int(found["expert"]))[0])
+        start, end = found.span("expert")
+        tensor = f"{tensor[:start]}{position}{tensor[end:]}"
+    for old, new in change.renames:
+        tensor = tensor.replace(old, new)
+    return tensor
 
 
 def _reordered(data: bytes, entry: TensorEntry, change: Renumbering) -> bytes:

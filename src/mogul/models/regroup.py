@@ -8,6 +8,7 @@ groups); with one group the model is the same function.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.files import atomic_folder, check_space, read_json
 from mogul.core.log import progress
 from mogul.models.moge.configuration_moge import MogeConfig
 from mogul.models.moge.modeling_moge import MogeForCausalLM
+from mogul.models.permute import Renumbering, write_reordered
 from mogul.place.spread import spread
-from mogul.spec.families import model_spec
+from mogul.spec.checkpoint import read_checkpoint
+from mogul.spec.families import family_of, model_spec
 from mogul.spec.grouping import Grouping
 from mogul.spec.model import ModelSpec
 from mogul.spec.trace import Trace
@@ -61,12 +65,8 @@ def regroup(model: PreTrainedModel, groups: Groups, num_groups: int) -> MogeForC
         ConfigError: A family that `MogeForCausalLM` does not compute, by what stands against it,
             or groups that cannot be.
     """
-    config = grouped_config(model, num_groups)
-    layers = {i for i in range(config.num_hidden_layers) if i not in (config.mlp_only_layers or [])}
-    if missing := sorted(layers - set(groups)):
-        raise ConfigError(
-            f"the trace has no groups for the layers {missing}", fix="trace this model again"
-        )
+    config = grouped_config(model.config.to_dict() | {"dtype": model.dtype}, num_groups)
+    _check_layers(config, groups)
     with torch.device("meta"):
         grouped = MogeForCausalLM(config)
     state = {}
@@ -83,13 +83,53 @@ def regroup(model: PreTrainedModel, groups: Groups, num_groups: int) -> MogeForC
     return grouped.eval()
 
 
-def grouped_config(model: PreTrainedModel, num_groups: int) -> MogeConfig:
-    """The configuration of the grouped model."""
-    values = model.config.to_dict()
-    spec = model_spec(values)
+_MIXTRAL_NAMES = (
+    ("block_sparse_moe", "mlp"),
+    (".w1.", ".gate_proj."),
+    (".w3.", ".up_proj."),
+    (".w2.", ".down_proj."),
+)
+
+
+def regroup_checkpoint(
+    source: str | Path, out: str | Path, groups: Groups, num_groups: int, *, force: bool = False
+) -> None:
+    """Write the grouped checkpoint tensor by tensor: no model is built, quantised ones pass.
+
+    Raises:
+        ConfigError: as `regroup`.
+        ArtifactError: a damaged checkpoint, or no room on the disk.
+    """
+    folder = Path(source)
+    values = read_json(folder / "config.json")
+    config = grouped_config(values, num_groups)
+    _check_layers(config, groups)
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        raise ArtifactError(f"{folder} has no safetensors files", fix="check the path")
+    family = family_of(values)
+    names = _MIXTRAL_NAMES if model_spec(values).family == "mixtral" else ()
+    orders = {layer: order_of(group_E) for layer, group_E in groups.items()}
+    check_space(Path(out), checkpoint.num_bytes)
+    with atomic_folder(out, force=force) as work:
+        write_reordered(checkpoint, work, Renumbering(family, orders, renames=names))
+        config.save_pretrained(work)
+
+
+def _check_layers(config: MogeConfig, groups: Groups) -> None:
+    layers = {i for i in range(config.num_hidden_layers) if i not in (config.mlp_only_layers or [])}
+    if missing := sorted(layers - set(groups)):
+        raise ConfigError(
+            f"the trace has no groups for the layers {missing}", fix="trace this model again"
+        )
+
+
+def grouped_config(values: Mapping[str, Any], num_groups: int) -> MogeConfig:
+    """The configuration of the grouped model, from that of the model it is made of."""
+    spec = model_spec(dict(values))
     if objection := _objection(spec, values):
         raise ConfigError(
-            f"{type(model).__name__} cannot become a MoGE: {objection}",
+            f"a {spec.family} model cannot become a MoGE: {objection}",
             fix=f"families that can: {', '.join(FAMILIES)}, without groups",
         )
     assert spec.moe is not None
@@ -113,7 +153,7 @@ def grouped_config(model: PreTrainedModel, num_groups: int) -> MogeConfig:
         router_score=moe.router.score,
         router_weighting=moe.router.weighting,
         routed_scaling_factor=moe.router.scaling_factor,
-        dtype=model.dtype,
+        dtype=values.get("dtype") or values.get("torch_dtype"),
     )
 
 
