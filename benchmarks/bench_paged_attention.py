@@ -251,13 +251,15 @@ def few_tiles(kind: str) -> list[paged.FewTile | None]:
     if kind == "default":
         return [None]
     return [
-        paged.FewTile(block=64, per_sm=2, min_blocks=2, stages=3),
-        paged.FewTile(block=64, per_sm=2, min_blocks=1, stages=3),
-        paged.FewTile(block=32, per_sm=4, min_blocks=2, stages=4),
-        paged.FewTile(block=128, per_sm=1, min_blocks=1, stages=3),
-        paged.FewTile(block=64, per_sm=4, min_blocks=2, stages=2),
-        paged.FewTile(block=32, per_sm=3, min_blocks=4, stages=5, warps=2),
-        paged.FewTile(block=64, per_sm=3, min_blocks=2, stages=2, warps=4),
+        paged.small_tile,
+        paged.large_tile,
+        # The page of a block is read in the same loop, which halves the depth of the pipeline:
+        # 4 stages prefetch nothing, 6 one block, 8 two.
+        paged.FewTile(block=32, per_sm=4, min_blocks=2, stages=6),
+        paged.FewTile(block=32, per_sm=4, min_blocks=2, stages=8),
+        paged.FewTile(block=32, per_sm=2, min_blocks=2, stages=8),
+        paged.FewTile(block=64, per_sm=3, min_blocks=1, stages=6),
+        paged.FewTile(block=64, per_sm=2, min_blocks=1, stages=8),
     ]
 
 
@@ -271,7 +273,8 @@ def many_tiles(kind: str) -> list[paged.ManyTile]:
         paged.ManyTile(rows=128, block=64, warps=4, stages=2),
         paged.ManyTile(rows=64, block=128, warps=4, stages=2),
         paged.ManyTile(rows=128, block=128, warps=8, stages=2),
-        paged.ManyTile(rows=128, block=32, warps=4, stages=3),
+        paged.ManyTile(rows=64, block=64, warps=4, stages=4),
+        paged.ManyTile(rows=128, block=64, warps=8, stages=5),
     ]
 
 
