@@ -37,7 +37,7 @@ def test_skew_makes_some_experts_busier():
 
 def inputs(ids: list[list[int]]) -> cases.Inputs:
     none = np.zeros(0)
-    return cases.Inputs(none, none, none, 1.0, 1.0, 0, 0, slice(0, 0), np.array(ids))  # type: ignore[arg-type]
+    return cases.Inputs(none, none, none, 1.0, 1.0, 0, np.array(ids))  # type: ignore[arg-type]
 
 
 def test_bytes_sent_are_counted_by_hand():

@@ -36,7 +36,9 @@ def test_an_ungrouped_router_is_never_static():
 
 def test_auto_takes_static_where_legal_and_says_where_not(caplog):
     assert type(make_dispatcher("auto", plan(4, 8))).__name__ == "Static"
-    assert type(make_dispatcher("auto", plan(4, 2))).__name__ == "AllToAll"
+    with caplog.at_level("WARNING"):
+        assert type(make_dispatcher("auto", plan(4, 2))).__name__ == "AllToAll"
+    assert "ep=4 does not divide the router's 2 groups; legal is ep = 1, 2" in caplog.text
 
 
 def test_an_unknown_dispatch_names_the_known():

@@ -1,6 +1,6 @@
 """Measure one experts layer spread over devices: what each way to dispatch costs, and who waits.
 
-Every rank runs `measure`; rank 0's rows are the result. A way's time is its best of called and
+Every rank runs `measure_cells`; rank 0's rows count. A way's time is its best of called and
 captured in a graph. Experts alone are timed on the very rows each rank got: the slowest rank's
 experts are what a perfect dispatch would take, the rest of the layer's time is exposed
 communication, and the difference between ranks is waiting. The floor is the larger of an even share
@@ -102,12 +102,6 @@ def prepare(world: World, request: Request) -> Setup:
     limits = measured_limits(clock, dtype)
     link = measure_link(clock, (1 << 28) if clock.on_gpu else (1 << 22))
     return Setup(world, request, clock, limits, link, local_weights(world, request.shape, dtype))
-
-
-def measure(world: World, request: Request) -> Iterator[dict[str, Any]]:
-    """One row a cell, as it is done; every rank yields the same rows."""
-    setup = prepare(world, request)
-    yield from measure_cells(setup)
 
 
 def measure_cells(setup: Setup) -> Iterator[dict[str, Any]]:

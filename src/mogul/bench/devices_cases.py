@@ -93,10 +93,7 @@ class Inputs:
     weights: Tensor
     rho: float
     delta: float
-    busiest_distinct: int
     distinct: int
-    own: slice
-    """This rank's tokens in the batch."""
     all_ids: np.ndarray
 
 
@@ -121,9 +118,7 @@ def make_inputs(
         weights,
         balance.rho(rows_D),
         balance.delta(distinct_D),
-        int(distinct_D.max()),
         int(distinct_D.sum()),
-        own,
         ids_TK,
     )
 

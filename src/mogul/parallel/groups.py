@@ -28,16 +28,6 @@ class Groups:
         """Ranks that cut the shared expert; only where it is cut."""
         return self.stage if self.parallel.shared_ranks == self.stage.size() else self.tp
 
-    @property
-    def expert_rank(self) -> int:
-        """Which experts this rank holds."""
-        return self.stage.rank() // self.parallel.expert_tp
-
-    @property
-    def expert_slice(self) -> int:
-        """Which slice of each of them."""
-        return self.stage.rank() % self.parallel.expert_tp
-
 
 def make_groups(parallel: Parallel) -> Groups:
     """Build the groups over all ranks; every rank must call.

@@ -23,7 +23,7 @@ from mogul.parallel.groups import Groups, make_groups
 from mogul.parallel.move import gather, join, scatter, split
 from mogul.parallel.shard import DISPATCHER, ExpertSpread, experts_of, spread_experts
 from mogul.parallel.slices import cut_columns, cut_rows
-from mogul.parallel.static import Masked, Static
+from mogul.parallel.static import Static
 from mogul.spec.families import model_spec
 from mogul.spec.parallel import Parallel
 
@@ -255,7 +255,7 @@ def _lay_out_shared(block: Any, groups: Groups, batch: _Batch) -> None:
     if group is groups.stage:
         _mark_all(shared, STAGE)
     dispatcher: Dispatcher = block.experts.__dict__[DISPATCHER]
-    if ranks == groups.stage.size() and isinstance(dispatcher, (Static, Masked)):
+    if ranks == groups.stage.size() and isinstance(dispatcher, Static):
         _share_the_moves(block, dispatcher, batch)
         return
     forward = shared.forward

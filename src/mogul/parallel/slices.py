@@ -2,7 +2,7 @@
 
 A cut is a list of index ranges along one axis: whole experts, the F slice of each expert (gate and
 up halves together), the heads of an attention. `keep` replaces a parameter of a module by its part
-and writes down what was cut, so that checkpoints can be put together again.
+and writes down what was cut, so that any whole tensor can be cut alike.
 """
 
 from __future__ import annotations

@@ -75,13 +75,9 @@ def shard_for_training(
     dispatchers: list[Dispatcher] = []
     whole: set[nn.Parameter] = set()
     for module in found:
-        plan = Plan(
-            group=meshes["ep"].get_group(),
-            owners=contiguous(module.num_experts, ep),
-            grouping=grouping_of(module),
-            chunks=chunks,
-            rows=rows,
-        )
+        owners, grouping = contiguous(module.num_experts, ep), grouping_of(module)
+        group = meshes["ep"].get_group()
+        plan = Plan(group=group, owners=owners, grouping=grouping, chunks=chunks, rows=rows)
         dispatchers.append(_shard_experts(module, make_dispatcher(dispatch, plan), meshes["ep"]))
         if world == ep:
             whole |= _average(module, world)
