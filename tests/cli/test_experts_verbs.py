@@ -143,7 +143,7 @@ def test_regroup_streams_and_report_takes_a_placement(trace, checkpoint, tmp_pat
     assert "--stream loads no model" in capsys.readouterr().err
     file = tmp_path / "placement.json"
     place = ["place", str(trace), "--devices", "4", "--method", "contiguous"]
-    assert main([*place, "--out", str(file)]) == 0
+    assert main([*place, "--placement", str(file)]) == 0
     page = tmp_path / "page.html"
     shown = ["report", str(trace), "--placement", str(file), "--html", str(page)]
     assert main(shown) == 0
