@@ -190,3 +190,14 @@ def test_a_data_set_without_the_package_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="hf:some/where needs the package datasets"):
         build(BuildSpec(sources=("hf:some/where",)), tmp_path / "out")
+
+
+def test_the_name_of_a_special_token_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text(f"before {END_OF_TEXT} after")
+    build(BuildSpec(sources=(str(tmp_path / "a.txt"),), vocab_size=257, held_out=0), tmp_path / "o")
+    ids = ids_of(tmp_path / "o", "train").tolist()
+    assert ids.count(0) == 1
+    assert ids[-1] == 0
+    tokenizer = open_tokenizer(str(tmp_path / "o" / "tokenizer"))
+    assert tokenizer.decode(ids[:-1]) == f"before {END_OF_TEXT} after"
+    assert tokenizer(END_OF_TEXT)["input_ids"] == [0]  # the saved tokenizer is as it was

@@ -9,7 +9,7 @@ Equal documents are kept once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,6 @@ from mogul.train.data.spec import Part
 from mogul.train.data.tokenizing import (
     as_transformers,
     bytes_of_tokens,
-    end_of_text_of,
     open_tokenizer,
     train_tokenizer,
 )
@@ -80,17 +79,19 @@ def build(spec: BuildSpec, out: Path, *, force: bool = False) -> TokenManifest:
             part: _Writer(work, part, vocab_size, spec.shard_tokens)
             for part in ("train", "held_out")
         }
-        reader = _Reader(spec, "tokens")
+        reader, end = _Reader(spec, "tokens"), tokenizer.eos_token_id
         for batch in _batched(iter(reader), ENCODED_AT_ONCE):
             texts = [text for _, text in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            end = end_of_text_of(tokenizer)
+            # Names of special tokens in a text are text: no document can end itself.
+            encoded = tokenizer(
+                texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
             for (part, text), ids in zip(batch, encoded, strict=True):
                 writers[part].add(ids if end is None else [*ids, end], len(text.encode()))
         shards = tuple(shard for writer in writers.values() for shard in writer.close())
         manifest = TokenManifest(
             vocab_size=vocab_size,
-            end_of_text_id=end_of_text_of(tokenizer),
+            end_of_text_id=end,
             byte_level=sizes is not None,
             shards=shards,
             sources=tuple(Path(source).name for source in spec.sources),
@@ -130,7 +131,7 @@ class _Reader:
         total = sum(size_of(source) for source in self.spec.sources)
         with progress(self.description, total or None) as bar:
             for source in self.spec.sources:
-                for text in documents(source, self.spec.text_key, _count(bar.advance)):
+                for text in documents(source, self.spec.text_key, bar.advance):
                     key = hashlib.blake2b(text.encode(), digest_size=16).digest()
                     if key in seen and not self.spec.keep_duplicates:
                         self.duplicates += 1
@@ -147,10 +148,6 @@ class _Reader:
         yield "train", first
         if last:
             yield "held_out", last
-
-
-def _count(advance: Callable[[float], None]) -> Callable[[int], None]:
-    return lambda num_bytes: advance(num_bytes)
 
 
 def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

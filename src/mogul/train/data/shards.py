@@ -62,10 +62,6 @@ class TokenManifest(Spec):
         """The shards of one part, in order."""
         return tuple(shard for shard in self.shards if shard.part == part)
 
-    def tokens(self, part: Part) -> int:
-        """Tokens of one part."""
-        return sum(shard.tokens for shard in self.of(part))
-
 
 def read_manifest(folder: Path) -> TokenManifest:
     """Read `tokens.json`; ArtifactError where there is none, or a broken one."""

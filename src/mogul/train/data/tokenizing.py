@@ -77,11 +77,6 @@ def open_tokenizer(path: str) -> Any:
     return found
 
 
-def end_of_text_of(tokenizer: Any) -> int | None:
-    """The id that ends a document: the tokenizer's end of sequence."""
-    return tokenizer.eos_token_id
-
-
 def bytes_of_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray | None:
     """Bytes of text every id stands for [V], 0 for special ones; None if it is not byte-level."""
     core: Tokenizer = tokenizer.backend_tokenizer
