@@ -1,1 +1,1 @@
-"""Training: the one loop, its data and its measure (held-out loss)."""
+"""Training: recipes, one step for all trainings, balance, checkpoints, data, held-out loss."""

@@ -69,6 +69,13 @@ class Balancer:
             share=1.0 / micro_batches,
             compiled=compiled,
         )
+        self._make_buffers(sample_tokens)
+        self._micro_batches_seen = self._last_taken = 0
+        self._handles: list[Any] = []
+
+    def _make_buffers(self, sample_tokens: int) -> None:
+        """One tensor for all routers; each router gets its row."""
+        grouping = self.shape.grouping
         device = self.routers[0].weight.device
         layers, experts = len(self.routers), grouping.num_experts
         self.count = torch.zeros(layers, experts, device=device)
@@ -80,8 +87,6 @@ class Balancer:
         )
         self.total = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         self._seen = torch.zeros(layers, 3, device=device)
-        self._micro_batches_seen = self._last_taken = 0
-        self._handles: list[Any] = []
 
     def _check_bias(self) -> None:
         lacks = [r for r in self.routers if getattr(r, "e_score_correction_bias", None) is None]

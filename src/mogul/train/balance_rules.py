@@ -57,12 +57,6 @@ class BalanceSection(Spec):
         """The step of the bias in mean scores."""
         return self.bias_rate or DEFAULT_RATES.get(self.bias, 0.0)
 
-    @property
-    def is_on(self) -> bool:
-        """Whether anything here changes the training."""
-        has_loss = self.loss != "none" and self.loss_coef > 0
-        return has_loss or self.bias != "none" or self.z_loss_coef > 0 or self.warmup_steps > 0
-
 
 def scores_of(
     logits: Float[Tensor, "T C"], num_experts: int, kind: str, num_groups: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -257,6 +257,3 @@ def _keep(parameter: nn.Parameter, state: dict[str, Tensor], master: Tensor) -> 
 @cache
 def _halves_kernel(compiles: bool) -> Any:
     return torch.compile(adamw_halves, dynamic=True) if compiles else adamw_halves
-
-
-Kind = Literal["adamw", "muon"]

@@ -88,7 +88,8 @@ class RunSection(Spec):
 
     device: str = "auto"
     compile: bool | Literal["auto"] = "auto"
-    """Compile each decoder layer; auto: on accelerators."""
+    """Compile each decoder layer; auto: on accelerators (where the update of large bf16 weights is
+    compiled in any case)."""
 
     activation_checkpointing: bool | int = False
     """Compute layers again in the backward pass; a number n: every n-th layer."""

@@ -84,6 +84,18 @@ class Session:
             self.model, recipe.optimizer, compile=self.device.type != "cpu"
         )
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._make_parts()
+        self.step, self.tokens = 0, 0
+        self._stack = ExitStack()
+        if resume and (snapshot := read_newest(self.folder / CHECKPOINTS)) is not None:
+            state.put(self, snapshot)
+            say(f"resumed at step {self.step} of {self.num_steps}")
+
+    # ---- making ready
+
+    def _make_parts(self) -> None:
+        """Everything around model and optimizer."""
+        recipe, run = self.recipe, self.recipe.run
         self.stream = open_stream(
             recipe.data,
             batch_size=run.batch_size,
@@ -99,14 +111,7 @@ class Session:
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
         )
-        self.step, self.tokens = 0, 0
-        self._stack = ExitStack()
         self._live = self._new_trace()
-        if resume and (snapshot := read_newest(self.folder / CHECKPOINTS)) is not None:
-            state.put(self, snapshot)
-            say(f"resumed at step {self.step} of {self.num_steps}")
-
-    # ---- making ready
 
     def _check_folder(self, resume: bool) -> None:
         is_used = bool(steps_in(self.folder / CHECKPOINTS))
