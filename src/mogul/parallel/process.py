@@ -103,7 +103,7 @@ def launch(
     context = multiprocessing.get_context("spawn")
     if on_cpu:  # one process imports the libraries, the ranks are forked from it
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mogul.parallel", "mogul.models"])
+        context.set_forkserver_preload(["mogul.parallel", "mogul.models", "torch._dynamo"])
     environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
