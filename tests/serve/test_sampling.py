@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from transformers.generation import logits_process as hf
 
 from mogul.serve.params import SamplingParams, SamplingRow
@@ -23,6 +22,13 @@ from mogul.serve.sampling import (
 VOCAB = 50
 PROMPT, OUTPUT = [3, 3, 7, 20], [7, 9, 9, 9, 30]
 SAMPLER = Sampler()
+
+
+def chi_square(observed, expected) -> float:
+    """Probability of a worse fit by chance."""
+    seen, want = (torch.as_tensor(x, dtype=torch.float64) for x in (observed, expected))
+    worth = (seen - want).square().div(want).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), worth / 2))
 
 
 def logits(rows: int = 1, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
@@ -147,7 +153,7 @@ def test_draws_follow_their_distribution(vocab: int) -> None:
     observed = np.append(seen[big], seen[~big].sum())
     expected = np.append(want[big], want[~big].sum())
     keep = expected > 0
-    assert stats.chisquare(observed[keep], expected[keep] * count / expected.sum()).pvalue > 1e-3
+    assert chi_square(observed[keep], expected[keep] * count / expected.sum()) > 1e-3
 
 
 def test_the_edges_of_a_draw_choose_tokens_that_exist() -> None:
@@ -162,7 +168,8 @@ def test_random_streams_are_uniform_and_apart() -> None:
     other = uniform([1] * 20_000, range(20_000), ACCEPT)
     assert uniform([1], [7], DRAW)[0] == first[7]
     for numbers in (first, second, other, uniform(range(20_000), [0] * 20_000)):
-        assert stats.kstest(numbers, "uniform").pvalue > 1e-3
+        assert 0 <= numbers.min() <= numbers.max() < 1
+        assert chi_square(np.histogram(numbers, 50, (0, 1))[0], [len(numbers) / 50] * 50) > 1e-3
     for numbers in (second, other, first[1:]):
         assert abs(np.corrcoef(first[: len(numbers)], numbers)[0, 1]) < 0.03
 
