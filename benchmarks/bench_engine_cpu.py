@@ -49,12 +49,15 @@ def main() -> None:
     dense = load_model(folder, dtype=torch.float32)
     ids = load_tokenizer(folder)(shipped_text().held_out[0][:40000])["input_ids"]
     prompts = [ids[i * options.prompt : (i + 1) * options.prompt] for i in range(options.requests)]
+    models = {"dense": dense}
+    if "upcycled" in options.models:
+        models["upcycled"] = upcycle(
+            dense, num_experts=options.experts, num_groups=options.groups
+        ).eval()
     rows, entries = [], []
     for name in options.models:
-        model = dense
-        if name == "upcycled":
-            model = upcycle(dense, num_experts=options.experts, num_groups=options.groups)
-        row, entry = compare(name, model.eval(), prompts, options)
+        row, entry = compare(name, models[name], prompts, options)
+        say(" | ".join(row))
         rows.append(row)
         entries.append(entry)
     Table(

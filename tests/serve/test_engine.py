@@ -210,6 +210,20 @@ def test_a_request_larger_than_the_cache_is_refused(tiny):
     assert len(engine.generate([[1] * 15], SamplingParams(max_tokens=5))[0].token_ids) == 5
 
 
+def test_a_closed_engine_leaves_the_model_as_it_was(tiny):
+    engine = tiny.engine("moge")
+    model = engine.runner.model
+    tokens = torch.tensor([tiny.prompts(9)[0]])
+    with pytest.raises(BackendError, match="no engine runs it"):
+        model(tokens)
+    number = engine.add([1, 2, 3], GREEDY)
+    engine.step()
+    engine.close()
+    assert engine.take(number) == []
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, tiny.model("moge")(tokens).logits)
+
+
 def test_a_model_outside_the_interface_is_refused_with_the_reason():
     from transformers import AutoModelForCausalLM, MambaConfig
 

@@ -138,6 +138,11 @@ def attention_forward(
         return query_THC[None, ..., :value_width].contiguous(), None
     if value_width < width:
         value_TNC = F.pad(value_TNC, (0, width - value_width))
+    if _state is None and not torch.compiler.is_compiling():
+        raise BackendError(
+            f"{type(module).__name__} is set to an engine's pages, but no engine runs it",
+            fix='close the engine, or call model.set_attn_implementation("sdpa")',
+        )
     factor = width**-0.5 if scaling is None else scaling
     layer: Any = module._mogul_paged_layer
     attend: Any = torch.ops.mogul.attend if torch.compiler.is_compiling() else _attend

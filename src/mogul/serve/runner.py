@@ -32,6 +32,7 @@ class Runner:
         if kv_dtype not in KV_DTYPES:
             raise ConfigError(f"KV dtype {kv_dtype!r} is unknown", fix=f"use {list(KV_DTYPES)}")
         self.model = model.eval().requires_grad_(False)
+        self._attention = model.config._attn_implementation or "sdpa"
         self.device = model.device
         head: Any = model.get_output_embeddings()
         self.vocab_size = int(head.weight.shape[0])
@@ -141,7 +142,9 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Give back pages, graphs and hooks."""
+        """Give back pages, graphs and hooks, and the model's own attention."""
+        if self._attention != NAME:
+            self.model.set_attn_implementation(self._attention)
         self.tap.close()
         self.ladder = None
         self.caches = []
