@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mogul.core.errors import ConfigError
 from mogul.core.registry import Registry
+from mogul.kernels.cpu.route import route_one_each, takes_one_each
 from mogul.kernels.reference.route import route_reference
 from mogul.kernels.router_spec import RouterSpec
 from mogul.kernels.triton.routing import route_triton, why_not_route
@@ -84,6 +85,8 @@ def route(
     if scale is not None and scale.numel() != spec.num_experts:
         raise ConfigError(f"router scale {tuple(scale.shape)} is not [{spec.num_experts}]")
     if backend == "auto" and logits.device.type == "cpu":  # nothing else runs there
+        if bias is None and scale is None and takes_one_each(logits, spec):
+            return Routing(*route_one_each(logits, spec))
         return Routing(*route_reference(logits, spec, bias, scale))
     facts = {"device": logits.device, "dtype": logits.dtype, "spec": spec}
     function = ROUTE.choose(**facts)[1] if backend == "auto" else ROUTE.get(backend, **facts)

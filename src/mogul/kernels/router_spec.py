@@ -7,6 +7,7 @@ top-k arXiv 2412.19437, null experts arXiv 2406.13233.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from mogul.core.errors import ConfigError
@@ -80,6 +81,13 @@ class RouterSpec:
     def picks_per_group(self) -> int:
         """Picks of a token in each group (grouped routing)."""
         return self.top_k // self.num_groups
+
+    @cached_property
+    def picks_one_each(self) -> bool:
+        """One pick in each group whose weight is exactly 1: upcycled models."""
+        plain = self.num_null_experts == 0 and self.limit_groups is None
+        one = self.top_k == self.num_groups and self.scaling_factor == 1.0
+        return plain and one and self.weighting == "renormalised_in_group"
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
