@@ -24,7 +24,7 @@ from statistics import NormalDist, mean, stdev
 from typing import Any
 
 RESULTS = Path("benchmarks/study.jsonl")
-VARIANTS = ("topk-aux", "topk-bias", "topk-bias-fast", "moge2", "moge4", "moge8")
+VARIANTS = ("topk-aux", "topk-bias", "moge2", "moge4", "moge8")
 SECOND = ("smollm2-dense", "smollm2-moge2", "smollm2-moge4")  # upcycled against dense, continued
 DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
@@ -270,7 +270,8 @@ def show(results: list[dict[str, Any]]) -> None:
 
     for scale in dict.fromkeys(result["scale"] for result in results):
         runs = [result for result in results if result["scale"] == scale]
-        by = {v: [r for r in runs if r["variant"] == v] for v in VARIANTS + SECOND}
+        names = dict.fromkeys((*VARIANTS, *SECOND, *(r["variant"] for r in runs)))
+        by = {v: [r for r in runs if r["variant"] == v] for v in names}
         bits = {v: [r["bits_per_byte"] for r in found] for v, found in by.items() if found}
         first = runs[0]
         size = f"{first['parameters'] / 1e6:.1f}M parameters, {first['tokens'] / 1e6:.0f}M tokens"

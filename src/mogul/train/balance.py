@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mogul.core.errors import ConfigError
@@ -87,6 +88,7 @@ class Balancer:
         )
         self.total = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         self._seen = torch.zeros(layers, 3, device=device)
+        self._vio = torch.zeros((), device=device)
 
     def _check_bias(self) -> None:
         lacks = [r for r in self.routers if getattr(r, "e_score_correction_bias", None) is None]
@@ -170,6 +172,7 @@ class Balancer:
             if self._moves_bias():
                 self._move_bias()
             self.total += self.count.long()
+            self._vio += _max_vio(self.count)
             self._seen += self.losses / self._micro_batches_seen
         self._micro_batches_seen = 0
         self.count.zero_()
@@ -185,7 +188,7 @@ class Balancer:
         step = bias_step(
             self.count,
             self.section,
-            mean_score=self.losses[:, 2] / self._micro_batches_seen,
+            spread=self.losses[:, 2] / self._micro_batches_seen,
             num_groups=self.rules.num_groups,
             update=self.updates,
         )
@@ -200,13 +203,17 @@ class Balancer:
         return tuple(block.layer for block in self.blocks)
 
     def take(self) -> tuple[Tensor, dict[str, float]]:
-        """Counts [L, E] since the last call, and mean losses over steps and layers."""
+        """Counts [L, E] since the last call, and means over steps and layers.
+
+        `max_vio_step` is MaxVio of single steps: a bias that swings evens out in the counts.
+        """
         counts, steps = self.total.cpu().clone(), max(1, self.steps - self._last_taken)
         aux, z, _ = (self._seen / steps).mean(0).tolist()
-        self.total.zero_()
-        self._seen.zero_()
+        vio = float(self._vio) / steps
+        for sums in (self.total, self._seen, self._vio):
+            sums.zero_()
         self._last_taken = self.steps
-        return counts, {"balance_loss": aux, "z_loss": z}
+        return counts, {"balance_loss": aux, "z_loss": z, "max_vio_step": vio}
 
     def state(self) -> dict[str, int]:
         """What a checkpoint needs beside the model's own buffers."""
@@ -216,6 +223,11 @@ class Balancer:
         """Go on from a state."""
         self.steps = self._last_taken = int(state["steps"])
         self.updates = int(state["updates"])
+
+
+def _max_vio(count: Float[Tensor, "L E"]) -> Float[Tensor, ""]:
+    """Most loaded expert over the mean, less 1; mean over layers."""
+    return (count.amax(-1) / count.mean(-1).clamp(min=1e-30) - 1).mean()
 
 
 def _runs_mtp(model: Any) -> bool:

@@ -2,8 +2,9 @@
 
 The auxiliary loss is sum_i f_i p_i, f_i the load of expert i over the mean load and p_i its mean
 score: 1 at balance. Counts never carry a gradient. The selection bias of the loss-free rules
-(arXiv 2408.15664) follows the missing load by steps that are shares of the mean score, because
-softmax scores over E experts are E times smaller than sigmoid ones.
+(arXiv 2408.15664) follows the missing load by steps that are shares of how much an expert's score
+differs between tokens: that is what a bias competes with. It is E times smaller for softmax than
+for sigmoid, and smaller still for routers that are new; a fixed step would swing there for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from mogul.spec.base import Spec
 
 BiasRule = Literal["none", "sign", "proportional", "decay"]
-DEFAULT_RATES = {"sign": 0.02, "proportional": 0.1, "decay": 1.0}
+DEFAULT_RATES = {"sign": 0.03, "proportional": 0.1, "decay": 1.0}
 
 
 class BalanceSection(Spec):
@@ -37,11 +39,11 @@ class BalanceSection(Spec):
 
     bias: Literal["none", "sign", "proportional", "decay"] = "none"
     """Loss-free rule: how the selection bias follows the loads after each step. A step is a share
-    of the mean score: `sign` of the missing load, in proportion to it, or the same over the root
+    of the spread of the scores: `sign` of the missing load, in proportion to it, or the same over the root
     of the step number."""
 
     bias_rate: float | None = Field(default=None, gt=0)
-    """Step of the bias in mean scores; None: 0.02 (sign), 0.1 (proportional), 1 (decay)."""
+    """Step of the bias in spreads of the scores; None: 0.03 (sign), 0.1 (proportional), 1 (decay)."""
 
     bias_until: float = Field(default=1.0, ge=0, le=1)
     """Share of the training after which the bias stays as it is."""
@@ -54,7 +56,7 @@ class BalanceSection(Spec):
 
     @property
     def rate(self) -> float:
-        """The step of the bias in mean scores."""
+        """The step of the bias in spreads of the scores."""
         return self.bias_rate or DEFAULT_RATES.get(self.bias, 0.0)
 
 
@@ -66,6 +68,24 @@ def scores_of(
         pools = logits[:, :num_experts].unflatten(1, (num_groups, -1))
         return _normal(pools, kind).flatten(1) / num_groups
     return _normal(logits, kind)[:, :num_experts]
+
+
+def spread_of(logits: Float[Tensor, "T C"], num_experts: int, kind: str) -> Float[Tensor, ""]:
+    """How much an expert's score differs between tokens, for the step of a selection bias.
+
+    The geometric mean of two measures. The standard deviation of the scores is too large for most
+    tokens where a few are sure of their expert; the spread of the logits times the typical slope
+    of the score (averaged in logarithms) is too small for the picks, which lie above the typical.
+    """
+    logits_TE = logits[:, :num_experts]
+    if kind == "sigmoid":
+        score_TE = logits_TE.sigmoid()
+        log_slope = F.logsigmoid(logits_TE) + F.logsigmoid(-logits_TE)
+    else:
+        log_slope = logits_TE - logits.logsumexp(-1, keepdim=True)
+        score_TE = log_slope.exp()
+    typical = logits_TE.std(0, correction=0).mean() * log_slope.mean().exp()
+    return (score_TE.std(0, correction=0).mean() * typical).sqrt()
 
 
 def _normal(logits: Tensor, kind: str) -> Tensor:
@@ -104,7 +124,7 @@ def bias_step(
     count: Int[Tensor, "L E"] | Float[Tensor, "L E"],
     section: BalanceSection,
     *,
-    mean_score: Float[Tensor, " L"],
+    spread: Float[Tensor, " L"],
     num_groups: int,
     update: int,
 ) -> Float[Tensor, "L E"]:
@@ -112,7 +132,7 @@ def bias_step(
 
     Each expert is compared with its group; the sum over a group stays what it was.
     """
-    load = count.to(mean_score.dtype).unflatten(-1, (num_groups, -1))
+    load = count.to(spread.dtype).unflatten(-1, (num_groups, -1))
     mean = load.mean(-1, keepdim=True)
     lacking = (mean - load) / mean.clamp(min=1.0)
     if section.bias == "sign":
@@ -120,4 +140,4 @@ def bias_step(
     elif section.bias == "decay":
         lacking = lacking / update**0.5
     lacking = lacking - lacking.mean(-1, keepdim=True)
-    return section.rate * mean_score[:, None] * lacking.flatten(-2)
+    return section.rate * spread[:, None] * lacking.flatten(-2)

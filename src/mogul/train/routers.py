@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mogul.train.balance_rules import BalanceSection, balance_loss, scores_of, warmed, z_loss
+from mogul.train.balance_rules import (
+    BalanceSection,
+    balance_loss,
+    scores_of,
+    spread_of,
+    warmed,
+    z_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class TrainedRouter:
     """[E] picks of this step."""
     balance_tokens: Tensor
     balance_losses: Tensor
-    """[3] sums over micro-batches: auxiliary loss, z-loss, mean score."""
+    """[3] sums over micro-batches: auxiliary loss, z-loss, spread of the scores."""
     balance_gate: Tensor
     balance_alpha: Tensor
     balance_sample: Tensor
@@ -108,8 +115,8 @@ class TrainedRouter:
         loss = balance_loss(count.detach(), mean, rules.loss_groups)
         z = z_loss(logits, share)
         with torch.no_grad():
-            raw = logits.sigmoid() if rules.score == "sigmoid" else score
-            seen = torch.stack([loss.detach(), z.detach(), raw.mean()])
+            spread = spread_of(logits, rules.num_experts, rules.score)
+            seen = torch.stack([loss.detach(), z.detach(), spread])
             self.balance_losses.add_(seen * self.balance_gate)
         if not (rules.loss_factor or rules.z_factor):
             return weights
