@@ -187,6 +187,31 @@ def test_new_routers_do_not_swing(rule, width):
     assert max(found[-10:]) < 0.15, found[-10:]
 
 
+def test_processes_move_the_bias_alike(tiny_model):
+    """Every process sees other tokens, but counts and the scale of the step are everyone's."""
+    seen = []
+    for seed in (0, 1):
+        with Balancer(tiny_model(), BalanceSection(loss="none", bias="sign")) as one:
+            torch.manual_seed(seed)
+            ChunkedLoss()(one.model, torch.randint(0, 50, (2, 16)))
+            sums = torch.stack((one.losses[:, 2], torch.ones_like(one.losses[:, 2])))
+            seen.append((one.count.clone(), sums))
+    biases = []
+    for seed in (0, 1):
+
+        def reduce(mine, other=seen[1 - seed]):
+            mine += other[0] if mine.shape == other[0].shape else other[1]
+
+        section = BalanceSection(loss="none", bias="proportional")
+        with Balancer(tiny_model(), section, reduce=reduce) as balancer:
+            torch.manual_seed(seed)
+            ChunkedLoss()(balancer.model, torch.randint(0, 50, (2, 16)))
+            balancer.end_step()
+            biases.append([r.e_score_correction_bias.clone() for r in balancer.routers])
+    assert biases[0][0].any()
+    assert all(torch.equal(x, y) for x, y in zip(*biases, strict=True))
+
+
 def test_a_model_without_a_bias_is_told(tiny_model):
     model = tiny_model(router_selection_bias=False)
     with pytest.raises(ConfigError, match="has no selection bias") as caught:

@@ -39,11 +39,12 @@ class BalanceSection(Spec):
 
     bias: Literal["none", "sign", "proportional", "decay"] = "none"
     """Loss-free rule: how the selection bias follows the loads after each step. A step is a share
-    of the spread of the scores: `sign` of the missing load, in proportion to it, or the same over the root
-    of the step number."""
+    of the spread of the scores: `sign` of the missing load, in proportion to it, or the same over
+    the root of the step number."""
 
     bias_rate: float | None = Field(default=None, gt=0)
-    """Step of the bias in spreads of the scores; None: 0.03 (sign), 0.1 (proportional), 1 (decay)."""
+    """Step of the bias in spreads of the scores; None: 0.03 (sign), 0.1 (proportional),
+    1 (decay)."""
 
     bias_until: float = Field(default=1.0, ge=0, le=1)
     """Share of the training after which the bias stays as it is."""
