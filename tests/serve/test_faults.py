@@ -112,6 +112,19 @@ def test_pages_of_a_failed_request_poison_nobody(tiny, monkeypatch):
     tiny.assert_greedy("moge", prompt, engine.generate([prompt], GREEDY)[0].token_ids, 10)
 
 
+def test_an_answer_that_cannot_be_read_ends_only_its_request(tiny, monkeypatch):
+    engine = tiny.engine("moge", tiny.letters())
+    prompts = marked_prompts(tiny)
+    numbers = [engine.add(prompt, GREEDY) for prompt in prompts]
+
+    def push(_token):
+        raise ValueError("half a letter")
+
+    monkeypatch.setattr(engine._live[numbers[2]].stream, "push", push)
+    answers = {c.id: c.answer for _ in range(40) for c in engine.step() if c.answer is not None}
+    check_others(tiny, engine, prompts, [answers[n] for n in numbers], "half a letter")
+
+
 def test_everything_can_be_ended_at_once(tiny):
     engine = tiny.engine("llama")
     numbers = [engine.add(prompt, GREEDY) for prompt in tiny.prompts(5, 6, 7, 8, 9, 10)]

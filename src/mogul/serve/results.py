@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from mogul.core.log import log
 from mogul.serve.requests import Chunk, Finish, Live, TokenLogprob
 from mogul.serve.sampling import Sampled
 from mogul.serve.steps import Flight, Piece
@@ -29,7 +30,7 @@ def take(flight: Flight) -> list[tuple[Live, Chunk]]:
         _take_picks(piece)
         for live, rows in piece.draws():
             if live.finish is None:
-                given.append((live, _give(live, rows, piece.sampled, now_s)))
+                given.append((live, _try_give(live, rows, piece.sampled, now_s)))
     return given
 
 
@@ -37,6 +38,15 @@ def fail(live: Live, reason: str) -> Chunk:
     """End a request by an error."""
     live.finish, live.error = "error", reason
     return Chunk(live.id, "", ())
+
+
+def _try_give(live: Live, rows: range, sampled: Sampled, now_s: float) -> Chunk:
+    """`_give`, where an error ends this request and not the reading of everybody's step."""
+    try:
+        return _give(live, rows, sampled, now_s)
+    except Exception as error:  # a tokenizer or a grammar that breaks on this answer
+        log.warning(f"request {live.id} cannot be read: {type(error).__name__}: {error}")
+        return fail(live, f"{type(error).__name__}: {error}")
 
 
 def _give(live: Live, rows: range, sampled: Sampled, now_s: float) -> Chunk:
