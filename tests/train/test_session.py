@@ -121,6 +121,52 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, capsys):
         assert _same(session, whole)
 
 
+def _damage(root, *steps):
+    """Checkpoint folders of these steps that are not whole."""
+    for step in steps:
+        (root / f"step-{step:08d}").mkdir(parents=True)
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_a_new_one(tmp_path):
+    _damage(tmp_path, 90, 103)
+    for step in (8, 9, 10):
+        checkpoint.write(tmp_path, checkpoint.Snapshot(step, {}, {}), keep=2)
+    assert checkpoint.steps_in(tmp_path) == [9, 10, 90, 103]
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):
+    checkpoint.write(tmp_path, checkpoint.Snapshot(10, {}, {}), keep=2)
+    for _ in range(2):
+        _damage(tmp_path, 90, 103)
+        assert checkpoint.read_newest(tmp_path).step == 10
+        assert "step-00000090 is damaged: renamed to" in capsys.readouterr().err
+    assert sorted(one.name for one in tmp_path.iterdir()) == [
+        "step-00000010",
+        "step-00000090.damaged",
+        "step-00000090.damaged-1",
+        "step-00000103.damaged",
+        "step-00000103.damaged-1",
+    ]
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_at_zero(recipe, tmp_path):
+    _damage(tmp_path / CHECKPOINTS, 90, 103)
+    for _ in range(2):  # the second time too
+        with pytest.raises(ArtifactError, match="none of the 2 checkpoints") as caught:
+            Session(recipe(), tmp_path, resume=True)
+        assert "to start anew" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("change", [{"files": None}, {"files": [1]}, {"step": None}, {"step": "2"}])
+def test_a_state_without_files_or_step_is_damaged(tmp_path, change):
+    for step in (1, 2):
+        checkpoint.write(tmp_path, checkpoint.Snapshot(step, {}, {}), keep=2)
+    file = tmp_path / "step-00000002" / "state.json"
+    content = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({key: x for key, x in content.items() if x is not None}))
+    assert checkpoint.read_newest(tmp_path).step == 1
+
+
 class _Bomb:
     def __reduce__(self):
         return (os.system, ("touch exploded",))

@@ -65,7 +65,7 @@ def steps_in(root: Path) -> list[int]:
 
 
 def write(root: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep`.
+    """Write one checkpoint, then drop all but the newest `keep` up to it; later ones stay.
 
     Raises:
         ArtifactError: The disk is full or cannot be written; earlier checkpoints are untouched.
@@ -90,7 +90,7 @@ def write(root: Path, snapshot: Snapshot, keep: int) -> Path:
             f"cannot write {target}: {error}; earlier checkpoints are kept",
             fix="free some space or choose another place",
         ) from error
-    for step in steps_in(root)[:-keep]:
+    for step in [one for one in steps_in(root) if one <= snapshot.step][:-keep]:
         _remove(folder_of(root, step))
     return target
 
@@ -128,8 +128,14 @@ def read(folder: Path) -> Snapshot:
     state = read_json(folder / STATE_FILE)
     if not isinstance(state, dict) or state.get("version") != SCHEMA_VERSION:
         raise ArtifactError(f"{folder} is no checkpoint of this version", fix="use another one")
+    files, step = state.get("files"), state.get("step")
+    if not isinstance(files, dict) or not isinstance(step, int):
+        raise ArtifactError(
+            f"{folder / STATE_FILE} is damaged: it names no files or no step",
+            fix="resume from an earlier one",
+        )
     tensors = {}
-    for name, seal in state["files"].items():
+    for name, seal in files.items():
         file = folder / name
         if file.name != name or file.suffix != ".safetensors":
             raise ArtifactError(f"{folder / STATE_FILE} names a strange file: {name!r}")
@@ -139,17 +145,38 @@ def read(folder: Path) -> Snapshot:
             tensors[file.stem] = load_file(file)
         except SafetensorError as error:
             raise ArtifactError(f"{file} is no safetensors file: {error}") from error
-    return Snapshot(int(state["step"]), tensors, state)
+    return Snapshot(step, tensors, state)
 
 
 def read_newest(root: Path) -> Snapshot | None:
-    """The newest whole checkpoint; damaged ones are told of and passed over."""
+    """The newest whole checkpoint; damaged ones after it are told of and renamed aside.
+
+    None leaves all as they are: nothing is there, or nothing is whole.
+    """
+    damaged = []
     for step in reversed(steps_in(root)):
         try:
-            return read(folder_of(root, step))
+            found = read(folder_of(root, step))
         except ArtifactError as error:
             say(f"checkpoint of step {step} is passed over: {error}")
+            damaged.append(folder_of(root, step))
+            continue
+        for folder in damaged:
+            _set_aside(folder)
+        return found
     return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Give a damaged checkpoint a name that is no checkpoint's; nothing is deleted."""
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while aside.exists():
+        aside, number = folder.with_name(f"{folder.name}.damaged-{number}"), number + 1
+    try:
+        folder.rename(aside)
+        say(f"{folder} is damaged: renamed to {aside.name}")
+    except OSError as error:
+        say(f"{folder} is damaged and cannot be renamed: {error.strerror}")
 
 
 class Saver:

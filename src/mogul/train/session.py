@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError, MogulError
 from mogul.core.log import progress, say
 from mogul.core.units import show_count
 from mogul.observe.live import LiveTrace, live_numbers
@@ -87,9 +87,8 @@ class Session:
         self._make_parts()
         self.step, self.tokens = 0, 0
         self._stack = ExitStack()
-        if resume and (snapshot := read_newest(self.folder / CHECKPOINTS)) is not None:
-            state.put(self, snapshot)
-            say(f"resumed at step {self.step} of {self.num_steps}")
+        if resume:
+            self._go_on()
 
     # ---- making ready
 
@@ -124,6 +123,18 @@ class Session:
             _check_same(read_resolved(self.folder), self.recipe)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_resolved(self.recipe, self.folder)
+
+    def _go_on(self) -> None:
+        """Put back the newest whole checkpoint; begin where none was ever written."""
+        root = self.folder / CHECKPOINTS
+        if (snapshot := read_newest(root)) is not None:
+            state.put(self, snapshot)
+            say(f"resumed at step {self.step} of {self.num_steps}")
+        elif steps := steps_in(root):
+            raise ArtifactError(
+                f"none of the {len(steps)} checkpoints in {root} is whole",
+                fix=f"to start anew, remove or rename {root}, or choose another folder",
+            )
 
     def _check_vocabulary(self) -> None:
         config: Any = self.model.config
