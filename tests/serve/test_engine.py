@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -219,9 +221,29 @@ def test_a_closed_engine_leaves_the_model_as_it_was(tiny):
     number = engine.add([1, 2, 3], GREEDY)
     engine.step()
     engine.close()
-    assert engine.take(number) == []
+    assert engine.take(number)[-1].answer.finish == "abort"
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, tiny.model("moge")(tokens).logits)
+
+
+def test_a_closed_engine_refuses_more_work(tiny):
+    engine = tiny.engine("llama")
+    engine.close()
+    engine.close()
+    for more in (engine.step, lambda: engine.add([1]), lambda: engine.generate([[1]], GREEDY)):
+        with pytest.raises(ConfigError, match="engine is closed"):
+            more()
+
+
+@pytest.mark.timeout(60)
+def test_closing_from_another_thread_ends_those_who_wait(tiny):
+    engine = tiny.engine("llama")
+    chunks = engine.stream([1, 2, 3], SamplingParams(max_tokens=200, temperature=0))
+    assert next(chunks).answer is None
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    closing.join()
+    assert list(chunks)[-1].answer.finish == "abort"
 
 
 def test_a_model_outside_the_interface_is_refused_with_the_reason():

@@ -100,6 +100,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = random.Random(self.options.seed)
         self._lock = threading.RLock()
+        self._is_closed = False
         self._num_steps = self._prompt_tokens = self._output_tokens = 0
         self._last_step_s = 0.0
         if self.options.record_experts:
@@ -163,11 +164,13 @@ class Engine:
             salt: only requests with the same salt share pages.
 
         Raises:
-            ConfigError: the prompt is empty, too long, or asks for what this engine lacks.
+            ConfigError: the prompt is empty, too long, or asks for what this engine lacks, or the
+                engine is closed.
         """
         params = params or SamplingParams()
         ids = self.encode(prompt)
         with self._lock:
+            self._check_open()
             self._check(ids, params)
             number = next(self._ids)
             live = Live(
@@ -198,6 +201,10 @@ class Engine:
             raise ConfigError("this engine has no tokenizer", fix="give token ids as prompt")
         tokenizer: Any = self.tokenizer
         return tuple(tokenizer(prompt)["input_ids"])
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this engine is closed", fix="open another on the same model")
 
     def _check(self, ids: tuple[int, ...], params: SamplingParams) -> None:
         if not ids:
@@ -259,6 +266,7 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Run one step; returns what it gave to whom, and posts it to their streams."""
         with self._lock:
+            self._check_open()
             chunks: list[Chunk] = []
             if self._flight is not None and not self._may_overlap():
                 chunks += self._land()
@@ -368,7 +376,13 @@ class Engine:
             for chunk in self.take(number):
                 if chunk.answer is not None:
                     return chunk.answer
-            self.step()
+            self._go_on(number)
+
+    def _go_on(self, number: int) -> None:
+        """Step, unless another thread's step or `close` has posted something meanwhile."""
+        with self._lock:
+            if not self._mail.get(number):
+                self.step()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Yield what is said as it is said; closing the iterator aborts the request."""
@@ -379,7 +393,7 @@ class Engine:
                     yield chunk
                     if chunk.answer is not None:
                         return
-                self.step()
+                self._go_on(number)
         finally:
             self._forget([number])
 
@@ -409,12 +423,17 @@ class Engine:
                 self._end(live, fail(live, reason))
 
     def close(self) -> None:
-        """Abort everything and give the cache's memory back; the model stays usable."""
+        """Abort everything and give the cache's memory back; the model stays usable.
+
+        What was said until then can still be fetched with `take`; `add` and `step` then refuse.
+        """
         with self._lock:
+            if self._is_closed:
+                return
             self._land()
             for number in list(self._live):
                 self.abort(number)
-            self._mail.clear()
+            self._is_closed = True
             if self.speculator is not None:
                 self.speculator.close()
             self.runner.close()
