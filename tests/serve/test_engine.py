@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 
 from mogul.core.errors import BackendError, ConfigError
-from mogul.serve import SamplingParams
+from mogul.serve import Engine, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
@@ -246,10 +247,30 @@ def test_closing_from_another_thread_ends_those_who_wait(tiny):
     assert list(chunks)[-1].answer.finish == "abort"
 
 
+def test_two_engines_share_a_model_until_both_are_closed(tiny):
+    older = tiny.engine("moge")
+    model = older.runner.model
+    newer = Engine(model, None, older.options)
+    prompts = tiny.prompts(5, 9)
+    older.close()
+    check_all(tiny, "moge", prompts, newer.generate(prompts, GREEDY))
+    newer.close()
+    assert model.config._attn_implementation == "sdpa"
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_an_engine_that_fails_to_open_leaves_the_model_as_it_was(tiny, monkeypatch):
+    model = copy.deepcopy(tiny.model("llama"))
+    for place in ("mogul.serve.engine.choose_sizes", "mogul.serve.runner.find_layers"):
+        monkeypatch.setattr(place, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Engine(model)
+        assert model.config._attn_implementation == "sdpa"
+        assert all(weight.requires_grad for weight in model.parameters())
+
+
 def test_a_model_outside_the_interface_is_refused_with_the_reason():
     from transformers import AutoModelForCausalLM, MambaConfig
-
-    from mogul.serve import Engine
 
     config = MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(BackendError, match="Transformers"):

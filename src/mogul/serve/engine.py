@@ -80,6 +80,13 @@ class Engine:
         self.tokenizer = tokenizer
         fuse = self.options.fuse and model.device.type != "cpu"
         self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)
+        try:
+            self._open(model, name, speculator)
+        except BaseException:
+            self.runner.close()
+            raise
+
+    def _open(self, model: PreTrainedModel, name: str, speculator: Speculator | None) -> None:
         self.sizes = sizes = choose_sizes(self.runner, self.options)
         self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size)
         self.pool = BlockPool(sizes.num_pages, sizes.page_size, reuse=self.options.reuse_prefix)
@@ -93,7 +100,7 @@ class Engine:
         self.speculator = speculator
         self._matchers: Matchers | None = None
         self._salt = (name, str(model.dtype), self.options.kv_dtype)
-        self._end_ids = end_ids(model, tokenizer)
+        self._end_ids = end_ids(model, self.tokenizer)
         self._live: dict[int, Live] = {}
         self._mail: dict[int, deque[Chunk]] = {}
         self._flight: Flight | None = None

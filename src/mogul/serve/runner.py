@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mogul.core.errors import BackendError, ConfigError
+from mogul.core.errors import ConfigError
 from mogul.core.log import say
-from mogul.serve.attention import NAME, LayerCache, LayerShape, StepState, find_layers, running
+from mogul.serve.attention import LayerCache, LayerShape, StepState, find_layers, running
+from mogul.serve.borrow import borrow, give_back
 from mogul.serve.fuse import fuse_linears
 from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
@@ -31,21 +32,25 @@ class Runner:
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise ConfigError(f"KV dtype {kv_dtype!r} is unknown", fix=f"use {list(KV_DTYPES)}")
-        self.model = model.eval().requires_grad_(False)
-        self._attention = model.config._attn_implementation or "sdpa"
+        self.model = model
         self.device = model.device
         head: Any = model.get_output_embeddings()
         self.vocab_size = int(head.weight.shape[0])
-        _use_pages(model)
-        if fuse:
-            fuse_linears(model, self.device)
-        self.shapes: list[LayerShape] = find_layers(model, self.device)
         self.kv_dtype = KV_DTYPES[kv_dtype]
         self.caches: list[LayerCache] = []
         self.page_size = 0
         self.tap = ExpertTap(model)
         self.ladder: Ladder | None = None
         self.is_compiled = False
+        borrow(model, self)
+        try:
+            model.eval().requires_grad_(False)
+            if fuse:
+                fuse_linears(model, self.device)
+            self.shapes: list[LayerShape] = find_layers(model, self.device)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def token_bytes(self) -> int:
@@ -142,9 +147,8 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Give back pages, graphs and hooks, and the model's own attention."""
-        if self._attention != NAME:
-            self.model.set_attn_implementation(self._attention)
+        """Give back pages, graphs and hooks; the last runner also the model's own attention."""
+        give_back(self.model, self)
         self.tap.close()
         self.ladder = None
         self.caches = []
@@ -153,13 +157,3 @@ class Runner:
         """Leave a step's tokens on the device for the next step."""
         if not self.arena.is_shared:
             self.last_ids[: len(ids_R)].copy_(ids_R)
-
-
-def _use_pages(model: PreTrainedModel) -> None:
-    if not model._can_set_attn_implementation():
-        raise BackendError(
-            f"{type(model).__name__} does not take its attention from Transformers' interface, "
-            "so the engine cannot give it pages",
-            fix="use Transformers' generate for this family",
-        )
-    model.set_attn_implementation(NAME)
