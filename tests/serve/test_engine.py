@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -257,6 +259,24 @@ def test_two_engines_share_a_model_until_both_are_closed(tiny):
     newer.close()
     assert model.config._attn_implementation == "sdpa"
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.timeout(120)
+def test_engines_in_two_threads_do_not_mix_their_steps(tiny):
+    names = ("llama", "moge")
+    engines = [tiny.engine(name) for name in names]
+    prompts = tiny.prompts(5, 9, 14)
+
+    def wait(*_):
+        time.sleep(0.002)  # every layer lets the other thread in
+
+    for engine in engines:
+        for layer in engine.runner.model.model.layers:
+            layer.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda engine: engine.generate(prompts, GREEDY), engines))
+    for name, own in zip(names, answers, strict=True):
+        check_all(tiny, name, prompts, own)
 
 
 def test_an_engine_that_fails_to_open_leaves_the_model_as_it_was(tiny, monkeypatch):

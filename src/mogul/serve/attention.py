@@ -9,6 +9,7 @@ under the name: Transformers then builds no mask, which is what pages need.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,32 +66,38 @@ class StepState:
     caches: list[LayerCache]
 
 
+_turn = threading.RLock()
+"""Held while a model is called, so that engines in other threads wait. A plain global and a lock,
+not a thread's own storage: compiled layers read neither, and guard on nothing that differs."""
+
 _state: StepState | None = None
 _seen: list[tuple[nn.Module, LayerShape]] | None = None
 
 
 @contextmanager
 def running(state: StepState) -> Iterator[None]:
-    """Let every layer that runs inside attend by `state`."""
+    """Let every layer that runs inside attend by `state`; other threads wait."""
     global _state
-    previous, _state = _state, state
-    try:
-        yield
-    finally:
-        _state = previous
+    with _turn:
+        previous, _state = _state, state
+        try:
+            yield
+        finally:
+            _state = previous
 
 
 def run_one_token(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:
     """Run one token without pages through a model set to `mogul_paged`; its attention calls."""
     global _seen
-    previous, _seen = _seen, []
-    try:
-        ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
-        return _seen
-    finally:
-        _seen = previous
+    with _turn:
+        previous, _seen = _seen, []
+        try:
+            ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
+            with torch.inference_mode():
+                model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
+            return _seen
+        finally:
+            _seen = previous
 
 
 def find_layers(model: nn.Module, device: torch.device) -> list[LayerShape]:
