@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -119,6 +120,65 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, capsys):
         while session.step < 6:
             session.take_step()
         assert _same(session, whole)
+
+
+def _save_and_raise(recipe, folder, error):
+    with Session(recipe, folder) as session:
+        session.saver.save(state.take(session))
+        if error:
+            raise error
+
+
+def test_leaving_a_session_waits_for_the_writer(recipe, tmp_path, monkeypatch):
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *all: (time.sleep(0.5), write(*all))[1])
+    with pytest.raises(KeyError):
+        _save_and_raise(recipe(), tmp_path, KeyError)
+    assert checkpoint.steps_in(tmp_path / CHECKPOINTS) == [0]
+
+
+@pytest.mark.parametrize("earlier", [None, KeyError])
+def test_leaving_a_session_tells_what_the_writer_met(
+    recipe, tmp_path, monkeypatch, capsys, earlier
+):
+    def full(*_all):
+        raise ArtifactError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(earlier or ArtifactError):
+        _save_and_raise(recipe(), tmp_path, earlier)
+    assert ("the last checkpoint was not written" in capsys.readouterr().err) == bool(earlier)
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
+def test_a_session_leaves_the_deterministic_flag_as_it_was(recipe, tmp_path, before):
+    def flags():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    try:
+        session = Session(recipe(run__deterministic=True), tmp_path)
+        assert flags() == before
+        with session:
+            assert flags() == (True, False)
+        assert flags() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_norm_takes_dtypes_in_the_order_of_the_parameters(monkeypatch, turned):
+    from mogul.train import step
+
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    dtypes = dtypes[::-1] if turned else dtypes
+    seen, promote = [], torch.promote_types
+    monkeypatch.setattr(torch, "promote_types", lambda a, b: (seen.append(a), promote(a, b))[1])
+    step._norm([torch.ones(2, dtype=dtype) for dtype in dtypes])
+    assert seen == dtypes
 
 
 def _damage(root, *steps):

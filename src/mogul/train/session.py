@@ -75,7 +75,6 @@ class Session:
         self.num_steps = recipe.run.num_steps
         self._check_folder(resume)
         run = recipe.run
-        torch.use_deterministic_algorithms(run.deterministic)
         self.device = choose_device(run.device)
         self.compiles = self.device.type != "cpu" if run.compile == "auto" else run.compile
         self.model = build_model(recipe, self.device)
@@ -168,21 +167,24 @@ class Session:
 
     def __enter__(self) -> Self:
         recipe, run = self.recipe, self.recipe.run
-        self._stack.enter_context(
-            prepared_layers(
-                self.model, compile=bool(self.compiles), recompute=run.activation_checkpointing
+        with ExitStack() as stack:  # undone where something below fails
+            stack.enter_context(_deterministic(run.deterministic))
+            stack.enter_context(
+                prepared_layers(
+                    self.model, compile=bool(self.compiles), recompute=run.activation_checkpointing
+                )
             )
-        )
-        self._stack.enter_context(self.balancer or nullcontext())
-        self._stack.enter_context(router_products(run, self.device))
-        self.stepper = Stepper(
-            self.model,
-            self.optimizer,
-            choose_objective(self.model, run.loss, compile=bool(self.compiles)),
-            max_grad_norm=recipe.optimizer.max_grad_norm,
-            wide_sums=run.gradient_dtype == "float32",
-            around=around_forward(run, self.device),
-        )
+            stack.enter_context(self.balancer or nullcontext())
+            stack.enter_context(router_products(run, self.device))
+            self.stepper = Stepper(
+                self.model,
+                self.optimizer,
+                choose_objective(self.model, run.loss, compile=bool(self.compiles)),
+                max_grad_norm=recipe.optimizer.max_grad_norm,
+                wide_sums=run.gradient_dtype == "float32",
+                around=around_forward(run, self.device),
+            )
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -191,8 +193,19 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
-        torch.use_deterministic_algorithms(False)
+        try:
+            self._stack.close()
+        finally:
+            self._end_writing(error)
+
+    def _end_writing(self, earlier: BaseException | None) -> None:
+        """Wait for the checkpoint under way; its error must not hide the one that ends the run."""
+        try:
+            self.saver.wait()
+        except MogulError as error:
+            if earlier is None:
+                raise
+            say(f"the last checkpoint was not written: {error}")
 
     # ---- steps
 
@@ -374,6 +387,18 @@ def _check_same(before: Recipe, now: Recipe) -> None:
             f"the run was started with another recipe; changed: {', '.join(changed)}",
             fix="resume with the old values (recipe.json), or start in another folder",
         )
+
+
+@contextmanager
+def _deterministic(is_on: bool) -> Iterator[None]:
+    """Deterministic algorithms or not, for a while."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(is_on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class _WideSums:
 def _norm(tensors: list[Tensor]) -> Tensor:
     """Root of the sum of all squares, in at least float32."""
     norms: list[Tensor] = []
-    for dtype in {tensor.dtype for tensor in tensors}:
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # a set has no order
         wide = torch.promote_types(dtype, torch.float32)
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         each: Any = torch.ops.aten._foreach_norm.Scalar(same, 2.0, wide)
