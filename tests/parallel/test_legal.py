@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mogul.core.errors import BackendError, ConfigError
 from mogul.parallel import Plan, contiguous, make_dispatcher, placed
 from mogul.parallel.groups import make_groups
 from mogul.parallel.shard import spread_experts
+from mogul.parallel.slices import cut_experts
 from mogul.spec import presets
 from mogul.spec.families import model_spec
 from mogul.spec.grouping import Grouping
@@ -45,6 +47,29 @@ def test_an_unknown_dispatch_names_the_known():
     with pytest.raises(BackendError, match="no backend 'statik'") as caught:
         make_dispatcher("statik", plan(2, 8))
     assert "static" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "unread"),
+    [
+        ("static", {"capacity": 1.0}, "capacity"),
+        ("auto", {"capacity": 1.0}, "capacity"),
+        ("gather", {"capacity": 1.0, "levels": (None, None)}, "capacity and node_ranks"),
+        ("all_to_all", {"levels": (None, None)}, "node_ranks"),
+    ],
+)
+def test_an_option_that_is_not_read_is_refused(name, options, unread):
+    with pytest.raises(ConfigError, match=f"does not read {unread}\n"):
+        make_dispatcher(name, plan(4, 8, **options))
+
+
+def test_a_cut_that_does_not_divide_the_expert_width_is_refused():
+    experts = SimpleNamespace(
+        num_experts=4, has_gate=True, is_transposed=False, down_proj=torch.ones(4, 8, 10)
+    )
+    with pytest.raises(ConfigError, match="moe_tp=4 does not divide the expert width 10") as caught:
+        cut_experts(experts, [0, 1], 0, 4)
+    assert "(1, 2, 5, 10)" in caught.value.__notes__[0]
 
 
 def test_experts_must_be_shared_equally():

@@ -70,6 +70,9 @@ class Dispatcher(ABC):
     min_chunk_rows = 1024
     """Fewer rows of a rank than this are never cut: experts would be read once a chunk."""
 
+    reads: frozenset[str] = frozenset()
+    """Which of `OPTIONS` it heeds; the others must be left out."""
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.group, self.owners = plan.group, plan.owners
@@ -132,6 +135,9 @@ def agree(number: int, group: dist.ProcessGroup, device: torch.device) -> int:
     return int(most)
 
 
+OPTIONS = {"capacity": "capacity", "levels": "node_ranks"}
+"""Fields of `Plan` that only some dispatchers read -> as users name them."""
+
 DISPATCH: Registry[Callable[[Plan], Dispatcher]] = Registry("dispatch")
 
 
@@ -159,10 +165,22 @@ def make_dispatcher(name: str, plan: Plan) -> Dispatcher:
 
     Raises:
         BackendError: the layout is illegal for it, with the legal ones.
+        ConfigError: the plan sets an option that it does not read.
     """
     if name == "auto":
         reason = DISPATCH.reasons(plan=plan)["static"]
         name = "all_to_all" if reason else "static"
         if reason and plan.group.rank() == 0:
             log.warning(f"dispatch all_to_all, whose load is what the router makes it ({reason})")
-    return DISPATCH.get(name, plan=plan)(plan)
+    dispatcher = DISPATCH.get(name, plan=plan)(plan)
+    unread = [
+        word
+        for field, word in OPTIONS.items()
+        if getattr(plan, field) is not None and field not in dispatcher.reads
+    ]
+    if unread:
+        raise ConfigError(
+            f"dispatch {name} does not read {' and '.join(unread)}",
+            fix="leave it out; all_to_all reads capacity, two_level reads node_ranks",
+        )
+    return dispatcher

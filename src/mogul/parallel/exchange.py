@@ -51,6 +51,7 @@ class AllToAll(Dispatcher):
 
     packs = True
     """Whether small batches may move as one message; all ranks must have equally many tokens."""
+    reads = frozenset({"capacity"})
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -188,6 +189,8 @@ class TwoLevel(Dispatcher):
     crosses the network once for all of a node's experts. The second stage is a dispatcher again,
     which runs as the experts of the first.
     """
+
+    reads = frozenset({"levels"})
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)

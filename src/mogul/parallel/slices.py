@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mogul.core.errors import ConfigError
+from mogul.spec.grouping import divisors
+
 CUTS = "_mogul_cuts"
 """Attribute of a module: {parameter name: (Cut, ...)}."""
 
@@ -86,12 +89,20 @@ def cut_experts(module: Any, experts: Sequence[int], tp_rank: int, tp: int) -> N
     """Leave the experts in this order, and of each the F slice of `tp_rank`, in an experts module.
 
     The second bias is added once, by the first slice.
+
+    Raises:
+        ConfigError: `tp` does not divide the expert width.
     """
     total = module.num_experts
     rows = Cut(0, tuple(experts), total)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     halves = 2 if module.has_gate else 1
     width = module.down_proj.shape[1 if module.is_transposed else 2]
+    if width % tp:
+        raise ConfigError(
+            f"moe_tp={tp} does not divide the expert width {width}",
+            fix=f"moe_tp may be one of {divisors(width)}",
+        )
     axis_in, axis_out = (2, 1) if module.is_transposed else (1, 2)
     layout = {"halves": halves, "together": module.is_concatenated}
     inner = [width_cut(axis_in, width, tp_rank, tp, **layout)] if tp > 1 else []
