@@ -2,7 +2,8 @@
 
 Written by torch's distributed checkpoint: each rank its own parts, each tensor under its name in
 the model, so 1, 2 or 4 ranks read what 4, 2 or 1 wrote, with other meshes too. The folder appears
-whole or not at all. `whole_state` gathers a model for `save_pretrained`.
+whole or not at all. Reading unpickles: only for folders you wrote yourself. `whole_state` gathers a
+model for `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def save_sharded(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights, optimizer state and `extra` (picklable, rank 0's counts); all ranks call."""
+    """Write weights, optimizer state and `extra` (picklable, rank 0's counts); all ranks call.
+
+    The format holds pickles: whoever reads the folder runs what its writer put there.
+    """
     target = Path(folder)
     work = target.with_name(target.name + ".part")
     if dist.get_rank() == 0 and work.exists():
@@ -44,10 +48,28 @@ def save_sharded(
     save(values, checkpoint_id=str(work))
     dist.barrier()
     if dist.get_rank() == 0:
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
+        _replace(target, work)
     dist.barrier()
+
+
+def _replace(target: Path, work: Path) -> None:
+    """Give `work` the name; what had it is deleted after that, and gets it back on an error."""
+    old = _old_of(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old_of(target: Path) -> Path:
+    """Where the checkpoint before stands while the new one gets its name."""
+    return target.with_name(target.name + ".old")
 
 
 def load_sharded(
@@ -55,13 +77,19 @@ def load_sharded(
 ) -> dict[str, Any]:
     """Read what `save_sharded` wrote into a sharded model and its optimizer; returns `extra`.
 
+    Only for folders you wrote yourself: torch's reader unpickles the metadata and `extra`, so a
+    folder made by another can run any code.
+
     Raises:
         ArtifactError: no such checkpoint.
     """
     if not (Path(folder) / ".metadata").exists():
+        old = _old_of(Path(folder))
         raise ArtifactError(
             f"{folder} is no sharded checkpoint (it has no .metadata)",
-            fix="give a folder that save_sharded wrote to its end",
+            fix=f"rename {old}, left by a save that was cut off, to {folder}"
+            if old.exists()
+            else "give a folder that save_sharded wrote to its end",
         )
     weights, state = get_state_dict(model, optimizer)
     extra = _names_of_extra(folder)
