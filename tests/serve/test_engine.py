@@ -215,6 +215,13 @@ def test_a_request_larger_than_the_cache_is_refused(tiny):
     assert len(engine.generate([[1] * 15], SamplingParams(max_tokens=5))[0].token_ids) == 5
 
 
+@pytest.mark.parametrize("what", [{"logit_bias": {120: 1.0}}, {"stop_token_ids": (3, 120)}])
+def test_token_ids_the_model_lacks_are_refused(tiny, what):
+    engine = tiny.engine("llama")
+    with pytest.raises(ConfigError, match="names token 120, the model knows"):
+        engine.add([1], SamplingParams(**what))
+
+
 def test_a_closed_engine_leaves_the_model_as_it_was(tiny):
     engine = tiny.engine("moge")
     model = engine.runner.model

@@ -50,7 +50,6 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._by_digest: dict[bytes, int] = {}
         self.hit_tokens = 0
-        self.asked_tokens = 0
 
     @property
     def num_available(self) -> int:
@@ -99,10 +98,9 @@ class BlockPool:
         assert known is not None
         return known.digest
 
-    def count_hits(self, hit_tokens: int, asked_tokens: int) -> None:
+    def count_hits(self, hit_tokens: int) -> None:
         """Note what a request found."""
         self.hit_tokens += hit_tokens
-        self.asked_tokens += asked_tokens
 
     def share(self, pages: Iterable[int]) -> None:
         """Become a reader of known pages."""

@@ -95,7 +95,8 @@ class Engine:
         self.scheduler: Scheduler[Live] = Scheduler(limits, self.room)
         self.steps = Steps(self.runner)
         self.last_picks: Any = None
-        """Picks of the last step read [T, layers, K], where `record_experts` is on."""
+        """Picks of the last step read, where `record_experts` is on: a list of [T, layers, K] (or
+        None), one for each part that was computed alone; only a failing step has more than one."""
 
         self.speculator = speculator
         self._matchers: Matchers | None = None
@@ -164,6 +165,8 @@ class Engine:
     ) -> int:
         """Queue a request and return its id.
 
+        What is said for it is kept until `take` fetches it, also when `step` returned it.
+
         Args:
             prompt: text, or token ids.
             params: how its tokens are chosen.
@@ -221,6 +224,11 @@ class Engine:
                 f"the prompt holds token {max(ids, key=abs)}, the model knows "
                 f"0..{self.runner.vocab_size - 1}"
             )
+        for field in ("logit_bias", "stop_token_ids"):
+            if (most := max(getattr(params, field), default=0)) >= self.runner.vocab_size:
+                raise ConfigError(
+                    f"{field} names token {most}, the model knows 0..{self.runner.vocab_size - 1}"
+                )
         if len(ids) + params.max_tokens > self.sizes.max_length:
             raise ConfigError(
                 f"{len(ids)} prompt tokens and {params.max_tokens} new ones exceed the length of "

@@ -25,7 +25,7 @@ StructureKind = Literal["json_schema", "json", "regex", "choice", "lark"]
 
 @dataclass(frozen=True)
 class Structure:
-    """The shape an answer must have: a JSON schema, any JSON, a regex, a choice, a grammar."""
+    """The shape an answer must have: a JSON schema, any JSON object, a regex, choice, grammar."""
 
     kind: StructureKind
     text: str = ""

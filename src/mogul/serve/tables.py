@@ -47,7 +47,7 @@ class PageRoom:
         live.computed = len(known) * pool.page_size
         if live.cached_tokens is None:
             live.cached_tokens = live.computed
-            pool.count_hits(live.computed, live.goal)
+            pool.count_hits(live.computed)
         live.home = self._next_home
         whole = self.pages_of(live.prompt_tokens + live.output_tokens)
         self._next_home = (self._next_home + whole) % pool.num_pages
