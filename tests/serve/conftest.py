@@ -208,7 +208,7 @@ def any_family(request) -> str:
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """The helpers of this file, for tests, which cannot import it."""
+    """The functions of this file, for tests, which cannot import it."""
     return SimpleNamespace(
         engine=make_engine,
         model=plain_model,

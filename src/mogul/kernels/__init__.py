@@ -21,14 +21,22 @@ from mogul.kernels.route import ROUTE, Routing, route
 from mogul.kernels.router_spec import RouterSpec
 
 __all__ = [
+    "FORMATS",
     "MOE_FORWARD",
+    "MOE_QUANTISED",
     "PAGED_ATTENTION",
     "ROUTE",
+    "ExpertFormat",
     "ExpertLayout",
+    "QuantisedExperts",
     "RouterSpec",
     "Routing",
     "choose_backend",
+    "dequantise_experts",
+    "expert_format",
     "moe_forward",
+    "moe_forward_quantised",
     "paged_attention",
+    "quantise_experts",
     "route",
 ]

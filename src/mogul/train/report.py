@@ -28,8 +28,7 @@ CURVES = (
         "MaxVio",
         "busiest / mean - 1",
         ("max_vio", "max_vio_in_groups", "max_vio_step"),
-        "0: all experts in even use. In groups: the worst group of a layer, mean over layers. "
-        "Step: of single steps, where a bias that swings shows.",
+        "0: even use. In groups: the worst of a layer. Step: single steps, where a bias swings.",
     ),
     ("Dead experts", "experts", ("dead_experts",), "Without a row in the interval."),
 )

@@ -1,4 +1,4 @@
-"""Kernels of paged attention: few queries a sequence (decode), many (prompts), and their helpers.
+"""Kernels of paged attention: few queries a sequence (decode), many (prompts), and their parts.
 
 Few queries: every worker takes an equal share of all key blocks of all sequences, whatever their
 lengths, and leaves one partial result for each sequence it touched; `merge_few` adds them up. Many
