@@ -221,7 +221,7 @@ def test_bad_calls_are_refused_by_name() -> None:
 
 def test_a_backend_that_only_dequantises_says_so(monkeypatch, capsys) -> None:
     told: list[str] = []
-    monkeypatch.setattr(quant, "_resolved", {})
+    monkeypatch.setattr(quant.MOE_QUANTISED, "_resolved", {})
     monkeypatch.setattr(quant.log, "warning", told.append)
     packed = quantise_experts(*weights(), "int4-128")
     for _ in range(2):

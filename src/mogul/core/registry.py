@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mogul.core.errors import BackendError, nearest
+from mogul.core.log import log
 
 F = TypeVar("F", bound=Callable[..., Any])
 WhyNot = Callable[..., str | None]
+OnChoice = Callable[["Registry[Any]", str, Any], None]
 
 
 def always(**_facts: object) -> str | None:
@@ -31,9 +33,13 @@ class Registry(Generic[F]):
     registration is the order of preference for `choose`.
     """
 
-    def __init__(self, operation: str) -> None:
+    def __init__(self, operation: str, *, on_choice: OnChoice | None = None) -> None:
+        """Name the operation; `on_choice(registry, name, facts)` hears of new automatic choices."""
         self.operation = operation
         self._entries: dict[str, _Entry[F]] = {}
+        self._on_choice = on_choice
+        # torch.compile warns of functools.lru_cache, so the cache is a plain one.
+        self._resolved: dict[tuple[Any, ...], tuple[str, F]] = {}
 
     def add(self, name: str, function: F, *, why_not: WhyNot = always, first: bool = False) -> F:
         """Register `function`; `first=True` puts it before all others in preference."""
@@ -81,3 +87,28 @@ class Registry(Generic[F]):
                 return name, self._entries[name].function
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise BackendError(f"{self.operation} has no backend that can run here ({told})")
+
+    def resolve(self, backend: str, facts: NamedTuple) -> tuple[str, F]:
+        """`get` a backend by its name, or `choose` for "auto": asked once for each kind of call."""
+        key = (tuple(self._entries), backend, facts)
+        if (known := self._resolved.get(key)) is None:
+            known = self._resolved[key] = self._ask(backend, facts)
+        return known
+
+    def _ask(self, backend: str, facts: NamedTuple) -> tuple[str, F]:
+        told = facts._asdict()
+        if backend != "auto":
+            return backend, self.get(backend, **told)
+        found = self.choose(**told)
+        if self._on_choice is not None:
+            self._on_choice(self, found[0], facts)
+        return found
+
+
+def warn_of_reference(registry: Registry[Any], name: str, facts: Any) -> None:
+    """An `on_choice` that says why the slow reference runs; `facts` names the device."""
+    if name == "reference":
+        reasons = registry.reasons(**facts._asdict())
+        others = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
+        operation, device = registry.operation, facts.device
+        log.warning(f"{operation} runs the slow reference backend on {device} ({others})")

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
-from mogul.core.log import log
-from mogul.core.registry import Registry
-from mogul.kernels.cpu.moe import moe_forward_cpu, why_not_cpu
+from mogul.core.registry import Registry, warn_of_reference
+from mogul.kernels.cpu import why_not_cpu
+from mogul.kernels.cpu.moe import moe_forward_cpu
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.reference.moe import moe_forward_reference
 from mogul.kernels.triton import moe_forward_triton, why_not_triton
@@ -58,7 +58,7 @@ class CallFacts(NamedTuple):
     needs_grad: bool = False
 
 
-MOE_FORWARD: Registry[MoeForward] = Registry("moe_forward")
+MOE_FORWARD: Registry[MoeForward] = Registry("moe_forward", on_choice=warn_of_reference)
 MOE_FORWARD.add("triton", moe_forward_triton, why_not=why_not_triton)
 MOE_FORWARD.add("cpu", moe_forward_cpu, why_not=why_not_cpu)
 MOE_FORWARD.add("reference", moe_forward_reference)
@@ -79,31 +79,7 @@ def choose_backend(
         BackendError: the forced backend cannot run, with the reason.
     """
     call = CallFacts(torch.device(device), dtype, **facts)  # type: ignore[arg-type]
-    return _resolve(backend, call)[0]
-
-
-# torch.compile warns of functools.lru_cache, so the cache is a plain one.
-_resolved: dict[tuple[tuple[str, ...], str, CallFacts], tuple[str, MoeForward]] = {}
-
-
-def _resolve(backend: str, facts: CallFacts) -> tuple[str, MoeForward]:
-    """Ask the backends once for each kind of call."""
-    key = (tuple(MOE_FORWARD.names()), backend, facts)
-    if (known := _resolved.get(key)) is None:
-        known = _resolved[key] = _ask(backend, facts)
-    return known
-
-
-def _ask(backend: str, facts: CallFacts) -> tuple[str, MoeForward]:
-    told = facts._asdict()
-    if backend != "auto":
-        return backend, MOE_FORWARD.get(backend, **told)
-    name, function = MOE_FORWARD.choose(**told)
-    if name == "reference":
-        reasons = MOE_FORWARD.reasons(**told)
-        others = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
-        log.warning(f"moe_forward runs the slow reference backend on {facts.device} ({others})")
-    return name, function
+    return MOE_FORWARD.resolve(backend, call)[0]
 
 
 def moe_forward(
@@ -160,7 +136,7 @@ def moe_forward(
         has_bias=gate_up_bias is not None or down_bias is not None,
         needs_grad=_needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
     )
-    run = _resolve(backend, facts)[1]
+    run = MOE_FORWARD.resolve(backend, facts)[1]
     y = run(
         _cast(x, dtype),
         _cast(gate_up, dtype),

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
-from mogul.core.log import log
-from mogul.core.registry import Registry
-from mogul.kernels.cpu.attention import paged_attention_cpu, why_not_cpu
+from mogul.core.registry import Registry, warn_of_reference
+from mogul.kernels.cpu import why_not_cpu
+from mogul.kernels.cpu.attention import paged_attention_cpu
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
 from mogul.kernels.triton.attention import paged_attention_triton, why_not_triton_attention
 
@@ -59,29 +59,10 @@ class AttentionFacts(NamedTuple):
     page_size: int
 
 
-PAGED_ATTENTION: Registry[PagedAttention] = Registry("paged_attention")
+PAGED_ATTENTION: Registry[PagedAttention] = Registry("paged_attention", on_choice=warn_of_reference)
 PAGED_ATTENTION.add("triton", paged_attention_triton, why_not=why_not_triton_attention)
 PAGED_ATTENTION.add("cpu", paged_attention_cpu, why_not=why_not_cpu)
 PAGED_ATTENTION.add("reference", paged_attention_reference)
-
-_resolved: dict[tuple[tuple[str, ...], str, AttentionFacts], PagedAttention] = {}
-
-
-def _resolve(backend: str, facts: AttentionFacts) -> PagedAttention:
-    """Ask the backends once for each kind of call."""
-    key = (tuple(PAGED_ATTENTION.names()), backend, facts)
-    if (known := _resolved.get(key)) is not None:
-        return known
-    told = facts._asdict()
-    if backend != "auto":
-        function = PAGED_ATTENTION.get(backend, **told)
-    else:
-        name, function = PAGED_ATTENTION.choose(**told)
-        if name == "reference":
-            reasons = PAGED_ATTENTION.reasons(**told)
-            others = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
-            log.warning(f"paged_attention runs the slow reference on {facts.device} ({others})")
-    return _resolved.setdefault(key, function)
 
 
 def paged_attention(
@@ -175,7 +156,7 @@ def _run(
         raise ConfigError(f"sliding_window {sliding_window} sees nothing", fix="None sees all")
     if sinks is not None and sinks.shape != (facts.num_heads,):
         raise ConfigError(f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]")
-    return _resolve(backend, facts)(
+    return PAGED_ATTENTION.resolve(backend, facts)[1](
         query,
         key,
         value,

@@ -8,7 +8,7 @@ router is no part of this and stays as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -212,8 +212,17 @@ class QuantisedFacts(NamedTuple):
     layout: ExpertLayout
 
 
-MOE_QUANTISED: Registry[QuantisedForward] = Registry("moe_forward_quantised")
-_resolved: dict[tuple[str, QuantisedFacts], QuantisedForward] = {}
+def _warn_of_dequantising(registry: Registry[Any], name: str, facts: QuantisedFacts) -> None:
+    if name != "triton":
+        log.warning(
+            f"{facts.format.name} experts run on the {name} backend, which dequantises them: it "
+            f"saves memory, not time (triton: {registry.reasons(**facts._asdict()).get('triton')})"
+        )
+
+
+MOE_QUANTISED: Registry[QuantisedForward] = Registry(
+    "moe_forward_quantised", on_choice=_warn_of_dequantising
+)
 
 
 def moe_forward_quantised(
@@ -238,23 +247,8 @@ def moe_forward_quantised(
     facts = QuantisedFacts(
         x.device, x.dtype, experts.format, num_experts, hidden_size, inner, experts.layout
     )
-    run = _resolved.get((backend, facts))
-    if run is None:
-        run = _resolved[backend, facts] = _resolve(backend, facts)
+    run = MOE_QUANTISED.resolve(backend, facts)[1]
     return run(x, experts, ids.to(torch.int64), weights)
-
-
-def _resolve(backend: str, facts: QuantisedFacts) -> QuantisedForward:
-    told = facts._asdict()
-    if backend != "auto":
-        return MOE_QUANTISED.get(backend, **told)
-    name, function = MOE_QUANTISED.choose(**told)
-    if name != "triton":
-        log.warning(
-            f"{facts.format.name} experts run on the {name} backend, which dequantises them: it "
-            f"saves memory, not time (triton: {MOE_QUANTISED.reasons(**told).get('triton')})"
-        )
-    return function
 
 
 def _check(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.blocks import combine
 from mogul.kernels.cpu.order import order_by_expert
 from mogul.kernels.quant import MOE_QUANTISED, QuantisedExperts, QuantisedWeight
@@ -61,11 +62,6 @@ def _product(
     value_RC, scale_R = quantise_rows(rows_RC)
     out_RN = value_RC.float() @ weight.value[expert].float().T
     return out_RN * scale_R[:, None] * weight.scale[expert]
-
-
-def why_not_cpu(*, device: torch.device, **_facts: object) -> str | None:
-    """The processor only."""
-    return None if device.type == "cpu" else f"the tensors are on {device}, not on the processor"
 
 
 MOE_QUANTISED.add("triton", moe_quantised_triton, why_not=why_not_triton_quantised)

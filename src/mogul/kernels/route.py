@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,6 +29,14 @@ class Routing(NamedTuple):
     """float32; 0 for a null pick. Differentiable in the logits."""
     scores: Float[Tensor, "T E"]
     """float32, unbiased, of the true experts."""
+
+
+class RouteFacts(NamedTuple):
+    """What a backend's `why_not(**facts)` is told of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    spec: RouterSpec
 
 
 class RouteFunction(Protocol):
@@ -88,6 +97,5 @@ def route(
         if bias is None and scale is None and takes_one_each(logits, spec):
             return Routing(*route_one_each(logits, spec))
         return Routing(*route_reference(logits, spec, bias, scale))
-    facts = {"device": logits.device, "dtype": logits.dtype, "spec": spec}
-    function = ROUTE.choose(**facts)[1] if backend == "auto" else ROUTE.get(backend, **facts)
-    return Routing(*function(logits, spec, bias, scale))
+    facts = RouteFacts(logits.device, logits.dtype, spec)
+    return Routing(*ROUTE.resolve(backend, facts)[1](logits, spec, bias, scale))

@@ -17,11 +17,6 @@ PACKED_QUERIES = 16
 """Up to this many queries share one reading of the keys between all heads of a key head."""
 
 
-def why_not_cpu(*, device: torch.device, **_facts: object) -> str | None:
-    """The processor only; every shape and dtype."""
-    return None if device.type == "cpu" else f"the tensors are on {device}, not on the processor"
-
-
 def paged_attention_cpu(
     query_THC: Tensor,
     key_TNC: Tensor,

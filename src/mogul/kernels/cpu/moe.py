@@ -27,11 +27,6 @@ COLUMNS_BELOW = 64
 COLUMNS_EXPERT_BYTES = 2**21
 
 
-def why_not_cpu(*, device: torch.device, **_facts: object) -> str | None:
-    """The processor only; every layout and dtype."""
-    return None if device.type == "cpu" else f"the tensors are on {device}, not on the processor"
-
-
 def moe_forward_cpu(
     x: Tensor,
     gate_up: Tensor,
