@@ -167,9 +167,10 @@ class Balancer:
         """
         if updated and self._micro_batches_seen:
             self.steps += 1
-            spread_L = self._gathered()
+            if self._reduce is not None:
+                self._reduce(self.count)
             if self._moves_bias():
-                self._move_bias(spread_L)
+                self._move_bias()
             self.total += self.count.long()
             self._vio += _max_vio(self.count)
             self._seen += self.losses / self._micro_batches_seen
@@ -182,21 +183,20 @@ class Balancer:
             return False
         return self.num_steps is None or self.steps <= self.section.bias_until * self.num_steps
 
-    def _gathered(self) -> Tensor:
-        """Add the counts of all processes up; the mean spread of a layer's scores over them all."""
+    def _mean_spread(self) -> Tensor:
+        """Spread of each layer's scores, mean over the micro-batches of all processes."""
         spread_L = self.losses[:, 2]
         sums = torch.stack((spread_L, torch.full_like(spread_L, self._micro_batches_seen)))
         if self._reduce is not None:
-            self._reduce(self.count)
             self._reduce(sums)
         return sums[0] / sums[1]
 
-    def _move_bias(self, spread_L: Tensor) -> None:
+    def _move_bias(self) -> None:
         self.updates += 1
         step = bias_step(
             self.count,
             self.section,
-            spread=spread_L,
+            spread=self._mean_spread(),
             num_groups=self.rules.num_groups,
             update=self.updates,
         )

@@ -67,9 +67,8 @@ class TrainedRouter:
     balance_rules: RouterRules
     balance_count: Tensor
     """[E] picks of this step."""
-    balance_tokens: Tensor
     balance_losses: Tensor
-    """[3] sums over micro-batches: auxiliary loss, z-loss, spread of the scores."""
+    """[3] sums over micro-batches: auxiliary loss, z-loss, spread of the scores (for a bias)."""
     balance_gate: Tensor
     balance_alpha: Tensor
     balance_sample: Tensor
@@ -115,7 +114,9 @@ class TrainedRouter:
         loss = balance_loss(count.detach(), mean, rules.loss_groups)
         z = z_loss(logits, share)
         with torch.no_grad():
-            spread = spread_of(logits, rules.num_experts, rules.score)
+            spread = torch.zeros_like(z)
+            if section.bias != "none":
+                spread = spread_of(logits, rules.num_experts, rules.score)
             seen = torch.stack([loss.detach(), z.detach(), spread])
             self.balance_losses.add_(seen * self.balance_gate)
         if not (rules.loss_factor or rules.z_factor):
