@@ -80,6 +80,7 @@ def run(options: Options) -> int:
     from mogul.models.regroup import find_groups, regroup
     from mogul.spec.fingerprint import stamp_of_folder
     from mogul.spec.trace import load_trace
+    from mogul.train.export import copy_tokenizer
 
     groups = options.groups or options.devices
     if groups % options.devices:
@@ -105,7 +106,7 @@ def run(options: Options) -> int:
             healed = _compare(options, original, grouped, held_out_ids, group_of, groups)
         balance = _balance(options, original, grouped, held_out_ids)
         grouped.save_pretrained(work)
-        _copy_tokenizer(folder, work)
+        copy_tokenizer(folder, work)
     _table(options, trace, group_of, groups, before, healed).show(options.format)
     balance.show(options.format)
     return 0
@@ -283,14 +284,3 @@ def _table(
         [tuple(round(v, 4) if isinstance(v, float) else v for v in row) for row in rows],
         (f"compared on {before.num_tokens:,} held-out tokens",),
     )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    import shutil
-
-    from mogul.models.upcycle.card import COPIED_FILES
-
-    for pattern in COPIED_FILES:
-        for file in source.glob(pattern):
-            if file.is_file() and not (target / file.name).exists():
-                shutil.copyfile(file, target / file.name)
