@@ -24,8 +24,8 @@ from mogul.bench.calibrate_timing import device_name
 from mogul.core.log import say
 from mogul.core.table import Table
 from mogul.models import load_model, load_tokenizer
+from mogul.models.load import default_device
 from mogul.serve import Engine, SamplingParams
-from mogul.serve.loading import default_device
 from mogul.serve.options import EngineOptions
 from mogul.serve.speculate import make_speculator
 from mogul.train.data import shipped_text

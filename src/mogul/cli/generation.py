@@ -200,6 +200,7 @@ def open_speaker(
     start_s = time.perf_counter()
     say(f"loading {model}")
     from mogul.models import load_model, load_tokenizer
+    from mogul.models.load import default_device
 
     tokenizer = load_tokenizer(model)
     if needs_template and not tokenizer.chat_template:
@@ -207,7 +208,8 @@ def open_speaker(
             f"the tokenizer of {model} has no chat template: this is a base model",
             fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
         )
-    loaded = load_model(model, dtype=_TORCH_NAMES[dtype], experts=experts, device=_device(device))
+    device = default_device() if device == "auto" else device
+    loaded = load_model(model, dtype=_TORCH_NAMES[dtype], experts=experts, device=device)
     params = sampling_params(loaded.generation_config, sampling)
     count = show_count(loaded.num_parameters())
     say(
@@ -231,15 +233,6 @@ def _voice(model: PreTrainedModel, tokenizer: Any, params: SamplingParams) -> Vo
         say(f"{error}; token by token through Transformers instead")
         model.set_attn_implementation(attention)
         return PlainVoice(model, tokenizer, params)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
 
 
 def sampling_params(config: GenerationConfig | None, sampling: Sampling) -> SamplingParams:

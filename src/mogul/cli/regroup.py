@@ -73,10 +73,9 @@ class Options:
 
 def run(options: Options) -> int:
     """Group, compare, heal, write and print."""
-    from mogul.cli.trace import default_device
     from mogul.core.errors import ConfigError
     from mogul.core.files import atomic_folder
-    from mogul.models.load import find_folder, load_model
+    from mogul.models.load import default_device, find_folder, load_model
     from mogul.models.regroup import find_groups, regroup
     from mogul.spec.fingerprint import stamp_of_folder
     from mogul.spec.trace import load_trace

@@ -95,7 +95,7 @@ def _merge(options: Options) -> int:
 
 
 def _trace(options: Options) -> TraceRun:
-    from mogul.models.load import find_folder, load_model, load_tokenizer
+    from mogul.models.load import default_device, find_folder, load_model, load_tokenizer
     from mogul.observe.data import calibration
     from mogul.observe.run import TraceSettings, run_trace
     from mogul.spec.fingerprint import stamp_of_folder
@@ -140,14 +140,6 @@ def read_sources(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
         else:
             sources[name] = read_texts(Path(name))
     return sources
-
-
-def default_device() -> str:
-    """The accelerator, else the CPU."""
-    import torch
-
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return str(found) if found else "cpu"
 
 
 def _summary(options: Options, done: TraceRun) -> Table:

@@ -68,6 +68,12 @@ def find_folder(path: str | Path) -> Path:
         ) from error
 
 
+def default_device() -> str:
+    """An accelerator where there is one, else the processor."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
 def load_config(path: str | Path) -> PreTrainedConfig:
     """Read `config.json`; ArtifactError for an unknown family, ConfigError for a bad value."""
     file = find_folder(path) / "config.json"

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogul.core.errors import BackendError, ConfigError
+from mogul.models.load import default_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
 from mogul.serve.blocks import BlockPool, root_digest
-from mogul.serve.loading import Load, default_device, open_model, open_tokenizer
+from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
 from mogul.serve.requests import Answer, Chunk, Live

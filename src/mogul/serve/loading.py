@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 Load = Literal["checkpoint", "random"]
 
 
-def default_device() -> str:
-    """An accelerator where there is one, else the processor."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
-
-
 def open_model(
     path: str | Path, *, load: Load, dtype: str | torch.dtype, device: str, experts: str
 ) -> PreTrainedModel:

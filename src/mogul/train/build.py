@@ -14,6 +14,7 @@ import mogul.models
 from mogul.core.errors import ConfigError, nearest
 from mogul.core.log import say
 from mogul.models.convert_config import is_grouped_elsewhere, moge_config
+from mogul.models.load import default_device
 from mogul.models.moge.configuration_moge import TRANSFORMERS_KEYS, MogeConfig
 from mogul.spec import presets
 from mogul.train.recipe import ModelSection, Recipe, RunSection
@@ -32,8 +33,8 @@ def choose_device(name: str) -> torch.device:
     """The device of a run; `auto`: the accelerator where there is one."""
     if name != "auto":
         return torch.device(name)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else torch.device(found.type, 0)
+    kind = default_device()
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
 
 
 def weight_dtype(run: RunSection, device: torch.device) -> torch.dtype:
