@@ -4,7 +4,7 @@ Contract of all rows: (x [T, D], ids [T, K], weights [T, K]) -> out [T, D]; the 
 router outside. Inputs rotate (16 sets to 8 tokens, 4 to 456) so that the cache stays cold. Times
 are the median over rounds in which the variants take turns; up to 4096 tokens the better of plain
 calls and a CUDA graph of the rotated calls. Every variant is checked against fp32 on 48 tokens.
-The floor is the larger of arithmetic and bytes at the ceilings measured in this run.
+The floor is the larger of arithmetic and bytes at the ceilings measured around a shape's cells.
 
     python benchmarks/bench_moe_layer.py --shapes A,C --tokens 1,64,4096 --train 16384 --out DIR
 """
@@ -165,10 +165,11 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def run_shape(
-    name: str, args: argparse.Namespace, peak: dict[str, float], out: list[dict[str, Any]]
-) -> None:
-    """All cells of one shape."""
+def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) -> None:
+    """All cells of one shape: printed with the ceilings before them, kept with the mean around.
+
+    A card under load for seconds runs slower than a rested one, kernels and ceilings alike.
+    """
     case = make_case(name)
     forwards: dict[str, peers.Forward] = {}
     for peer, make in variants(args).items():
@@ -176,34 +177,57 @@ def run_shape(
             forwards[peer] = make(case)
         except Exception as error:
             print(f"{peer} is not here: {type(error).__name__} {str(error)[:160]}")
-    for tokens in args.tokens:
-        cell = forward_cell(case, tokens, forwards, args.rounds)
-        for row in cell:
-            row.update(
-                shape=name, kind="forward", tokens=tokens, floor_ms=floor_ms(name, tokens, peak)
-            )
-            if row["peer"] == "mogul" and tokens <= 4096:
-                row["host_us"] = host_us(forwards["mogul"], make_tokens(case, tokens))
-        out += cell
-        show(cell)
-    for tokens in args.train:
-        for peer in [p for p in forwards if p in args.train_peers.split(",")]:
-            torch.cuda.empty_cache()
-            try:
-                row = train_cell(case, tokens, peer, forwards[peer], args.rounds)
-            except Exception as error:
-                print(f"  {peer} failed in training: {type(error).__name__} {str(error)[:300]}")
-                continue
-            row.update(
-                shape=name, kind="train", tokens=tokens, floor_ms=train_floor_ms(name, tokens, peak)
-            )
-            out.append(row)
-            show([row])
+    before = ceilings()
+    for kind, sizes, run in (
+        ("forward", args.tokens, forward_rows),
+        ("train", args.train, train_rows),
+    ):
+        floor = floor_ms if kind == "forward" else train_floor_ms
+        rows: list[dict[str, Any]] = []
+        for tokens in sizes:
+            cell = run(case, tokens, forwards, args)
+            for row in cell:
+                row.update(shape=name, kind=kind, tokens=tokens)
+                row["floor_ms"] = floor(name, tokens, before)
+            show(cell)
+            rows += cell
+        after = ceilings()
+        peak = {key: (before[key] + after[key]) / 2 for key in before}
+        for row in rows:
+            row.update(peak=peak, floor_ms=floor(name, row["tokens"], peak))
+        mine = [row for row in rows if row["peer"] == "mogul"]
+        ratios = "  ".join(f"{r['tokens']}: {r['ms'] / r['floor_ms']:.3f}" for r in mine)
+        print(f"{name} {kind} at the mean of {before} and {after}: {ratios}", flush=True)
+        before = after
+        out += rows
 
 
-def ledger_rows(
-    rows: list[dict[str, Any]], peak: dict[str, float], rounds: int
+def forward_rows(
+    case: Case, tokens: int, forwards: dict[str, peers.Forward], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    """One forward cell, with mogul's host time."""
+    cell = forward_cell(case, tokens, forwards, args.rounds)
+    for row in cell:
+        if row["peer"] == "mogul" and tokens <= 4096:
+            row["host_us"] = host_us(forwards["mogul"], make_tokens(case, tokens))
+    return cell
+
+
+def train_rows(
+    case: Case, tokens: int, forwards: dict[str, peers.Forward], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One training cell, peer by peer."""
+    rows = []
+    for peer in [p for p in forwards if p in args.train_peers.split(",")]:
+        torch.cuda.empty_cache()
+        try:
+            rows.append(train_cell(case, tokens, peer, forwards[peer], args.rounds))
+        except Exception as error:
+            print(f"  {peer} failed in training: {type(error).__name__} {str(error)[:300]}")
+    return rows
+
+
+def ledger_rows(rows: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
     """Mogul's rows for the ledger, each with the peers of its cell."""
     found = []
     common = {"device": torch.cuda.get_device_name(), "bench": "moe_layer"}
@@ -223,7 +247,7 @@ def ledger_rows(
             "ratio": round(row["ms"] / row["floor_ms"], 4),
             "peers": peers,
             "relative_error": float(f"{row['error']:.1e}"),
-            "ceilings": {name: round(value, 3) for name, value in peak.items()},
+            "ceilings": {name: round(value, 3) for name, value in row["peak"].items()},
         }
         found.append(ledger.row(**common, case=case, **time, **more))
         if "host_us" in row:
@@ -258,16 +282,14 @@ def main() -> None:
     precompile(
         [(n, t) for n in names for t in args.tokens], [(n, t) for n in names for t in args.train]
     )
-    peak = ceilings()
-    print("ceilings", peak, torch.cuda.get_device_name(), torch.__version__, flush=True)
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     rows: list[dict[str, Any]] = []
     for name in names:
-        run_shape(name, args, peak, rows)
+        run_shape(name, args, rows)
         torch.cuda.empty_cache()
-        text = json.dumps({"peak": peak, "device": torch.cuda.get_device_name(), "rows": rows})
+        text = json.dumps({"device": torch.cuda.get_device_name(), "rows": rows})
         (args.out / "results.json").write_text(text)
-    ledger.append(ledger_rows(rows, peak, args.rounds), args.out / "ledger.jsonl")
-    print("ceilings after", ceilings())
+    ledger.append(ledger_rows(rows, args.rounds), args.out / "ledger.jsonl")
 
 
 if __name__ == "__main__":
