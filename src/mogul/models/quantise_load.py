@@ -1,8 +1,9 @@
-"""Load a checkpoint with quantised experts, layer by layer: the whole model never exists.
+"""Open a model with quantised weights, layer by layer: the whole model never exists.
 
-Decides how the experts' tensors are found: Transformers' own conversions, reversed on the meta
-device, name the tensors on disk of every fused one; they are read, fused and quantised one layer at
-a time. All other tensors go through Transformers' loader. Peak: the quantised model and one layer.
+Decides how the tensors of what is quantised are found: Transformers' own conversions, reversed on
+the meta device, name the tensors on disk of every fused one; they are read, fused and quantised one
+layer at a time. All other tensors go through Transformers' loader. Random weights are drawn and
+quantised as each decoder block is built. Peak: the quantised model and one layer.
 """
 
 from __future__ import annotations
@@ -18,13 +19,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from mogul.core.errors import ArtifactError
+from mogul.core.errors import ArtifactError, ConfigError, nearest
 from mogul.core.log import progress
 from mogul.kernels import ExpertFormat, expert_format
+from mogul.kernels.quant_format import FORMATS
 from mogul.models.check_tensors import check_names
 from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
 from mogul.models.quantise import Importance, experts_modules, no_experts, quantise_module
+from mogul.models.quantise_linears import (
+    PackedLinear,
+    linear_modules,
+    linears_of,
+    replace_module,
+)
 from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
+
+
+WEIGHTS = ("fp8", "fp8-experts", *(name for name in FORMATS if name != "fp8"))
+"""What a model's weights can be quantised to: `fp8` takes experts and linear layers, the others
+experts alone."""
+
+
+def weight_format(name: str) -> tuple[ExpertFormat, bool]:
+    """The experts' format, and whether linear layers become fp8 too.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    if name not in WEIGHTS:
+        raise ConfigError(f"quantise {name!r} is unknown", fix=nearest(name, WEIGHTS))
+    return expert_format(name.removesuffix("-experts")), name == "fp8"
 
 
 def load_quantised(
@@ -34,15 +58,17 @@ def load_quantised(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     importance: Mapping[str, Importance] | None = None,
+    linears: bool = False,
 ) -> PreTrainedModel:
-    """Load a mixture-of-experts checkpoint and quantise its experts on the way.
+    """Load a checkpoint and quantise its experts, and its linear layers, on the way.
 
     Args:
         path: a folder with `config.json` and safetensors, or a hub id.
-        format: fp8, int4-32, int4-64 or int4-128.
+        format: of the experts: fp8, int4-32, int4-64 or int4-128.
         dtype: of everything else; "auto" is as stored.
         device: where the model goes; each layer is quantised there. None is the CPU.
         importance: from `expert_inputs` of the unquantised model.
+        linears: make linear layers of the decoder blocks fp8; a dense model then needs no experts.
 
     Raises:
         ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name.
@@ -52,12 +78,14 @@ def load_quantised(
     config = load_config(folder)
     skeleton = _skeleton(config)
     skipped = check_names(folder, skeleton, _stored(folder))
-    found = dict(experts_modules(skeleton))
+    found: dict[str, nn.Module] = dict(experts_modules(skeleton))
+    if linears:
+        found |= dict(linear_modules(skeleton))
     if not found:
         raise no_experts(skeleton)
     places = stored_tensors(folder)
     pieces = {name: _pieces(folder, skeleton, name, module) for name, module in found.items()}
-    with _without_experts(type(skeleton), list(found)):
+    with _without(type(skeleton), list(found)):
         model = _load(folder, config, skipped, dtype=_dtype(dtype), experts={})
     target = torch.device(device or "cpu")
     model = model.to(target)  # pyright: ignore[reportArgumentType]
@@ -67,26 +95,31 @@ def load_quantised(
                 weight = _fused(folder, places, names, getattr(module, parameter).shape)
                 kept = weight.to(target, model.dtype)
                 setattr(module, parameter, nn.Parameter(kept, requires_grad=False))
-            parent, _, last = name.rpartition(".")
-            quantised = quantise_module(module, chosen, (importance or {}).get(name))
-            setattr(model.get_submodule(parent), last, quantised)
+            replace_module(model, name, _packed(module, chosen, (importance or {}).get(name)))
             for parameter in pieces[name]:
                 setattr(module, parameter, None)  # let the unquantised layer go
             bar.advance()
     return model.eval()
 
 
+def _packed(
+    module: nn.Module, format: ExpertFormat, importance: Importance | None = None
+) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return PackedLinear.of(module)
+    return quantise_module(module, format, importance)
+
+
 @contextmanager
-def _without_experts(model_class: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
-    """Models of this class are built without experts; their tensors are neither read nor missed."""
+def _without(model_class: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
+    """Models of this class are built without these modules; nobody reads or misses their tensors."""
     build = model_class.__init__
     ignored = model_class._keys_to_ignore_on_load_unexpected
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        for name, _ in list(experts_modules(self)):
-            parent, _, last = name.rpartition(".")
-            setattr(self.get_submodule(parent), last, nn.Identity())
+        for name in names:
+            replace_module(self, name, nn.Identity())
 
     model_class.__init__ = init  # type: ignore[method-assign]
     patterns = [re.escape(name) for name in names]
@@ -96,6 +129,41 @@ def _without_experts(model_class: type[PreTrainedModel], names: list[str]) -> It
     finally:
         model_class.__init__ = build  # type: ignore[method-assign]
         model_class._keys_to_ignore_on_load_unexpected = ignored
+
+
+@contextmanager
+def quantised_as_built(
+    skeleton: PreTrainedModel, format: ExpertFormat, *, linears: bool
+) -> Iterator[None]:
+    """Decoder blocks of this model's classes draw random weights and are quantised when built."""
+    std = float(getattr(skeleton.config, "initializer_range", None) or 0.02)
+    repeated = set(getattr(skeleton, "_no_split_modules", None) or ())
+    builders = {
+        kind: kind.__init__
+        for kind in {type(module) for module in skeleton.modules()}
+        if kind.__name__ in repeated
+    }
+
+    def wrapped(build: Any) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            build(self, *args, **kwargs)
+            found: list[tuple[str, nn.Module]] = list(experts_modules(self))
+            found += linears_of(self) if linears else ()
+            for name, module in found:
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.normal_(0.0, std)
+                replace_module(self, name, _packed(module, format))
+
+        return init
+
+    for kind, build in builders.items():
+        kind.__init__ = wrapped(build)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, build in builders.items():
+            kind.__init__ = build  # type: ignore[method-assign]
 
 
 def _pieces(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.log import say
 from mogul.models import load_config, load_model, load_tokenizer
 from mogul.models.load import find_folder
+from mogul.models.quantise_load import load_quantised, quantised_as_built, weight_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,18 +22,41 @@ Load = Literal["checkpoint", "random"]
 
 
 def open_model(
-    path: str | Path, *, load: Load, dtype: str | torch.dtype, device: str, experts: str
+    path: str | Path,
+    *,
+    load: Load,
+    dtype: str | torch.dtype,
+    device: str,
+    experts: str,
+    quantise: str | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint, or make a model of the shape of its `config.json` with random weights."""
-    if load == "checkpoint":
-        return load_model(path, dtype=dtype, experts=experts, device=device)
-    if load != "random":
+    """Load a checkpoint, or make a model of the shape of its `config.json` with random weights.
+
+    Args:
+        path: a folder, or hub id.
+        load: where the weights come from.
+        dtype: of what is not quantised.
+        device: where the model goes.
+        experts: implementation of unquantised experts.
+        quantise: a name of `quantise_load.WEIGHTS`; each layer is quantised while it is loaded.
+    """
+    if load == "random":
+        return random_model(path, dtype=dtype, device=device, experts=experts, quantise=quantise)
+    if load != "checkpoint":
         raise ConfigError(f"load {load!r} is unknown", fix="use checkpoint or random")
-    return random_model(path, dtype=dtype, device=device, experts=experts)
+    if quantise is None:
+        return load_model(path, dtype=dtype, experts=experts, device=device)
+    chosen, linears = weight_format(quantise)
+    return load_quantised(path, chosen, dtype=dtype, device=device, linears=linears)
 
 
 def random_model(
-    path: str | Path, *, dtype: str | torch.dtype, device: str, experts: str
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    device: str,
+    experts: str,
+    quantise: str | None = None,
 ) -> PreTrainedModel:
     """A model of a config's shape; weights are drawn where they stay, never elsewhere."""
     config = load_config(path)
@@ -42,9 +67,15 @@ def random_model(
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if type(skeleton)._can_set_experts_implementation():
         config._experts_implementation = experts
-    with torch.device(device):
+    packing: AbstractContextManager[None] = nullcontext()
+    if quantise is not None:
+        chosen, linears = weight_format(quantise)
+        packing = quantised_as_built(skeleton, chosen, linears=linears)
+    with packing, torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    say(f"{model.num_parameters() / 1e9:.2f} billion random weights in {model.dtype} on {device}")
+    count = sum(weight.numel() for weight in skeleton.parameters())
+    kind = f"{model.dtype}, {quantise}" if quantise else f"{model.dtype}"
+    say(f"{count / 1e9:.2f} billion random weights in {kind} on {device}")
     return model.eval()
 
 

@@ -1,0 +1,105 @@
+"""Quantise the linear layers of a model's decoder blocks to fp8: attention, feed-forwards.
+
+Decides which layers count: every `nn.Linear` inside the blocks that Transformers repeats, whose
+sizes are multiples of 16, except routers and gates of single numbers. Embeddings, norms, routers
+and the output head keep their dtype. Experts are `quantise.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mogul.core.log import say
+from mogul.core.units import show_bytes
+from mogul.kernels.quant_format import quantise_fp8_weight, quantise_rows
+from mogul.kernels.triton.linear import linear_fp8
+
+_STEP = 16
+_ROUTERS = ("gate", "router")
+
+
+class PackedLinear(nn.Module):
+    """Stands where an `nn.Linear` stood: e4m3 weights [N, C] with one fp32 scale a row.
+
+    Rows of the input are rounded to e4m3 with a scale each, as fp8 experts do.
+    """
+
+    value: Tensor
+    scale: Tensor
+
+    def __init__(self, value: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = value.shape
+        self.register_buffer("value", value)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> PackedLinear:
+        """The quantised twin of a linear layer."""
+        with torch.no_grad():
+            value, scale = quantise_fp8_weight(linear.weight.detach())
+        return cls(value, scale, None if linear.bias is None else linear.bias.detach())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Follow the model to devices; a cast must not turn packed numbers into others."""
+        kept = {"value": self.value, "scale": self.scale}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+    def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B N"]:
+        """As the layer it replaced."""
+        rows, scale = quantise_rows(x.reshape(-1, self.in_features))
+        out = linear_fp8(rows, scale, self.value, self.scale, x.dtype)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"fp8, {self.in_features} -> {self.out_features}"
+
+
+def linear_modules(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and modules of the unquantised linear layers of the decoder blocks."""
+    repeated = set(getattr(model, "_no_split_modules", None) or ())
+    for start, block in model.named_modules():
+        if type(block).__name__ in repeated:
+            yield from linears_of(block, start)
+
+
+def linears_of(block: nn.Module, start: str = "") -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of one decoder block that can be quantised."""
+    for name, module in block.named_modules():
+        if type(module) is not nn.Linear or name.rpartition(".")[2] in _ROUTERS:
+            continue
+        if module.in_features % _STEP == 0 and module.out_features % _STEP == 0:
+            yield f"{start}.{name}" if start else name, module
+
+
+def quantise_linears(model: nn.Module) -> int:
+    """Replace the linear layers of all decoder blocks, one by one; returns how many."""
+    before = after = 0
+    found = list(linear_modules(model))
+    for name, module in found:
+        before += module.weight.nbytes
+        packed = PackedLinear.of(module)
+        after += packed.value.nbytes + packed.scale.nbytes
+        replace_module(model, name, packed)
+        module.weight = None  # type: ignore[assignment]  # let it go
+    say(f"{len(found)} linear layers in fp8: {show_bytes(before)} became {show_bytes(after)}")
+    return len(found)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where another stands."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
