@@ -1,6 +1,5 @@
 """Calibration: the calls compute what they claim, tables and machine.json come back."""
 
-import itertools
 import json
 
 import pytest
@@ -9,8 +8,9 @@ torch = pytest.importorskip("torch")
 
 from mogul.bench import calibrate as bench  # noqa: E402
 from mogul.bench import calibrate_cases as cases  # noqa: E402
+from mogul.bench.calibrate_links import group_sizes  # noqa: E402
 from mogul.core.errors import ArtifactError, ConfigError  # noqa: E402
-from mogul.kernels import moe_forward  # noqa: E402
+from mogul.kernels import dequantise_experts, moe_forward  # noqa: E402
 from mogul.simulate.calibration import with_measured  # noqa: E402
 from mogul.simulate.machine import Machine, read_machine  # noqa: E402
 from mogul.simulate.measurements import read_table  # noqa: E402
@@ -27,32 +27,31 @@ def test_pages_and_plain_attention_have_the_same_dimensions():
     assert plain.call(0).squeeze(2).shape == paged.call(0).shape
 
 
-def test_eight_bit_experts_match_the_plain_ones(monkeypatch):
-    """The grouped product itself needs a GPU; all around it is checked against mogul's own."""
-
-    def grouped(rows, weight, scale, by_column, ends):
-        starts = [0, *ends.tolist()]
-        parts = [
-            (rows[a:b].float() * scale[a:b, None]) @ (weight[e].float() * by_column[e])
-            for e, (a, b) in enumerate(itertools.pairwise(starts))
-        ]
-        return torch.cat(parts).bfloat16()
-
-    monkeypatch.setattr(cases, "_grouped", grouped)
+def test_eight_bit_experts_match_the_plain_ones():
     torch.manual_seed(0)
     case = cases.experts_fp8(16, (64, 32, 8, 2), CPU)
-    cells = {
-        name: cell.cell_contents
-        for name, cell in zip(case.call.__code__.co_freevars, case.call.__closure__, strict=True)
-    }
-    up, down = (
-        (cells[name][0].float() * 0.02).transpose(1, 2).contiguous() for name in ("up", "down")
-    )
-    weights = cells["weights"]
-    wanted = moe_forward(cells["x"].float(), up, down, cells["ids"], weights)
+    cells = dict(zip(case.call.__code__.co_freevars, case.call.__closure__, strict=True))
+    layer = cells["layers"].cell_contents[0]
+    routed, x = cells["routed"].cell_contents, cells["x"].cell_contents
+    up, down = dequantise_experts(layer, torch.float32)
+    wanted = moe_forward(x.float(), up, down, routed.ids(0), routed.weights)
     got = case.call(0)
     assert (got - wanted).abs().max() < 0.08 * wanted.abs().max()
     assert case.dims["rows"] == 32
+
+
+def test_picks_rotate_through_more_than_a_cache():
+    """One token of a large layer touches 3 MiB: repeated picks would be read from the cache."""
+    case = cases.experts(1, (512, 128, 64, 8), CPU, "bf16")
+    routed = dict(zip(case.call.__code__.co_freevars, case.call.__closure__, strict=True))
+    sets = routed["routed"].cell_contents.sets
+    assert case.copies == len(sets) == cases.MOST_COPIES
+    assert len({tuple(sorted(ids.flatten().tolist())) for ids in sets}) > 60
+    assert case.dims["distinct"] == 8
+
+
+def test_groups_of_links():
+    assert [group_sizes(n) for n in (2, 3, 4, 6, 8)] == [[2], [3], [2, 4], [2, 6], [2, 4, 8]]
 
 
 def test_what_cannot_run_is_named_and_the_rest_is_kept(tmp_path, monkeypatch):

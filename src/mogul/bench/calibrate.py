@@ -59,7 +59,9 @@ def calibrate_links_of(folder: Path, device_name: str) -> list[Path]:
     """Measure the collectives between this job's processes; the first writes them down."""
     device = calibrate_links.local_device()
     found = calibrate_links.collectives(device)
-    if torch.distributed.get_rank():
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    if rank:
         return []
     path = folder / "machine.json"
     if path.exists():
@@ -130,7 +132,7 @@ def _write(
         "dtype": dtype,
         "source": source,
     }
-    if dtype == "fp8":
+    if (kind, dtype) == ("gemm", "fp8"):
         head |= {"role": "reference"}
     text.writelines(f"# {key} = {value}\n" for key, value in head.items())
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -1,9 +1,8 @@
 """The kernels `calibrate` measures: products, experts, attention, each as a call on rotated inputs.
 
-bf16 (or fp32) experts are mogul's own kernels. Two tables are for reference, since no server calls
-them so: 8-bit products take operands that are quantised already, and 8-bit experts are PyTorch's
-scaled grouped product with scaling, sorting and quantisation by a dozen kernels around it. Decode
-runs on mogul's pages and on PyTorch's attention: the table says whose.
+Experts in bf16 (or fp32) and fp8 are mogul's own kernels. One table is for reference, since no
+server calls it so: 8-bit products take operands that are quantised already. Decode runs on mogul's
+pages and on PyTorch's attention: the table says whose.
 """
 
 from __future__ import annotations
@@ -16,11 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mogul.kernels import moe_forward, paged_attention
+from mogul.kernels import (
+    QuantisedExperts,
+    expert_format,
+    moe_forward,
+    moe_forward_quantised,
+    paged_attention,
+)
+from mogul.kernels.quant import QuantisedWeight
 
 FP8 = torch.float8_e4m3fn
 COPIES_BYTES = 200 * 2**20
-"""Inputs rotate through at least this much memory."""
+"""Inputs rotate through at least this much memory, or `MOST_COPIES` of them."""
+
+MOST_COPIES = 64
 
 HEAD_WIDTH = 128
 PAGE_TOKENS = 16
@@ -98,8 +106,13 @@ def torch_type(dtype: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 
 
+def _backend(device: torch.device) -> str:
+    """On a GPU only the fast kernels are worth a row: a call they refuse is named, not replaced."""
+    return "auto" if device.type == "cpu" else "triton"
+
+
 def _copies(num_bytes: float) -> int:
-    return int(max(1, min(16, COPIES_BYTES // max(1, num_bytes))))
+    return int(max(1, min(MOST_COPIES, COPIES_BYTES // max(1, num_bytes))))
 
 
 def product(m: int, n: int, k: int, device: torch.device, dtype: str) -> Case:
@@ -128,15 +141,33 @@ def product_fp8(m: int, n: int, k: int, device: torch.device) -> Case:
     return Case("gemm", "torch", "fp8", {"m": m, "n": n, "k": k}, call, copies)
 
 
-def _routed(
-    tokens: int, shape: tuple[int, int, int, int], device: torch.device
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    hidden, width, num_experts, picks = shape
-    ids = torch.rand(tokens, num_experts, device=device).topk(picks).indices
-    weights = torch.full((tokens, picks), 1 / picks, device=device)
-    distinct = float(ids.unique().numel())
-    dims = {"rows": tokens * picks, "distinct": distinct, "hidden": hidden, "width": width}
-    return ids, weights, dims
+@dataclass(frozen=True)
+class _Routed:
+    """Picks that rotate: every call touches other experts, so none waits in the device's cache."""
+
+    sets: list[Tensor]
+    weights: Tensor
+    dims: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, tokens: int, shape: tuple[int, int, int, int], item_bytes: int, device: torch.device
+    ) -> _Routed:
+        """Uniform picks; `distinct` is the mean of the sets."""
+        hidden, width, num_experts, picks = shape
+        touched = min(num_experts, tokens * picks) * 3 * hidden * width * item_bytes
+        sets = [
+            torch.rand(tokens, num_experts, device=device).topk(picks).indices
+            for _ in range(_copies(touched))
+        ]
+        weights = torch.full((tokens, picks), 1 / picks, device=device)
+        distinct = sum(ids.unique().numel() for ids in sets) / len(sets)
+        dims = {"rows": tokens * picks, "distinct": distinct, "hidden": hidden, "width": width}
+        return cls(sets, weights, dims)
+
+    def ids(self, index: int) -> Tensor:
+        """The picks of one call."""
+        return self.sets[index % len(self.sets)]
 
 
 def experts(
@@ -152,59 +183,38 @@ def experts(
         return [torch.randn(*sizes, device=device, dtype=kind) * 0.02 for _ in range(copies)]
 
     up, down = made(num_experts, 2 * width, hidden), made(num_experts, hidden, width)
-    ids, weights, dims = _routed(tokens, shape, device)
-    return Case(
-        "moe", "mogul", dtype, dims,
-        lambda i: moe_forward(x, up[i], down[i], ids, weights), copies,
-    )  # fmt: skip
+    routed, backend = _Routed.of(tokens, shape, kind.itemsize, device), _backend(device)
+
+    def call(i: int) -> Tensor:
+        matrices = up[i % copies], down[i % copies]
+        return moe_forward(x, *matrices, routed.ids(i), routed.weights, backend=backend)
+
+    return Case("moe", "mogul", dtype, routed.dims, call, max(copies, len(routed.sets)))
 
 
 def experts_fp8(tokens: int, shape: tuple[int, int, int, int], device: torch.device) -> Case:
-    """Routed experts by PyTorch's scaled grouped product, a scale a row and an output column."""
-    hidden, width, num_experts, picks = shape
+    """Routed experts by mogul's fp8 kernels, which quantise the rows too."""
+    hidden, width, num_experts, _ = shape
     copies = _copies(3 * hidden * width * num_experts)
     x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
 
-    def made(n: int, k: int) -> list[Tensor]:
-        return [
-            torch.randn(num_experts, n, k, device=device, dtype=torch.bfloat16)
-            .to(FP8).transpose(1, 2)
-            for _ in range(copies)
-        ]  # fmt: skip
+    def made(rows: int, columns: int) -> QuantisedWeight:
+        value = torch.randn(num_experts, rows, columns, device=device, dtype=torch.bfloat16)
+        scale = torch.full((num_experts, rows), 0.02, device=device)
+        return QuantisedWeight(value.to(FP8), scale)
 
-    up, down = made(2 * width, hidden), made(hidden, width)
-    up_scale = torch.full((num_experts, 2 * width), 0.02, device=device)
-    down_scale = torch.full((num_experts, hidden), 0.02, device=device)
-    ids, weights, dims = _routed(tokens, shape, device)
-    bounds = torch.arange(1, num_experts + 1, device=device)
+    fp8 = expert_format("fp8")
+    backend = _backend(device)
+    layers = [
+        QuantisedExperts(fp8, made(2 * width, hidden), made(hidden, width)) for _ in range(copies)
+    ]
+    routed = _Routed.of(tokens, shape, 1, device)
 
     def call(i: int) -> Tensor:
-        order = ids.flatten().argsort(stable=True)
-        ends = torch.searchsorted(ids.flatten()[order], bounds).int()
-        rows, scale = _by_row(x[order // picks])
-        inner = _grouped(rows, up[i], scale, up_scale, ends)
-        gate, value = inner.chunk(2, dim=-1)
-        rows, scale = _by_row(functional.silu(gate) * value)
-        outer = _grouped(rows, down[i], scale, down_scale, ends)
-        weighted = outer * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros(tokens, hidden, device=device).index_add_(
-            0, order // picks, weighted.float()
-        )
+        layer, ids = layers[i % copies], routed.ids(i)
+        return moe_forward_quantised(x, layer, ids, routed.weights, backend=backend)
 
-    return Case("moe", "torch", "fp8", dims, call, copies)
-
-
-def _by_row(rows: Tensor) -> tuple[Tensor, Tensor]:
-    scale = rows.abs().amax(dim=-1).float().clamp(min=1e-6) / 448.0
-    return (rows / scale.unsqueeze(-1)).to(FP8), scale
-
-
-def _grouped(
-    rows: Tensor, weight: Tensor, scale: Tensor, by_column: Tensor, ends: Tensor
-) -> Tensor:
-    return torch.ops.aten._scaled_grouped_mm(
-        rows, weight, scale, by_column, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    return Case("moe", "mogul", "fp8", routed.dims, call, max(copies, len(routed.sets)))
 
 
 def _attention_dims(heads: int, kv_heads: int) -> dict[str, float]:

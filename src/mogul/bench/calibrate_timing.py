@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -147,7 +148,8 @@ def versions(device: torch.device) -> dict[str, str]:
         from torch.cuda import nccl
 
         found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, nccl.version()))
+        multicast = "" if os.environ.get("NCCL_NVLS_ENABLE", "1") != "0" else " without multicast"
+        found["nccl"] = ".".join(map(str, nccl.version())) + multicast
         found["driver"] = _driver()
     try:
         import triton
