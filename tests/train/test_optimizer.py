@@ -12,7 +12,8 @@ from torch import nn
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.train import muon_adamw
 from mogul.train.halves import join, split
-from mogul.train.muon_adamw import MuonAdamW, Slices
+from mogul.train.muon import Slices
+from mogul.train.muon_adamw import MuonAdamW
 from mogul.train.newton_schulz import orthogonalise
 from mogul.train.optimizer import OptimizerSpec, build_optimizer
 from mogul.train.step import Stepper
@@ -92,24 +93,42 @@ def test_newton_schulz_evens_singular_values(shape, dtype):
     assert cosine.min() > 0.98
 
 
-@pytest.mark.parametrize("slices", [Slices(-2, 2), Slices(-1, 2), Slices(-1, 2, interleaved=True)])
+def _parts(stack, slices):
+    """Gate and up of every expert, cut out by hand."""
+    axis = slices.dim
+    size = stack.shape[axis] // 2
+    first, second = torch.arange(0, size), torch.arange(size, 2 * size)
+    if slices.interleaved:
+        first, second = 2 * first, 2 * first + 1
+    return [m.index_select(axis, part).clone() for part in (first, second) for m in stack]
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        Slices(-2, 2),
+        Slices(-2, 2, interleaved=True),
+        Slices(-1, 2),
+        Slices(-1, 2, interleaved=True),
+    ],
+)
 def test_every_expert_matrix_is_stepped_alone(slices):
     """A stack of experts moves as its gate and up matrices would, one by one."""
     torch.manual_seed(0)
     stack = nn.Parameter(torch.randn(3, 8, 12, dtype=torch.float64))
-    parts = [p.clone() for p in slices.of(stack.detach())]
-    singles = [nn.Parameter(m.clone()) for part in parts for m in part]
+    parts = _parts(stack.detach(), slices)
+    singles = [nn.Parameter(m.clone()) for m in parts]
     options = {"kind": "muon", "weight_decay": 0.1}
     whole = MuonAdamW([{"params": [stack], **options}], lr=0.1, slices={stack: slices})
     alone = MuonAdamW([{"params": singles, **options}], lr=0.1)
     for _ in range(3):
         gradient = torch.randn_like(stack)
         whole.update([gradient.clone()])
-        alone.update([m.clone() for part in slices.of(gradient) for m in part])
-    moved = torch.stack([m for part in slices.of(stack.detach()) for m in part])
+        alone.update([m.clone() for m in _parts(gradient, slices)])
+    moved = torch.stack(_parts(stack.detach(), slices))
     assert (moved - torch.stack([m.detach() for m in singles])).abs().max() < 1e-12
     # A common norm of the stack would have made them depend on each other.
-    assert (moved[0] - parts[0][0]).norm() > 0.01
+    assert (moved[0] - parts[0]).norm() > 0.01
 
 
 def test_muon_takes_matrices_of_the_decoder_only(tiny_model):
@@ -162,3 +181,34 @@ def test_parameters_swapped_in_the_first_forward_are_refused(tiny_model):
     model.register_forward_pre_hook(swap)
     with pytest.raises(ConfigError, match="parameters that the model no longer has"):
         stepper.gradients([torch.zeros(1, 4, dtype=torch.long)])
+
+
+def _muon_masters(monkeypatch, large, *, compile=False):
+    """Float32 weights after steps with Muon; in the second one gradient is missing."""
+    monkeypatch.setattr(muon_adamw, "LARGE", large)
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(2, 8, 12).bfloat16()) for _ in range(3)]
+    optimizer = MuonAdamW(
+        [{"params": weights, "kind": "muon", "weight_decay": 0.1}],
+        lr=0.01,
+        slices=dict.fromkeys(weights[:2], Slices(-2, 2)),
+        compile=compile,
+    )
+    for step in range(3):
+        gradients = [torch.randn(2, 8, 12).bfloat16() for _ in weights]
+        optimizer.update([None if step == place == 1 else g for place, g in enumerate(gradients)])
+    states = [optimizer.state[w] for w in weights]
+    return [
+        join(w.detach(), s["low"]) if "low" in s else s["master"]
+        for w, s in zip(weights, states, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_muon_in_halves_is_muon_with_masters(monkeypatch, compile):
+    """One kernel over all weights of a shape moves them as their float32 copies would."""
+    halves = _muon_masters(monkeypatch, 1, compile=compile)
+    copies = _muon_masters(monkeypatch, 1 << 40)
+    for got, want in zip(halves, copies, strict=True):
+        assert (got - want).abs().max() < 1e-6
+        assert (got - got.bfloat16().float()).abs().max() > 1e-5  # finer than bfloat16

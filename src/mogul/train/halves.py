@@ -49,6 +49,17 @@ def adamw_halves(
     square.copy_(v)
 
 
+def moved_halves(
+    high: Int16[Tensor, " N"], low: Int16[Tensor, " N"], step: Tensor, numbers: Tensor
+) -> None:
+    """Shrink a weight in halves and take `step` off it, in place; `numbers`: both factors."""
+    shrink, reach = numbers.unbind()
+    w = _joined(high, low) * shrink - step.float() * reach
+    new_high, new_low = _parts(w.view(torch.int32))
+    high.copy_(new_high)
+    low.copy_(new_low)
+
+
 def _joined(high: Tensor, low: Tensor) -> Tensor:
     return ((high.to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
 

@@ -8,7 +8,6 @@ of its own. State is plain tensors and one step count: checkpoints need no pickl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,34 +16,11 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.train.halves import adamw_halves, join, split
-from mogul.train.newton_schulz import orthogonalise
+from mogul.train.halves import adamw_halves
+from mogul.train.muon import LOW, MuonRule, Slices, Stack, stacks_of
 
 LARGE = 1 << 18
 """Elements from which a low-precision weight is kept in halves."""
-RMS_OF_ADAMW = 0.2
-"""Muon's step is scaled to the root mean square that AdamW's usually has (arXiv 2502.16982)."""
-
-
-@dataclass(frozen=True)
-class Slices:
-    """How one tensor divides into matrices that belong together by accident only."""
-
-    dim: int = -2
-    parts: int = 1
-    interleaved: bool = False
-
-    def of(self, tensor: Tensor) -> list[Tensor]:
-        """Views of the parts."""
-        if self.parts == 1:
-            return [tensor]
-        if self.interleaved:
-            place = tensor.movedim(self.dim, -1)
-            return [place[..., i :: self.parts].movedim(-1, self.dim) for i in range(self.parts)]
-        return list(tensor.chunk(self.parts, dim=self.dim))
-
-
-WHOLE = Slices()
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -66,7 +42,12 @@ class MuonAdamW(torch.optim.Optimizer):
         self.betas, self.eps, self.momentum = betas, eps, momentum
         self.state_dtype, self.compiles = state_dtype, compile
         self.num_updates = 0
-        self._slices = dict(slices or {})
+        self._stacks: list[list[Stack]] = [
+            stacks_of(g["params"], slices or {}, is_in_halves, compiles=compile)
+            if g["kind"] == "muon"
+            else []
+            for g in self.param_groups
+        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -86,13 +67,12 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ConfigError(f"{len(gradients)} gradients for {len(self.parameters)} parameters")
         self.num_updates += 1
         place = iter(gradients)
-        for group in self.param_groups:
-            pairs = [(p, g) for p in group["params"] if (g := next(place)) is not None]
-            if group["kind"] == "muon":
-                for parameter, gradient in pairs:
-                    self._muon(parameter, gradient, group, factor)
+        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
+            own = {p: next(place) for p in group["params"]}
+            if stacks:
+                self._muon(stacks, own, group, factor)
             else:
-                self._adamw(pairs, group, factor)
+                self._adamw([(p, g) for p, g in own.items() if g is not None], group, factor)
 
     # ---- AdamW
 
@@ -108,16 +88,15 @@ class MuonAdamW(torch.optim.Optimizer):
     def _adamw_fused(
         self, pairs: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], factor: float
     ) -> None:
-        states = [self._state(p, "exp_avg", "exp_avg_sq") for p, _ in pairs]
+        states = [self._state(p) for p, _ in pairs]
         masters = [
             state.get("master", p.detach()) for (p, _), state in zip(pairs, states, strict=True)
         ]
         device = masters[0].device
-        wide = masters[0].dtype
         steps = torch.full((len(masters),), float(self.num_updates - 1), device=device)
         adamw(
             masters,
-            [gradient.to(wide) for _, gradient in pairs],
+            _as([gradient for _, gradient in pairs], masters[0].dtype),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -133,8 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
         if "master" in states[0]:
-            for (parameter, _), master in zip(pairs, masters, strict=True):
-                parameter.copy_(master)
+            torch._foreach_copy_([p.detach() for p, _ in pairs], masters)
 
     def _adamw_in_halves(
         self, pairs: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], factor: float
@@ -148,7 +126,7 @@ class MuonAdamW(torch.optim.Optimizer):
         on_device = torch.tensor(numbers, dtype=torch.float32).to(pairs[0][0].device)
         kernel = _halves_kernel(self.compiles)
         for parameter, gradient in pairs:
-            state = self._state(parameter, "exp_avg", "exp_avg_sq")
+            state = self._state(parameter)
             tensors = (gradient, state["exp_avg"], state["exp_avg_sq"])
             high, low = parameter.detach().view(torch.int16), state["low"]
             kernel(high.flatten(), low.flatten(), *(t.flatten() for t in tensors), on_device)
@@ -156,43 +134,38 @@ class MuonAdamW(torch.optim.Optimizer):
     # ---- Muon
 
     def _muon(
-        self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], factor: float
+        self,
+        stacks: Sequence[Stack],
+        gradients: Mapping[nn.Parameter, Tensor | None],
+        group: dict[str, Any],
+        factor: float,
     ) -> None:
-        state = self._state(parameter, "momentum")
-        master = _wide(parameter, state)
-        momentum = state["momentum"]
-        wide = gradient.to(master.dtype) * factor
-        momentum.lerp_(wide.to(momentum.dtype), 1 - self.momentum)
-        look = wide.lerp_(momentum.to(wide.dtype), self.momentum)
-        rate, is_half = group["lr"], parameter.dtype in (torch.bfloat16, torch.float16)
-        master = master.mul(1 - rate * group["weight_decay"])
-        slices = self._slices.get(parameter, WHOLE)
-        for weight, step in zip(slices.of(master), slices.of(look), strict=True):
-            scale = RMS_OF_ADAMW * max(step.shape[-2:]) ** 0.5
-            turned = orthogonalise(step.to(torch.bfloat16) if is_half else step)
-            weight.sub_(turned.to(weight.dtype), alpha=rate * scale)
-        _keep(parameter, state, master)
+        rule = MuonRule(group["lr"], group["weight_decay"], self.momentum, factor)
+        for stack in stacks:
+            self._open(stack)
+            stack.step(self.state, [gradients[weight] for weight in stack.weights], rule)
+
+    def _open(self, stack: Stack) -> None:
+        wide = _at_least_32(stack.weights[0].dtype)
+        stack.open(self.state, self.state_dtype if stack.in_halves else wide)
 
     # ---- state
 
-    def _state(self, parameter: nn.Parameter, *averages: str) -> dict[str, Tensor]:
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's averages, and what a low-precision weight lacks."""
         state = self.state[parameter]
         if state:
             return state
-        is_half = parameter.dtype in (torch.bfloat16, torch.float16)
         dtype = self.state_dtype if is_in_halves(parameter) else _at_least_32(parameter.dtype)
-        for name in averages:
+        for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(
                 parameter, dtype=dtype, memory_format=torch.contiguous_format
             )
         if is_in_halves(parameter):
             state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
-        elif is_half:
+        elif parameter.dtype in LOW:
             state["master"] = parameter.detach().float()
         return state
-
-    def _averages_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
 
     def tensors(self, names: Mapping[nn.Parameter, str]) -> Iterator[tuple[str, Tensor]]:
         """Every state tensor under `<parameter>:<what>`."""
@@ -209,12 +182,14 @@ class MuonAdamW(torch.optim.Optimizer):
             ArtifactError: A tensor is missing or misshaped, by name.
         """
         self.num_updates = num_updates
+        for stack in (one for stacks in self._stacks for one in stacks if num_updates):
+            self._open(stack)
         for group in self.param_groups:
             for parameter in group["params"]:
                 name = names[parameter]
                 if num_updates == 0 or not any(k.startswith(f"{name}:") for k in tensors):
                     continue  # never stepped: an expert layer nobody used has no state
-                for what, own in self._state(parameter, *self._averages_of(group)).items():
+                for what, own in self._state(parameter).items():
                     stored = tensors.get(f"{name}:{what}")
                     if stored is None or stored.shape != own.shape or stored.dtype != own.dtype:
                         raise ArtifactError(
@@ -237,21 +212,13 @@ def _at_least_32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _wide(parameter: nn.Parameter, state: dict[str, Tensor]) -> Tensor:
-    if "low" in state:
-        return join(parameter.detach(), state["low"])
-    return state.get("master", parameter.detach())
-
-
-def _keep(parameter: nn.Parameter, state: dict[str, Tensor], master: Tensor) -> None:
-    if "low" in state:
-        high, low = split(master)
-        parameter.copy_(high)
-        state["low"].copy_(low)
-        return
-    if "master" in state:
-        state["master"].copy_(master)
-    parameter.copy_(master)
+def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of another dtype in one launch; the tensors themselves where they have it."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    wide = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(wide, tensors)
+    return wide
 
 
 @cache

@@ -25,12 +25,14 @@ def orthogonalise(stack: Float[Tensor, "*N R C"]) -> Float[Tensor, "*N R C"]:
     """The nearest orthogonal matrix of each, roughly: singular values from about 0.9 to 1.1."""
     is_tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if is_tall else stack
-    norm = torch.linalg.matrix_norm(x, keepdim=True, dtype=_wide(x.dtype))
-    x = (x / (norm * SAFETY + 1e-7)).to(x.dtype)
+    x = x.reshape(-1, *x.shape[-2:])
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(x.dtype))
+    x = x * (1 / (norm * SAFETY + 1e-7)).to(x.dtype)
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if is_tall else x
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return (x.mT if is_tall else x).reshape(stack.shape)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

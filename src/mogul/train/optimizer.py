@@ -16,7 +16,8 @@ from torch import nn
 
 from mogul.core.errors import ConfigError
 from mogul.spec.base import Spec
-from mogul.train.muon_adamw import MuonAdamW, Slices
+from mogul.train.muon import Slices
+from mogul.train.muon_adamw import MuonAdamW
 from mogul.train.schedule import ScheduleSpec
 
 

@@ -134,10 +134,10 @@ class _WideSums:
 @torch.no_grad()
 def _norm(tensors: list[Tensor]) -> Tensor:
     """Root of the sum of all squares, in at least float32."""
-    norms: list[Tensor] = []
+    norms: list[Tensor] = []  # one launch a dtype, not one a tensor
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # a set has no order
         wide = torch.promote_types(dtype, torch.float32)
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         each: Any = torch.ops.aten._foreach_norm.Scalar(same, 2.0, wide)
-        norms += [one.double() for one in each]
-    return torch.linalg.vector_norm(torch.stack(norms))
+        norms.append(torch.stack(list(each)).double())
+    return torch.linalg.vector_norm(torch.cat(norms))
