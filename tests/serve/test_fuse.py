@@ -36,7 +36,7 @@ def test_parts_stay_views_of_one_weight(tiny):
     attention = engine.runner.model.model.layers[0].self_attn
     assert isinstance(attention.q_proj, First)
     assert isinstance(attention.k_proj, Next)
-    whole = attention.q_proj.whole.untyped_storage().data_ptr()
+    whole = attention.q_proj.joined[0].weight.untyped_storage().data_ptr()
     own = tiny.model("llama").state_dict()
     for name, parameter in engine.runner.model.named_parameters():
         assert torch.equal(parameter, own[name])

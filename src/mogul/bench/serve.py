@@ -109,14 +109,23 @@ def open_and_measure(
     device: str | None = None,
     experts: str = "mogul",
     name: str = "",
+    quantise: str | None = None,
 ) -> Result:
     """Open a model as the engine would, and measure it; see `measure`."""
     from mogul.serve.loading import open_model
 
     where = device_of(device)
     bytes_per_s = copy_bandwidth(where)
-    model = open_model(path, load=load, dtype=dtype, device=where.type, experts=experts)  # pyright: ignore[reportArgumentType]
-    return measure(model, request, name=name or path, bytes_per_s=bytes_per_s)
+    model = open_model(
+        path,
+        load=load,  # pyright: ignore[reportArgumentType]
+        dtype=dtype,
+        device=where.type,
+        experts=experts,
+        quantise=quantise,
+    )
+    result = measure(model, request, name=name or path, bytes_per_s=bytes_per_s)
+    return replace(result, dtype=f"{result.dtype}, {quantise}") if quantise else result
 
 
 def measure(

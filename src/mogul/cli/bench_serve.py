@@ -58,6 +58,9 @@ class Options:
     experts: str = "mogul"
     """Implementation of the experts."""
 
+    quantise: Literal["no", "fp8", "fp8-experts", "int4-32", "int4-64", "int4-128"] = "no"
+    """Quantise while loading: fp8 experts and linear layers, or experts alone."""
+
     set: tuple[str, ...] = ()
     """Options of the engine as NAME=VALUE, for example kv_dtype=fp8 page_size=64 graphs=false."""
 
@@ -94,6 +97,7 @@ def run(options: Options) -> int:
             device=options.device,
             experts=options.experts,
             name=options.model,
+            quantise=None if options.quantise == "no" else options.quantise,
         )
     table(result).show(options.format)
     if options.record:

@@ -8,7 +8,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mogul.cli.generation import Dtype, Interrupted, Message, Sampling, Speaker, open_speaker
+from mogul.cli.generation import (
+    Dtype,
+    Interrupted,
+    Message,
+    Quantise,
+    Sampling,
+    Speaker,
+    open_speaker,
+)
 from mogul.core.errors import ConfigError, nearest
 from mogul.core.log import say
 
@@ -63,13 +71,22 @@ class Options:
     experts: str = "mogul"
     """Implementation of the experts: mogul, or one of Transformers' (eager, grouped_mm...)."""
 
+    quantise: Quantise = "no"
+    """Quantise while loading: fp8 experts and linear layers, or experts alone."""
+
 
 def run(options: Options) -> int:
     """Talk until the person leaves."""
     o = options
     sampling = Sampling(o.max_new_tokens, o.temperature, o.top_p, o.top_k, o.seed)
     speaker = open_speaker(
-        o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts, needs_template=True
+        o.model,
+        sampling,
+        dtype=o.dtype,
+        device=o.device,
+        experts=o.experts,
+        needs_template=True,
+        quantise=o.quantise,
     )
     start: list[Message] = [{"role": "system", "content": o.system}] if o.system else []
     speaker.template_inputs([*start, {"role": "user", "content": "?"}])  # refused now, or never

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mogul.cli.generation import Dtype, Interrupted, Sampling, open_speaker
+from mogul.cli.generation import Dtype, Interrupted, Quantise, Sampling, open_speaker
 from mogul.core.log import say
 
 EXAMPLES = """
@@ -57,6 +57,9 @@ class Options:
     experts: str = "mogul"
     """Implementation of the experts: mogul, or one of Transformers' (eager, grouped_mm...)."""
 
+    quantise: Quantise = "no"
+    """Quantise while loading: fp8 experts and linear layers, or experts alone."""
+
 
 def run(options: Options) -> int:
     """Stream the continuation; 130 when interrupted."""
@@ -64,7 +67,13 @@ def run(options: Options) -> int:
     sampling = Sampling(o.max_new_tokens, o.temperature, o.top_p, o.top_k, o.seed)
     text = sys.stdin.read().rstrip("\n") if o.prompt == "-" else o.prompt
     speaker = open_speaker(
-        o.model, sampling, dtype=o.dtype, device=o.device, experts=o.experts, needs_template=o.chat
+        o.model,
+        sampling,
+        dtype=o.dtype,
+        device=o.device,
+        experts=o.experts,
+        needs_template=o.chat,
+        quantise=o.quantise,
     )
     message = {"role": "user", "content": text}
     try:

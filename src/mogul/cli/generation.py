@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Quantise = Literal["no", "fp8", "fp8-experts", "int4-32", "int4-64", "int4-128"]
 _TORCH_NAMES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -153,7 +154,7 @@ class PlainVoice:
         """Yield the text of one token after the other, each from a forward over a cache."""
         import torch
 
-        from mogul.serve.engine import end_ids
+        from mogul.serve.admit import end_ids
         from mogul.serve.params import SamplingRow
         from mogul.serve.sampling import Sampler, SamplingBatch
         from mogul.serve.stops import TextStream
@@ -191,6 +192,7 @@ def open_speaker(
     device: str,
     experts: str,
     needs_template: bool,
+    quantise: Quantise = "no",
 ) -> Speaker:
     """Load a checkpoint for speaking, telling on standard error what was loaded.
 
@@ -199,8 +201,9 @@ def open_speaker(
     """
     start_s = time.perf_counter()
     say(f"loading {model}")
-    from mogul.models import load_model, load_tokenizer
+    from mogul.models import load_tokenizer
     from mogul.models.load import default_device
+    from mogul.serve.loading import open_model
 
     tokenizer = load_tokenizer(model)
     if needs_template and not tokenizer.chat_template:
@@ -209,9 +212,17 @@ def open_speaker(
             fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
         )
     device = default_device() if device == "auto" else device
-    loaded = load_model(model, dtype=_TORCH_NAMES[dtype], experts=experts, device=device)
+    loaded = open_model(
+        model,
+        load="checkpoint",
+        dtype=_TORCH_NAMES[dtype],
+        device=device,
+        experts=experts,
+        quantise=None if quantise == "no" else quantise,
+    )
     params = sampling_params(loaded.generation_config, sampling)
     count = show_count(loaded.num_parameters())
+    count += f" unquantised ({quantise})" if quantise != "no" else ""
     say(
         f"{count} parameters in {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, "
         f"{show_s(time.perf_counter() - start_s, 1)}; {_sampling_words(params)}"

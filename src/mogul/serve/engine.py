@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mogul.core.errors import BackendError, ConfigError
+from mogul.core.errors import ConfigError
 from mogul.models.load import default_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
+from mogul.serve.admit import PROMPT_ROWS, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
 from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from mogul.serve.speculate import Speculator
 
 Prompt = str | Sequence[int]
-PROMPT_ROWS = 256
-"""Prompt tokens a step of a request that wants their log-probabilities: [256, V] logits."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ class Engine:
         device: str | None = None,
         experts: str = "mogul",
         load: Load = "checkpoint",
+        quantise: str | None = None,
         speculator: Speculator | None = None,
         **options: Any,
     ) -> Engine:
@@ -140,6 +140,8 @@ class Engine:
             device: None is an accelerator where there is one.
             experts: implementation of the experts.
             load: "random" makes weights of the config's shape on the device instead.
+            quantise: fp8 (experts and linear layers), fp8-experts, int4-32, -64 or -128 (experts):
+                each layer is quantised while it is loaded. None keeps the weights as they are.
             speculator: guesses tokens that are verified together; None guesses nothing.
             options: fields of `EngineOptions`.
 
@@ -149,7 +151,12 @@ class Engine:
         """
         settled = EngineOptions(**options)
         model = open_model(
-            path, load=load, dtype=dtype, device=device or default_device(), experts=experts
+            path,
+            load=load,
+            dtype=dtype,
+            device=device or default_device(),
+            experts=experts,
+            quantise=quantise,
         )
         tokenizer = open_tokenizer(path)
         return cls(model, tokenizer, settled, name=str(path), speculator=speculator)
@@ -182,7 +189,7 @@ class Engine:
         ids = self.encode(prompt)
         with self._lock:
             self._check_open()
-            self._check(ids, params)
+            check_request(ids, params, self)
             number = next(self._ids)
             live = Live(
                 number,
@@ -216,31 +223,6 @@ class Engine:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigError("this engine is closed", fix="open another on the same model")
-
-    def _check(self, ids: tuple[int, ...], params: SamplingParams) -> None:
-        if not ids:
-            raise ConfigError("the prompt is empty", fix="give some text to continue")
-        if max(ids) >= self.runner.vocab_size or min(ids) < 0:
-            raise ConfigError(
-                f"the prompt holds token {max(ids, key=abs)}, the model knows "
-                f"0..{self.runner.vocab_size - 1}"
-            )
-        for field in ("logit_bias", "stop_token_ids"):
-            if (most := max(getattr(params, field), default=0)) >= self.runner.vocab_size:
-                raise ConfigError(
-                    f"{field} names token {most}, the model knows 0..{self.runner.vocab_size - 1}"
-                )
-        if len(ids) + params.max_tokens > self.sizes.max_length:
-            raise ConfigError(
-                f"{len(ids)} prompt tokens and {params.max_tokens} new ones exceed the length of "
-                f"{self.sizes.max_length}",
-                fix="shorten the prompt, ask for fewer tokens, or open the engine with a larger "
-                "max_length or cache_tokens",
-            )
-        if params.routed_experts and not self.runner.tap.num_layers:
-            raise BackendError("routed_experts is asked of a model without experts")
-        if params.stop and self.tokenizer is None:
-            raise ConfigError("stop strings need a tokenizer", fix="use stop_token_ids")
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         own = frozenset() if params.ignore_eos else self._end_ids
@@ -479,16 +461,6 @@ class Engine:
             landing = set(self.room.running) - running
             assert running <= set(self.room.running), "a running request has no room"
             assert landing <= set(self._live), "room is held for nobody"
-
-
-def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The model's ends of text: its generation config's, else its tokenizer's."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    if ends is None and tokenizer is not None:
-        ends = tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset(ends) if isinstance(ends, (list, tuple)) else frozenset((int(ends),))
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,39 +8,33 @@ which order, is not assumed: one token is run and watched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mogul.models.quantise_linears import PackedLinear
 from mogul.serve.attention import run_one_token
 
+LINEARS = (nn.Linear, PackedLinear)
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class First(nn.Module):
     """The first of some linear layers: computes them all and keeps the others' parts."""
 
-    def __init__(self, parts: list[nn.Linear]) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.sizes = [part.out_features for part in parts]
-        self.whole = torch.cat([part.weight.data for part in parts])
-        biases = [part.bias.data for part in parts if part.bias is not None]
-        self.whole_bias = torch.cat(biases) if biases else None
-        self.weight, self.bias = parts[0].weight, parts[0].bias
-        self.out_features, self.in_features = parts[0].out_features, parts[0].in_features
+        self.sizes = [int(part.out_features) for part in parts]  # pyright: ignore[reportArgumentType]
+        self.joined = [_join(parts, self.sizes)]  # in a list: no submodule, its parts hold all
         self.kept: tuple[Tensor, ...] = ()
-        for part, weight in zip(parts, self.whole.split(self.sizes), strict=True):
-            part.weight.data = weight
-        if self.whole_bias is not None:
-            for part, bias in zip(parts, self.whole_bias.split(self.sizes), strict=True):
-                part.bias.data = bias
+        _take_tensors(self, parts[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """The first part; the others wait."""
-        first, *rest = F.linear(x, self.whole, self.whole_bias).split(self.sizes, dim=-1)
+        first, *rest = self.joined[0](x).split(self.sizes, dim=-1)
         self.kept = tuple(rest)
         return first
 
@@ -48,11 +42,10 @@ class First(nn.Module):
 class Next(nn.Module):
     """A later one of these layers: hands out what the first computed."""
 
-    def __init__(self, first: First, part: nn.Linear) -> None:
+    def __init__(self, first: First, part: nn.Module) -> None:
         super().__init__()
         self.first = [first]  # in a list: no submodule
-        self.weight, self.bias = part.weight, part.bias
-        self.out_features, self.in_features = part.out_features, part.in_features
+        _take_tensors(self, part)
 
     def forward(self, _x: Tensor) -> Tensor:
         """Its part, once."""
@@ -62,13 +55,47 @@ class Next(nn.Module):
         return mine
 
 
+def _join(parts: Sequence[nn.Module], sizes: list[int]) -> nn.Module:
+    """One layer with the tensors of all, row after row; the parts keep views of them."""
+    joined = copy.copy(parts[0])
+    joined._parameters, joined._buffers = dict(parts[0]._parameters), dict(parts[0]._buffers)
+    joined.out_features = sum(sizes)  # pyright: ignore[reportAttributeAccessIssue]
+    for name, first in _tensors(parts[0]):
+        whole = _stack([getattr(part, name).data for part in parts])
+        keep = (
+            nn.Parameter(whole, requires_grad=False) if isinstance(first, nn.Parameter) else whole
+        )
+        setattr(joined, name, keep)
+        for part, view in zip(parts, whole.split(sizes), strict=True):
+            getattr(part, name).data = view
+    return joined
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """One under the other; fp8 goes as bytes, which every device can join."""
+    if tensors[0].itemsize > 1:
+        return torch.cat(tensors)
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _take_tensors(module: nn.Module, part: nn.Module) -> None:
+    """Hold the weights of a layer under their names, so that the model still lists them."""
+    module.in_features, module.out_features = part.in_features, part.out_features  # pyright: ignore
+    module._parameters.update(part._parameters)
+    module._buffers.update(part._buffers)
+
+
 def fuse_linears(model: Any, device: torch.device) -> int:
     """Join the linear layers of a model that may be joined; returns how many groups."""
     groups = [
         (block, names)
         for block in model.modules()
         for names in GROUPS
-        if all(type(getattr(block, name, None)) is nn.Linear for name in names)
+        if all(type(getattr(block, name, None)) in LINEARS for name in names)
     ]
     seen = _watch(model, device, (getattr(b, n) for b, names in groups for n in names))
     count = 0
@@ -105,19 +132,17 @@ def _watch(
     return seen
 
 
-def _may_join(parts: list[nn.Linear], calls: list[list[tuple[int, int]]]) -> bool:
-    """Called once each, one after the other, with one input; alike in dtype and bias."""
+def _may_join(parts: list[nn.Module], calls: list[list[tuple[int, int]]]) -> bool:
+    """Called once each, one after the other, with one input; alike in kind, dtypes and bias."""
     if any(len(call) != 1 for call in calls):
         return False
     orders = [call[0][0] for call in calls]
-    first = parts[0]
+    kinds = {
+        (type(part), *((name, tensor.dtype, tensor.shape[1:]) for name, tensor in _tensors(part)))
+        for part in parts
+    }
     return (
         len({call[0][1] for call in calls}) == 1
         and orders == list(range(orders[0], orders[0] + len(parts)))
-        and all(
-            part.weight.dtype == first.weight.dtype
-            and (part.bias is None) == (first.bias is None)
-            and part.in_features == first.in_features
-            for part in parts
-        )
+        and len(kinds) == 1
     )

@@ -35,4 +35,6 @@ def linear_few(
     acc *= tl.load(w_scale_ptr + near)[:, None]
     acc *= tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :]
     at = rows[None, :] * N + cols[:, None]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[None, :] & (cols < N)[:, None])
+    tl.store(
+        out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[None, :] & (cols < N)[:, None]
+    )
