@@ -33,7 +33,7 @@ from mogul.simulate.train import flop_per_token
 from mogul.spec.families import model_spec
 from mogul.train.balance import Balancer
 from mogul.train.balance_rules import BalanceSection
-from mogul.train.build import around_forward, router_products
+from mogul.train.build import chosen_kernels
 from mogul.train.layers import prepared_layers
 from mogul.train.metrics import peak_flop_per_s
 from mogul.train.objective import choose_objective
@@ -161,7 +161,7 @@ def bench_ours(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     run = RunSection(steps=1, attention=options.attention)
     with ExitStack() as stack:
         stack.enter_context(prepared_layers(model, compile=compiles))
-        stack.enter_context(router_products(run, DEVICE))
+        stack.enter_context(chosen_kernels(run, DEVICE))
         section = BalanceSection(loss="batch")
         balancer = stack.enter_context(
             Balancer(model, section, micro_batches=options.accumulation, compiled=compiles)
@@ -171,7 +171,6 @@ def bench_ours(options: argparse.Namespace, kind: str) -> dict[str, Any]:
             optimizer,
             choose_objective(model, "chunked", compile=compiles),
             wide_sums=not big,
-            around=around_forward(run, DEVICE),
         )
         parts = batches(options, model.config.vocab_size)
 

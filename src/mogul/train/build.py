@@ -46,38 +46,30 @@ def weight_dtype(run: RunSection, device: torch.device) -> torch.dtype:
 
 
 def around_forward(run: RunSection, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """What is open around every forward: autocast, the order of attention kernels."""
-    on_device = device.type != "cpu" and torch.backends.cudnn.is_available()
-    wants_cudnn = run.attention == "cudnn" or (run.attention == "auto" and on_device)
-    if run.precision != "autocast" and not wants_cudnn:
+    """What is open around every forward: autocast, where the recipe asks for it."""
+    if run.precision != "autocast":
         return nullcontext
-
-    @contextmanager
-    def opened() -> Iterator[None]:
-        with ExitStack() as stack:
-            if run.precision == "autocast":
-                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            if wants_cudnn:
-                stack.enter_context(sdpa_kernel(CUDNN_FIRST, set_priority=True))
-            yield
-
-    return opened
+    return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
 @contextmanager
-def router_products(run: RunSection, device: torch.device) -> Iterator[None]:
-    """Let the routers' float32 products use tensor cores where that loses nothing.
+def chosen_kernels(run: RunSection, device: torch.device) -> Iterator[None]:
+    """What holds for a whole run, backward passes that compute layers again included.
 
-    With bfloat16 weights both factors of a router's logits fit in TF32 exactly, and the sum is
-    float32 either way; only its gradient is rounded, to more bits than the bfloat16 it becomes.
+    Attention: cuDNN's kernel first, where `run.attention` says so. Routers: their float32 products
+    use tensor cores where that loses nothing: with bfloat16 weights both factors of a router's
+    logits fit in TF32 exactly, and the sum is float32 either way; only its gradient is rounded, to
+    more bits than the bfloat16 it becomes.
     """
+    on_device = device.type != "cpu" and torch.backends.cudnn.is_available()
     before = torch.get_float32_matmul_precision()
-    if device.type != "cpu" and weight_dtype(run, device) == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")
-    try:
+    with ExitStack() as stack:
+        if run.attention == "cudnn" or (run.attention == "auto" and on_device):
+            stack.enter_context(sdpa_kernel(CUDNN_FIRST, set_priority=True))
+        if device.type != "cpu" and weight_dtype(run, device) == torch.bfloat16:
+            torch.set_float32_matmul_precision("high")
+            stack.callback(torch.set_float32_matmul_precision, before)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def build_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from mogul.spec.families import model_spec
 from mogul.spec.fingerprint import stamp_of_config
 from mogul.train import state
 from mogul.train.balance import SAMPLE_TOKENS, Balancer, has_experts
-from mogul.train.build import around_forward, build_model, choose_device, router_products
+from mogul.train.build import around_forward, build_model, choose_device, chosen_kernels
 from mogul.train.checkpoint import Saver, read_newest, steps_in
 from mogul.train.data import Windows, held_out_windows, open_stream
 from mogul.train.data.shards import TOKENIZER
@@ -175,7 +175,7 @@ class Session:
                 )
             )
             stack.enter_context(self.balancer or nullcontext())
-            stack.enter_context(router_products(run, self.device))
+            stack.enter_context(chosen_kernels(run, self.device))
             self.stepper = Stepper(
                 self.model,
                 self.optimizer,
