@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mogul.kernels import ExpertFormat, ExpertLayout  # noqa: E402
-from mogul.kernels.triton import quant_kernels  # noqa: E402
+from mogul.kernels.triton import quant_kernels, quant_token_kernels  # noqa: E402
 from mogul.kernels.triton.plans import Shape  # noqa: E402
 from mogul.kernels.triton.quant import why_not_triton_quantised  # noqa: E402
-from mogul.kernels.triton.quant_plans import quant_plan_for  # noqa: E402
+from mogul.kernels.triton.quant_plans import quant_few_plan, quant_plan_for  # noqa: E402
 
 CASES = {
     "rounding": 1e-5,
@@ -32,6 +32,10 @@ CASES = {
     "int4-64 half": 2e-3,
     "int4-128 short group": 2e-6,
     "int4-128 clamped with biases": 2e-6,
+    "few fp8": 2e-6,
+    "few fp8 clamped with biases": 2e-6,
+    "few int4-32": 2e-6,
+    "few int4-64 clamped with biases": 2e-6,
     "operator": 1e-9,
 }
 
@@ -52,24 +56,26 @@ def test_kernels_equal_the_reference(found: dict[str, float], case: str) -> None
     assert found[case] < CASES[case]
 
 
-def compiled(group: int, arch: int, dtype: str = "bf16", **changes: Any) -> Any:
-    """The up product for sm_`arch`."""
-    kernel = quant_kernels.up_quantised
-    value, rows = ("u8", dtype) if group else ("fp8e4nv", "fp8e4nv")
+def compiled(group: int, arch: int, dtype: str = "bf16", few: str = "", **changes: Any) -> Any:
+    """The up product for sm_`arch`; `few` names a kernel without a sort."""
+    kernel = getattr(quant_token_kernels, few) if few else quant_kernels.up_quantised
+    value, rows = ("u8", dtype) if group else ("fp8e4nv", dtype if few else "fp8e4nv")
     types = {
         "x_ptr": f"*{rows}",
         "x_scale_ptr": f"*{rows}" if group else "*fp32",
         "w_ptr": f"*{value}",
         "w_desc": f"*{value}",
-        "w_scale_ptr": "*i32" if group else "*fp32",
-        **dict.fromkeys(("bias_ptr", "act_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("w_scale_ptr", "scale_ptr"), "*i32" if group else "*fp32"),
+        **dict.fromkeys(("bias_ptr", "out_ptr"), f"*{dtype}"),
+        "act_ptr": "*fp32" if few else f"*{dtype}",
+        **{"ids_ptr": "*i64", "weights_ptr": "*fp32"},
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), "*i32"),
     }
     constants = {
         **{"D": 256, "F": 1344, "K": 8, "E": 64, "GROUP": group},
         **{"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_GROUP": 1},
         **{"TMA": False, "SWAP": True, "STREAM": True, "BIAS": False, "PDL": False},
-        **{"ACT": 0, "ALPHA": 1.0, "LIMIT": 7.0},
+        **{"ACT": 0, "ALPHA": 1.0, "LIMIT": 7.0, "STAGES": 1},
         **changes,
     }
     names = [parameter.name for parameter in kernel.params]
@@ -81,6 +87,18 @@ def compiled(group: int, arch: int, dtype: str = "bf16", **changes: Any) -> Any:
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": 4, "num_stages": 3}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@pytest.mark.parametrize("name", ["up_tokens_quantised", "down_tokens_quantised"])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_few_tokens_compile(name: str, arch: int) -> None:
+    for group in (0, 64) if arch >= 89 else (64,):
+        plan = quant_few_plan(group)
+        up = name.startswith("up")
+        blocks = {"BLOCK_N": plan.up_n if up else plan.down_n}
+        blocks["BLOCK_K"] = plan.up_k if up else plan.down_k
+        done = compiled(group, arch, few=name, STAGES=plan.stages, PDL=arch >= 90, **blocks)
+        assert done.metadata.shared < 100_000
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])

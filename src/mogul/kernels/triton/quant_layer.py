@@ -1,6 +1,6 @@
 """One quantised experts layer on one device: sort, round, up, round, down, ordered sum.
 
-Uses the sort and the sum of the unquantised `Layer`. Nothing here waits for the device, so a call
+Very few tokens take two launches without a sort, as unquantised. Uses the sort and the sum of the unquantised `Layer`. Nothing here waits for the device, so a call
 can be captured in a CUDA graph; everything is also the operator `mogul::moe_quantised`.
 """
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
-from mogul.kernels.triton import quant_kernels
+from mogul.kernels.triton import quant_kernels, quant_token_kernels
 from mogul.kernels.triton.launch import Launch, cdiv, descriptor, next_power_of_2
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.ops import _aligned
 from mogul.kernels.triton.plans import Plan, Tile
-from mogul.kernels.triton.quant_plans import quant_plan_for
+from mogul.kernels.triton.quant_plans import quant_few_plan, quant_plan_for
 from mogul.kernels.triton.sorting import Sorted, max_tiles
 
 SILU, CLAMPED = 0, 1
@@ -69,6 +69,8 @@ class QuantLayer:
     def forward(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
         """Output [T, D]."""
         layer, slots = self.layer, ids.numel()
+        if layer.shape.uses_few(x.shape[0]):
+            return self._few(x, weights, ids, factors)
         plan = quant_plan_for(layer.shape, x.shape[0], self.group)
         sort = layer.sort(ids, plan.rows)
         act = x.new_empty((slots, layer.shape.inner))
@@ -78,6 +80,36 @@ class QuantLayer:
         y = x.new_empty((slots, layer.shape.width))
         self._down(plan, rows, scale, weights, y, sort)
         return layer.sum(plan, y, ids, factors, weighted=True)
+
+    def _few(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
+        """Two launches: each slot reads its expert on its own; rows are not rounded."""
+        shape, device, pdl = self.layer.shape, self.layer.device, self.layer.pdl
+        plan, tokens, slots = quant_few_plan(self.group), x.shape[0], ids.numel()
+        act = torch.empty((slots, shape.inner), dtype=torch.float32, device=x.device)
+        out = torch.empty_like(x)
+        dims = {"D": shape.width, "F": shape.inner, "K": shape.picks, "E": shape.experts}
+        same = {**dims, "GROUP": self.group, "STAGES": plan.stages, "PDL": pdl}
+
+        def launch(name: str, bias: Tensor | None, n: int, k: int, kind: dict[str, Any]) -> Launch:
+            kernel = getattr(quant_token_kernels, name)
+            constants = {**same, **kind, "BLOCK_N": n, "BLOCK_K": k, "BIAS": bias is not None}
+            key = (name, bias is None, plan)
+            return self._launch(
+                key, None, lambda: Launch(kernel, constants, warps=plan.warps, pdl=pdl)
+            )
+
+        kind = dict(zip(("ACT", "ALPHA", "LIMIT"), self.act, strict=True))
+        bias = weights.gate_up_bias
+        up = launch("up_tokens_quantised", bias, plan.up_n, plan.up_k, kind)
+        scale = _words(weights.gate_up_scale, self.group)
+        tensors = (x, weights.gate_up, scale, act if bias is None else bias, ids, act)
+        up((cdiv(shape.inner, plan.up_n), slots), device, *tensors)
+        bias = weights.down_bias
+        down = launch("down_tokens_quantised", bias, plan.down_n, plan.down_k, {})
+        scale = _words(weights.down_scale, self.group)
+        tensors = (act, weights.down, scale, out if bias is None else bias, ids, factors, out)
+        down((cdiv(shape.width, plan.down_n), tokens), device, *tensors)
+        return out
 
     def _rounded(self, x: Tensor, sort: Sorted, *, counted: bool) -> tuple[Tensor, Tensor]:
         """Rows as e4m3 with their scales; int4 leaves them as they are."""

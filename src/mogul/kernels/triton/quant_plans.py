@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mogul.kernels.triton.plans import Plan, Shape, Tile
+from mogul.kernels.triton.plans import FewPlan, Plan, Shape, Tile
 
 
 def rule(shape: Shape, tokens: int, group: int) -> Plan:
@@ -35,6 +35,14 @@ def rule(shape: Shape, tokens: int, group: int) -> Plan:
         return Plan(rows=64, up=tile, down=replace(tile, n=128))
     tile = Tile(n=128, k=128, group=8, warps=8, stages=4, tma=True, per_sm=1)
     return Plan(rows=rows, up=tile, down=replace(tile, n=256))
+
+
+@cache
+def quant_few_plan(group: int) -> FewPlan:
+    """Block sizes of the sort-free path."""
+    if group:
+        return FewPlan(up_n=8, up_k=512, down_n=8, down_k=256, stages=1)
+    return FewPlan(up_n=4, up_k=1024, down_n=8, down_k=256, stages=1)
 
 
 @cache

@@ -1,0 +1,108 @@
+"""Quantised experts for very few tokens: two launches, no sort, as token_kernels has it for 16 bit.
+
+Only weights are quantised here: rows and activations keep their 16 or 32 bits, as rounding them
+would take a launch each and gain nothing where weights are all that is read.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mogul.kernels.triton.quant_kernels import _fp8_tile, _int4_tile, _joined
+
+
+@triton.jit
+def _weights(
+    value_ptr, scale_ptr, cols, k, like_ptr,
+    N: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_K] in fp32; fp8 still without its scale."""
+    if GROUP > 0:
+        tile = _int4_tile(value_ptr, scale_ptr, cols, k, like_ptr, N, C, GROUP, BLOCK_N, BLOCK_K)
+    else:
+        tile = _fp8_tile(value_ptr, cols, k, C, BLOCK_K, True)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def up_tokens_quantised(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, ids_ptr, act_ptr,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """act[slot] for each slot on its own."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    slot = tl.program_id(1)
+    e = tl.load(ids_ptr + slot)
+    if (e >= 0) & (e < E):
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        near = cols % F
+        e64 = e.to(tl.int64)
+        x_at = x_ptr + (slot // K).to(tl.int64) * D
+        PER_ROW: tl.constexpr = D // 2 if GROUP > 0 else D
+        SCALES: tl.constexpr = (D + GROUP - 1) // GROUP if GROUP > 0 else 1
+        w_at = w_ptr + e64 * (2 * F * PER_ROW)
+        s_at = scale_ptr + e64 * (2 * F * SCALES)
+        gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for k in tl.range(0, D, BLOCK_K, num_stages=STAGES):
+            ks = k + tl.arange(0, BLOCK_K)
+            x = tl.load(x_at + ks, mask=ks < D, other=0.0).to(tl.float32)[None, :]
+            gate += x * _weights(w_at, s_at, near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
+            up += x * _weights(w_at, s_at, F + near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
+        g = tl.sum(gate, 1)
+        u = tl.sum(up, 1)
+        if GROUP == 0:
+            g *= tl.load(s_at + near)
+            u *= tl.load(s_at + F + near)
+        if BIAS:
+            bias_at = bias_ptr + e64 * (2 * F) + near
+            g += tl.load(bias_at).to(tl.float32)
+            u += tl.load(bias_at + F).to(tl.float32)
+        tl.store(act_ptr + slot * F + cols, _joined(g, u, ACT, ALPHA, LIMIT), mask=cols < F)
+
+
+@triton.jit
+def down_tokens_quantised(
+    act_ptr, w_ptr, scale_ptr, bias_ptr, ids_ptr, weights_ptr, out_ptr,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over k of weight * (down[e] @ act[slot] + bias): product and combine in one."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    near = cols % D
+    PER_ROW: tl.constexpr = F // 2 if GROUP > 0 else F
+    SCALES: tl.constexpr = (F + GROUP - 1) // GROUP if GROUP > 0 else 1
+    PER_EXPERT: tl.constexpr = (F + BLOCK_K - 1) // BLOCK_K
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    added = tl.zeros((BLOCK_N,), tl.float32)
+    for step in tl.range(0, K * PER_EXPERT, num_stages=STAGES):
+        slot = t * K + step // PER_EXPERT
+        k = (step % PER_EXPERT) * BLOCK_K
+        ks = k + tl.arange(0, BLOCK_K)
+        pick = tl.load(ids_ptr + slot)
+        is_true = (pick >= 0) & (pick < E)
+        e64 = tl.where(is_true, pick, 0).to(tl.int64)
+        weight = tl.load(weights_ptr + slot, mask=is_true, other=0.0).to(tl.float32)
+        a = tl.load(act_ptr + slot * F + ks, mask=is_true & (ks < F), other=0.0) * weight
+        w_at = w_ptr + e64 * (D * PER_ROW)
+        s_at = scale_ptr + e64 * (D * SCALES)
+        tile = _weights(w_at, s_at, near, k, out_ptr, D, F, GROUP, BLOCK_N, BLOCK_K) * a[None, :]
+        if GROUP == 0:
+            tile *= tl.load(s_at + near)[:, None]
+        acc += tile
+        if BIAS:
+            first = tl.where(k == 0, weight, 0.0)
+            added += first * tl.load(bias_ptr + e64 * D + near).to(tl.float32)
+    out = tl.sum(acc, 1) + added
+    at = out_ptr + t.to(tl.int64) * D + cols
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=cols < D)
