@@ -79,3 +79,14 @@ def test_recomputation_changes_little_in_bfloat16(recipe, tmp_path):
             losses.append([one.take_step()[0].loss for _ in range(3)])
             assert one.balancer.total.sum(1).tolist() == [3 * 8 * 64 * 4] * 2
     assert losses[0] == pytest.approx(losses[1], abs=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])
+def test_float8_trains_as_bfloat16_does(recipe, tmp_path, kind):
+    pytest.importorskip("torchao", reason="the optional package torchao is not installed")
+    losses = {}
+    for float8 in ("none", kind):
+        changes = {**ON_DEVICE, "run__float8": float8, "run__compile": float8 != "none"}
+        with Session(recipe(**changes), tmp_path / float8) as one:
+            losses[float8] = [one.take_step()[0].loss for _ in range(20)]
+    assert losses[kind][-1] == pytest.approx(losses["none"][-1], abs=0.1)

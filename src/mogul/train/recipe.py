@@ -86,6 +86,10 @@ class RunSection(Spec):
     """`bfloat16`: weights in bf16, the optimizer holds the other half of a float32; `autocast`:
     float32 weights, products in bf16. auto: bfloat16 on an accelerator, float32 on a CPU."""
 
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Products of attention and shared experts in float8, by the package torchao; scales of a
+    whole tensor (fastest) or of its rows (closest)."""
+
     device: str = "auto"
     compile: bool | Literal["auto"] = "auto"
     """Compile each decoder layer; auto: on accelerators (where the update of large bf16 weights is

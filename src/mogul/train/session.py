@@ -30,6 +30,7 @@ from mogul.train.data import Windows, held_out_windows, open_stream
 from mogul.train.data.shards import TOKENIZER
 from mogul.train.evaluate import held_out_loss
 from mogul.train.export import export
+from mogul.train.float8 import float8_products
 from mogul.train.guard import SpikeGuard
 from mogul.train.layers import prepared_layers
 from mogul.train.loop import not_finite, refuse_mesh
@@ -169,6 +170,7 @@ class Session:
         recipe, run = self.recipe, self.recipe.run
         with ExitStack() as stack:  # undone where something below fails
             stack.enter_context(_deterministic(run.deterministic))
+            stack.enter_context(float8_products(self.model, run.float8, self.device))
             stack.enter_context(
                 prepared_layers(
                     self.model, compile=bool(self.compiles), recompute=run.activation_checkpointing
