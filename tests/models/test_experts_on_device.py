@@ -86,7 +86,8 @@ def test_family_equals_eager(family: str, dtype: torch.dtype) -> None:
     assert relative(given, logits) <= LIMIT[dtype]
     assert set(given_gradients) == set(gradients)
     for name, gradient in gradients.items():
-        assert relative(given_gradients[name], gradient) <= 2 * LIMIT[dtype], name
+        few = 2 if gradient.numel() < 64 else 1  # gpt-oss's sinks: four sums, small by cancellation
+        assert relative(given_gradients[name], gradient) <= 2 * few * LIMIT[dtype], name
 
 
 def test_auto_chooses_triton_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,9 +114,14 @@ def test_runs_are_equal_to_the_bit() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_model_compiles_in_one_graph(family: str) -> None:
-    """Traced but not fused, as fused operators round elsewhere: so equal to the bit."""
+    """Traced but not fused, as fused operators round elsewhere: so equal to the bit.
+
+    Attention is the eager one: tracing makes Transformers build a mask that SDPA else goes without,
+    and SDPA has another kernel for it.
+    """
     model, ids = build(family, torch.bfloat16), tokens()
     model.set_experts_implementation("mogul")
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
         traced = torch.compile(model, fullgraph=True, backend="aot_eager")

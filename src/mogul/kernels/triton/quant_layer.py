@@ -1,7 +1,8 @@
 """One quantised experts layer on one device: sort, round, up, round, down, ordered sum.
 
-Very few tokens take two launches without a sort, as unquantised. Uses the sort and the sum of the unquantised `Layer`. Nothing here waits for the device, so a call
-can be captured in a CUDA graph; everything is also the operator `mogul::moe_quantised`.
+Very few tokens take two launches without a sort, as unquantised. Uses the sort and the sum of the
+unquantised `Layer`. Nothing here waits for the device, so a call can be captured in a CUDA graph;
+everything is also the operator `mogul::moe_quantised`.
 """
 
 from __future__ import annotations
