@@ -3,7 +3,9 @@
 Question: which start-up time, arithmetic efficiency and memory efficiency (of plain products, and
 of the rest) explain the MoGE's prefill and its decode at batch 1 and 456, and the dense 72B at
 batch 1 (arXiv 2505.21411, tables 5 and 6)? The other dense rows, the 300I Duo and drafts are not
-used. Prints the TOML of `[ascend.*]`.
+used. Prints the TOML of `[ascend.*]`, and of `[ascend-310p.*]`: the chips of the 300I Duo are of the
+same family and run the same software, so they borrow start-up and arithmetic; their memory is
+another kind (LPDDR4X beside HBM) and stays the generic guess.
 
     python benchmarks/sim/fit_ascend.py
 """
@@ -16,7 +18,17 @@ from mogul.simulate import calibration, curves
 from mogul.simulate.validate.published import pangu_rows, predict_row
 
 FITTED = ("moge-prefill", "moge-decode-1", "moge-decode-456", "72b-decode-1")
+FIT = f"fitted on arXiv 2505.21411: {', '.join(FITTED)}"
+BORROWED = f"start-up and arithmetic of the 800I A2 ({FIT}); memory: guess"
 KINDS = ("gemm", "moe", "attention_decode", "attention_prefill", "mla_decode", "elementwise")
+
+
+def table(floor_s: float, compute: float, memory: float, plain: float) -> dict[str, dict]:
+    """The constants by kind; `plain` is the memory efficiency of plain products."""
+    found = {kind: {"floor_s": floor_s, "compute": compute, "memory": memory} for kind in KINDS}
+    found["gemm"]["memory"] = plain
+    found["elementwise"] = {"floor_s": floor_s / 2, "compute": 1.0, "memory": memory}
+    return found
 
 
 def main() -> None:
@@ -25,12 +37,8 @@ def main() -> None:
     constants = curves._constants()
 
     def error(values: tuple[float, ...]) -> float:
-        floor_s, compute, memory, plain = values
-        table = {kind: {"floor_s": floor_s, "compute": compute, "memory": memory} for kind in KINDS}
-        table["gemm"]["memory"] = plain
-        table["elementwise"] = {"floor_s": floor_s / 2, "compute": 1.0, "memory": memory}
         constants["ascend"] = {
-            kind: {**one, "sigma": 0.2, "source": "fit"} for kind, one in table.items()
+            kind: {**one, "sigma": 0.2, "source": "fit"} for kind, one in table(*values).items()
         }
         curves.curve.cache_clear()
         calibration.shipped.cache_clear()
@@ -44,14 +52,17 @@ def main() -> None:
             if (new := error(trial)) < loss:
                 best, loss = trial, new
     print(f"# sum of |log error| on the fitted rows: {loss:.4f}")
-    for kind in KINDS:
-        is_light = kind == "elementwise"
-        print(f"[ascend.{kind}]")
-        compute = 1.0 if is_light else best[1]
-        memory = best[3 if kind == "gemm" else 2]
-        print(f"floor_s = {best[0] / (2 if is_light else 1):.2e}")
-        print(f"compute = {compute:.2f}\nmemory = {memory:.2f}\nsigma = 0.2")
-        print(f'source = "fitted on arXiv 2505.21411: {", ".join(FITTED)}"')
+    show("ascend", table(*best), 0.2, FIT)
+    guess = {kind: {"memory": constants["generic"][kind]["memory"]} for kind in KINDS}
+    kin = {kind: one | guess[kind] for kind, one in table(*best).items()}
+    show("ascend-310p", kin, 0.35, BORROWED)
+
+
+def show(place: str, found: dict[str, dict], sigma: float, source: str) -> None:
+    """Print the sections of one architecture."""
+    for kind, one in found.items():
+        print(f"[{place}.{kind}]\nfloor_s = {one['floor_s']:.2e}\ncompute = {one['compute']:.2f}")
+        print(f'memory = {one["memory"]:.2f}\nsigma = {sigma}\nsource = "{source}"')
 
 
 if __name__ == "__main__":

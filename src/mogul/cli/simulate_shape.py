@@ -27,8 +27,9 @@ class Options:
 
     total: tuple[float, float] = (60e9, 80e9)
     active: tuple[float, float] = (15e9, 18e9)
-    targets: tuple[str, ...] = ("ascend-300i-duo:4:100", "ascend-910b:4:50")
-    """DEVICE:COUNT:MS: machine, devices of one copy, most milliseconds a token."""
+    targets: tuple[str, ...] = ("ascend-300i-duo-chip:8:100:h2p", "ascend-910b:4:50")
+    """DEVICE:COUNT:MS, and :h2p for the paper's hybrid layout: machine, devices of one copy, most
+    milliseconds a token."""
 
     picks_per_group: tuple[int, ...] = (1,)
     """Picks in each group, one or more to draw from: 1 as in the paper, 0 for no groups."""
@@ -96,8 +97,9 @@ def _target(text: str, options: Options) -> Target:
     from mogul.core.errors import ConfigError
     from mogul.simulate.shape import Target
 
+    bare = text.removesuffix(":h2p")
     try:
-        device, count, limit_ms = text.split(":")
+        device, count, limit_ms = bare.split(":")
         devices, limit_s = int(count), float(limit_ms) * 1e-3
     except ValueError:
         raise ConfigError(f"target {text!r} is not DEVICE:COUNT:MS", fix="h100:2:50") from None
@@ -105,6 +107,7 @@ def _target(text: str, options: Options) -> Target:
         device=device,
         devices=devices,
         max_tpot_s=limit_s,
+        is_hybrid=bare != text,
         quant=options.quant,
         engine=options.engine,
         context=options.context,

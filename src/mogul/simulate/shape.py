@@ -25,7 +25,7 @@ from mogul.spec.base import Spec
 from mogul.spec.families import model_spec
 from mogul.spec.hardware import hardware
 from mogul.spec.model import ModelSpec
-from mogul.spec.parallel import Parallel
+from mogul.spec.parallel import Parallel, h2p
 from mogul.spec.quant import scheme
 from mogul.spec.workload import Workload
 
@@ -39,9 +39,17 @@ class Target(Spec):
     device: str
     devices: int = 4
     max_tpot_s: float
+    is_hybrid: bool = False
+    """Whether attention is halved into copies (`spec.parallel.h2p`); otherwise all is cut."""
+
     quant: str = "w8a8-kv8"
     engine: str = "ascend"
     context: int = 2048
+
+    @property
+    def layout(self) -> Parallel:
+        """How a model lies on the devices."""
+        return h2p(self.devices) if self.is_hybrid else Parallel(tp=self.devices)
 
 
 class Ranges(Spec):
@@ -69,7 +77,7 @@ class Ranges(Spec):
 
 
 PAPER_TARGETS = (
-    Target(device="ascend-300i-duo", max_tpot_s=0.1),
+    Target(device="ascend-300i-duo-chip", devices=8, max_tpot_s=0.1, is_hybrid=True),
     Target(device="ascend-910b", max_tpot_s=0.05),
 )
 
@@ -163,7 +171,7 @@ def _score(rates: tuple[float, ...], yardstick: tuple[float, ...]) -> float:
 def rate(model: ModelSpec, target: Target) -> float:
     """Decode tokens a second and device at the largest batch within TPOT and memory."""
     device = hardware(target.device)
-    layout = Parallel(tp=target.devices)
+    layout = target.layout
     try:
         layout.check(model)
     except ConfigError:
@@ -176,16 +184,17 @@ def rate(model: ModelSpec, target: Target) -> float:
         return 0.0
     steps = setting.step_model()
 
-    def step_s(batch: int) -> float:
-        return steps.time(Step(batch, 1, float(target.context))).seconds
+    def step_s(sequences: int) -> float:
+        """Time of a step with so many sequences in each copy of the attention."""
+        return steps.time(Step(sequences, 1, float(target.context))).seconds
 
     if step_s(1) > target.max_tpot_s:
         return 0.0
-    low, high = 1, min(most, 2048)
+    low, high = 1, max(1, min(most, 2048) // layout.dp)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if step_s(middle) <= target.max_tpot_s else (low, middle - 1)
-    return low / step_s(low) / target.devices
+    return layout.dp * low / step_s(low) / target.devices
 
 
 def _draw(ranges: Ranges, rng: np.random.Generator) -> dict[str, Any] | None:

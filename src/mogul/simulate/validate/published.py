@@ -7,7 +7,7 @@ marked `fitted` shaped the constants of their machine and prove nothing.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Row:
     device: str
     model: str
     stage: str
-    cards: int
+    layout: Parallel
     batch: int
     measured_s: float
     is_fitted: bool = False
@@ -79,7 +79,7 @@ def pangu_rows() -> list[Row]:
             one["device"],
             one["model"],
             one["stage"],
-            one["cards"],
+            Parallel(**one["parallel"]),
             one["batch"],
             one["measured_ms"] * 1e-3,
             one.get("fitted", False),
@@ -89,13 +89,11 @@ def pangu_rows() -> list[Row]:
 
 
 def pangu_prediction(row: Row, speculation: Speculation | None = None) -> Prediction:
-    """Price a row of the Pangu tables; the 300I Duo in the paper's hybrid layout."""
-    chips = row.cards
-    layout = Parallel(tp=chips)
+    """Price a row of the Pangu tables; the 300I Duo's chips in the paper's hybrid layout."""
     setting = Setting(
         model(row.model),
         hardware(row.device),
-        layout,
+        row.layout,
         scheme("w8a8-kv8"),
         Routing(),
         engine("ascend"),
@@ -104,7 +102,7 @@ def pangu_prediction(row: Row, speculation: Speculation | None = None) -> Predic
         input_tokens=2048,
         output_tokens=1,
         batch=row.batch,
-        prefill_batch=row.batch if row.stage == "prefill" else 1,
+        prefill_batch=row.batch // row.layout.dp if row.stage == "prefill" else 1,
         arrival="together",
         speculation=speculation,
     )
@@ -131,22 +129,22 @@ def dense_ratios() -> dict[str, tuple[float, float]]:
     }
 
 
-def implied_acceptance() -> dict[str, float]:
-    """What 1,148 -> 1,528 tokens/s a card says of the drafts, at one draft token a step.
+def implied_acceptance() -> dict[str, dict[str, float]]:
+    """What the rows with drafts say of them, at one draft token a step, by row without drafts.
 
-    The row with drafts has 584 requests and 95.56 ms an emitted token; the step that verifies two
-    tokens a request is predicted, and the acceptance follows.
+    They print the time of an emitted token; the step that verifies two tokens a request is
+    predicted, and the acceptance follows.
     """
-    row = Row("moge-mtp", "ascend-910b", "pangu-pro-moe-72b", "decode", 4, 584, 95.56e-3)
-    plain = next(one for one in pangu_rows() if one.name == "moge-decode-456")
-    step_s = pangu_prediction(row, Speculation(draft_tokens=1, acceptance=0.0)).tpot_s
-    calibrated = plain.measured_s / predict_row(plain)
-    tokens = step_s * calibrated / row.measured_s
-    return {
-        "verify_step_s": step_s * calibrated,
-        "tokens_per_step": tokens,
-        "acceptance": tokens - 1,
-    }
+    plain = {row.name: row for row in pangu_rows()}
+    found = {}
+    for one in load("pangu")["drafts"]:
+        row = replace(plain[one["plain"]], batch=one["batch"])
+        step_s = pangu_prediction(row, Speculation(draft_tokens=1, acceptance=0.0)).tpot_s
+        step_s *= row.measured_s / predict_row(plain[one["plain"]])
+        tokens = step_s / (one["measured_ms"] * 1e-3)
+        told = {"verify_step_s": step_s, "tokens_per_step": tokens, "acceptance": tokens - 1}
+        found[one["rates"]] = told
+    return found
 
 
 def deployment(row: dict[str, Any]) -> Prediction:

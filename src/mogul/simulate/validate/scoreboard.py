@@ -150,12 +150,12 @@ def _pangu() -> Score:
         f"decode rate over {name}: paper {paper:.2f}, predicted {mine:.2f}"
         for name, (paper, mine) in ratios.items()
     ]
-    drafts = published.implied_acceptance()
-    notes.append(
-        f"1,148 -> 1,528 tokens/s implies {drafts['tokens_per_step']:.2f} tokens a step, "
-        f"that is an acceptance of {drafts['acceptance']:.2f} with one draft token "
-        f"(verify step {1e3 * drafts['verify_step_s']:.0f} ms)"
-    )
+    for rates, drafts in published.implied_acceptance().items():
+        notes.append(
+            f"{rates} tokens/s a card implies {drafts['tokens_per_step']:.2f} tokens a step, "
+            f"that is an acceptance of {drafts['acceptance']:.2f} with one draft token "
+            f"(verify step {1e3 * drafts['verify_step_s']:.0f} ms)"
+        )
     columns = ("row", "measured ms", "predicted ms", "error", "kind")
     return Score(Table("Pangu Pro MoE on Ascend: fitted", columns, rows, notes))
 
