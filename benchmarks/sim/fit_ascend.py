@@ -3,7 +3,7 @@
 Question: which start-up time, arithmetic efficiency and memory efficiency (of plain products, and
 of the rest) explain the MoGE's prefill and its decode at batch 1 and 456, and the dense 72B at
 batch 1 (arXiv 2505.21411, tables 5 and 6)? The other dense rows, the 300I Duo and drafts are not
-used. Prints the TOML of `[ascend.*]`, and of `[ascend-310p.*]`: the chips of the 300I Duo are of the
+used. Prints the TOML of `[ascend.*]` and `[ascend-310p.*]`: the chips of the 300I Duo are of the
 same family and run the same software, so they borrow start-up and arithmetic; their memory is
 another kind (LPDDR4X beside HBM) and stays the generic guess.
 
