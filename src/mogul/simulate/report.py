@@ -6,14 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mogul.core.errors import ConfigError
 from mogul.core.table import Table
 from mogul.core.units import show_s
 from mogul.draw.chart import Chart, HeatMap, Series
 from mogul.draw.page import Page
-from mogul.simulate.run import Prediction
+from mogul.simulate.run import Prediction, predict
 from mogul.simulate.sweep import Searched
 from mogul.simulate.tables import front_table, memory_table, point_tables
 from mogul.simulate.validate.scoreboard import Score
+
+MOST_BATCH_POWER = 13
+"""Batches up to 4,096 a copy are priced for the front of a point."""
 
 KNOBS = ("memory bandwidth", "peak arithmetic", "link bandwidth", "launch and host time")
 
@@ -35,9 +39,44 @@ def point_page(p: Prediction) -> Page:
         ]
     )
     page.table(point_tables(p)[0])
+    page.figure(_batches_chart(p))
     _sections(page, p)
     _how_far_off(page)
     return page
+
+
+def _batches_chart(p: Prediction) -> Chart:
+    """The front of one layout: what other batches of it reach."""
+    found: list[Prediction] = []
+    for power in range(MOST_BATCH_POWER):
+        batch = p.setting.parallel.dp * 2**power
+        try:
+            found.append(predict(p.setting, p.workload.replace(batch=batch)))
+        except ConfigError:  # the first batch that does not fit
+            break
+    shown = [one for one in found if one.meets_targets()] or found
+    return Chart(
+        title="Throughput against speed for the user",
+        x_label="tokens/s a user",
+        y_label="tokens/s a device",
+        series=(
+            Series(
+                name="this point",
+                x=[p.tokens_per_s_per_user],
+                y=[p.tokens_per_s_per_device],
+                kind="dots",
+            ),
+            Series(
+                name="this layout at other batches",
+                x=[one.tokens_per_s_per_user for one in shown],
+                y=[one.tokens_per_s_per_device for one in shown],
+            ),
+        ),
+        caption=f"Batches of {shown[0].workload.batch} to {shown[-1].workload.batch} that fit"
+        f"{' and meet the targets' if len(shown) < len(found) else ''}; `mogul simulate sweep` "
+        "tries other layouts.",
+        y_from_zero=True,
+    )
 
 
 def _sections(page: Page, p: Prediction) -> None:
