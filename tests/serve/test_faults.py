@@ -125,16 +125,6 @@ def test_an_answer_that_cannot_be_read_ends_only_its_request(tiny, monkeypatch):
     check_others(tiny, engine, prompts, [answers[n] for n in numbers], "half a letter")
 
 
-def test_everything_can_be_ended_at_once(tiny):
-    engine = tiny.engine("llama")
-    numbers = [engine.add(prompt, GREEDY) for prompt in tiny.prompts(5, 6, 7, 8, 9, 10)]
-    engine.step()
-    engine.fail_all("the device is lost")
-    assert not engine.has_work
-    assert all(engine.take(n)[-1].answer.error == "the device is lost" for n in numbers)
-    engine.check()
-
-
 class Life(RuleBasedStateMachine):
     """Requests come, run, are aborted; the books stand after every step and answers are right."""
 

@@ -70,7 +70,7 @@ def test_few_picks_replace_topk_in_compiled_code():
     pytest.importorskip("triton")
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from mogul.serve.passes import FewPicks
+    from mogul.serve.passes import FewRows
 
     def route(x, wide):
         return (*x.softmax(-1).topk(3, -1), *wide.topk(2, 0), *wide.topk(64, -1))
@@ -78,7 +78,7 @@ def test_few_picks_replace_topk_in_compiled_code():
     x, wide = torch.randn(5, 16), torch.randn(6, 100)
     graph = make_fx(route)(x, wide)
     want = graph(x, wide)
-    FewPicks()(graph.graph)
+    FewRows()(graph.graph)
     graph.recompile()
     targets = [str(node.target) for node in graph.graph.nodes]
     assert targets.count("mogul.topk.default") == 1, "along rows, and few"

@@ -27,7 +27,7 @@ from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
 from mogul.serve.requests import Answer, Chunk, Live
-from mogul.serve.results import fail, take
+from mogul.serve.results import take
 from mogul.serve.runner import Runner
 from mogul.serve.sizes import choose_sizes
 from mogul.serve.steps import Flight, Steps
@@ -83,6 +83,8 @@ class Engine:
         try:
             self._open(model, name, speculator)
         except BaseException:
+            if speculator is not None:
+                speculator.close()
             self.runner.close()
             raise
 
@@ -110,14 +112,16 @@ class Engine:
         self._lock = threading.RLock()
         self._is_closed = False
         self._num_steps = self._prompt_tokens = self._output_tokens = 0
-        self._last_step_s = 0.0
         if self.options.record_experts:
             self.runner.tap.open()
         guesses = 0
         if speculator is not None:
             speculator.attach(self)
-            self.steps.observer, guesses = speculator.observe, speculator.length.most
+            self.steps.observer, self.steps.follower = speculator.observe, speculator.follow
+            guesses = speculator.length.most
         self.runner.warm_up(self.options, sizes.largest_step, guesses)
+        if speculator is not None:
+            speculator.warm_up()
 
     @classmethod
     def from_pretrained(
@@ -278,9 +282,12 @@ class Engine:
             return chunks
 
     def _may_overlap(self) -> bool:
-        if self.runner.device.type == "cpu" or self.speculator is not None:
+        if self.runner.device.type == "cpu":
             return False
-        if self._flight is not None and self._flight.failed:
+        decoding = self.scheduler.decoding
+        if self.speculator is not None and self.speculator.next_count(len(decoding)):
+            return False
+        if self._flight is not None and (self._flight.failed or self._flight.is_counted):
             return False
         running = itertools.chain(self.scheduler.prompting, self.scheduler.decoding)
         return not any(live.needs_results for live in running)
@@ -302,23 +309,18 @@ class Engine:
             plan.prompts = [(one, count) for one, count in plan.prompts if one is not live]
         self._num_steps += 1
         self._prompt_tokens += plan.prompt_tokens
-        emitted = self._verify(flight) if self.speculator is not None else None
-        self.scheduler.advance(plan, emitted)
+        self.scheduler.advance(plan, self._verify(flight))
         return flight
 
-    def _verify(self, flight: Flight) -> dict[int, int]:
-        """Count the guesses that stood; waits for the step."""
-        assert self.speculator is not None
+    def _verify(self, flight: Flight) -> dict[int, int] | None:
+        """Count the guesses that stood; waits for the step. None where none were asked for."""
+        speculator, decodes = self.speculator, flight.plan.decodes
+        if speculator is None or not speculator.asked:
+            return None
+        flight.wait()
+        speculator.settle(decodes)
         counts = flight.count_tokens()
-        now_s = time.perf_counter()
-        decodes = flight.plan.decodes
-        is_pure = not flight.plan.prompts and self._last_step_s > 0
-        self.speculator.learn(
-            [one.drafts for one in decodes],
-            [counts[one.id] for one in decodes],
-            now_s - self._last_step_s if is_pure else None,
-        )
-        self._last_step_s = now_s
+        speculator.learn(decodes, [counts[one.id] for one in decodes])
         return counts
 
     def _land(self) -> list[Chunk]:
@@ -335,6 +337,11 @@ class Engine:
                 self.room.learn(live)
                 self._mail[live.id].append(chunk)
             chunks.append(chunk)
+        if self.speculator is not None:
+            plan = flight.plan
+            self.speculator.timed(
+                len(plan.decodes), is_pure=bool(plan.decodes and not plan.prompts)
+            )
         if self.options.record_experts:
             self.last_picks = [piece.picks_TLK for piece in flight.pieces]
         return chunks
@@ -412,13 +419,6 @@ class Engine:
         for number in numbers:
             self.abort(number)
             self._mail.pop(number, None)
-
-    def fail_all(self, reason: str) -> None:
-        """End every request by an error, as when the device is lost."""
-        with self._lock:
-            self._flight = None
-            for live in list(self._live.values()):
-                self._end(live, fail(live, reason))
 
     def close(self) -> None:
         """Abort everything and give the cache's memory back; the model stays usable.

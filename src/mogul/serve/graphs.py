@@ -8,7 +8,7 @@ next start finds it on disk. A step with prompts runs uncaptured, through the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,10 +46,10 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 def compile_layers(model: Any) -> int:
     """Compile every decoder layer, lazily and for any number of tokens; returns how many."""
-    from mogul.serve.passes import FewPicks
+    from mogul.serve.passes import FewRows
 
     layers = decoder_layers(model)
-    options: dict[str, Any] = {"post_grad_custom_pre_pass": FewPicks()}
+    options: dict[str, Any] = {"post_grad_custom_pre_pass": FewRows()}
     for layer in layers:
         try:
             layer.compile(dynamic=True, options=options)
@@ -135,3 +135,28 @@ def try_ladder(
         torch.cuda.synchronize(runner.device)
         return None
     return ladder
+
+
+def capture_calls(
+    calls: Iterable[tuple[Rung, Callable[[], None]]], device: torch.device
+) -> dict[Rung, Callable[[], None]]:
+    """Capture calls that read and write fixed memory, one graph each; none where one cannot be."""
+    found: dict[Rung, Callable[[], None]] = {}
+    try:
+        pool = torch.cuda.graph_pool_handle()
+        for name, call in calls:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                call()
+                call()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                call()
+            found[name] = graph.replay
+    except Exception as error:  # a kernel that synchronises
+        log.warning(f"guessing is not captured: {type(error).__name__}: {error}")
+        torch.cuda.synchronize(device)
+        return {}
+    return found

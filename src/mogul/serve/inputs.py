@@ -35,7 +35,7 @@ class Entry:
     """Tokens drawn, from the last of these rows."""
 
     drafts: tuple[int, ...] = ()
-    """Guessed tokens after the known ones."""
+    """Guessed tokens after the known ones; -1 - n is the id in row n of the last tokens."""
 
     @property
     def draws_from(self) -> range:
@@ -179,7 +179,9 @@ def _fill_ids(entries: Sequence[Entry], views: StepInputs, last_row: dict[int, i
             ids[at + len(known)] = 0
             source[at + len(known)] = last_row[one.id]
         if entry.drafts:
-            ids[at + stop - first : at + entry.count] = entry.drafts
+            guess_K = np.array(entry.drafts)
+            ids[at + stop - first : at + entry.count] = np.maximum(guess_K, 0)
+            source[at + stop - first : at + entry.count] = np.maximum(-1 - guess_K, UNKNOWN)
         at += entry.count
     ids[at:] = 0
 

@@ -122,14 +122,14 @@ class Runner:
         model: Any = self.model
         with running(self._state(inputs)):
             out = model(
-                input_ids=self._ids(inputs)[None],
+                input_ids=self.ids(inputs)[None],
                 position_ids=inputs.positions_T[None],
                 use_cache=False,
                 logits_to_keep=inputs.keep_R if inputs.layout.rows else 1,
             )
         return out.logits[0, : inputs.layout.rows]
 
-    def _ids(self, inputs: StepInputs) -> Tensor:
+    def ids(self, inputs: StepInputs) -> Tensor:
         """Token ids; those of the step before are read where it left them."""
         if self.arena.is_shared:
             return inputs.ids_T

@@ -44,9 +44,13 @@ class Piece:
                 number += 1
 
     def count(self) -> None:
-        """Find which guesses stand; waits for the draws."""
-        drafts = [entry.drafts for entry in self.entries if entry.draws]
-        if any(drafts):
+        """Find which guesses stand, all of them known by now."""
+        if any(entry.drafts for entry in self.entries):
+            drafts = [
+                entry.request.draft_ids[: len(entry.drafts)]
+                for entry in self.entries
+                if entry.draws
+            ]
             self.counts = count_tokens(self.sampled.ids, drafts).tolist()
 
 
@@ -58,6 +62,8 @@ class Flight:
     pieces: list[Piece]
     failed: list[tuple[Live, str]] = field(default_factory=list)
     landed: torch.Event | None = None
+    is_counted: bool = False
+    """Whether it held guesses: the next step then needs its tokens on the host."""
 
     def wait(self) -> None:
         """Until the results are on the host."""
@@ -65,8 +71,8 @@ class Flight:
             self.landed.synchronize()
 
     def count_tokens(self) -> dict[int, int]:
-        """Tokens that each decoding request gains, its right guesses included; waits."""
-        self.wait()
+        """Tokens that each decoding request gains, its right guesses included."""
+        self.is_counted = True
         for piece in self.pieces:
             piece.count()
         found = {live.id: len(rows) for piece in self.pieces for live, rows in piece.draws()}
@@ -96,6 +102,10 @@ class Steps:
         self.observer: Callable[[Sequence[Entry]], None] | None = None
         """Told what was computed, while its results still lie on the device."""
 
+        self.follower: Callable[[Tensor], None] | None = None
+        """Given the drawn tokens of a step computed whole, still on the device, once their copy is
+        on its way."""
+
         self._row_of_last: dict[int, int] = {}
 
     def launch(self, plan: StepPlan[Live]) -> Flight:
@@ -103,10 +113,13 @@ class Steps:
         flight = Flight(plan, [])
         self._try(entries_of(plan), flight)
         self._leave_tokens(flight)
+        drawn_R = flight.pieces[0].sampled.ids if len(flight.pieces) == 1 else None
         if self.runner.device.type != "cpu":
             flight.pieces = [_to_host(piece) for piece in flight.pieces]
             flight.landed = torch.Event(self.runner.device)
             flight.landed.record()
+        if self.follower is not None and drawn_R is not None:
+            self.follower(drawn_R)
         return flight
 
     def _try(self, entries: Sequence[Entry], flight: Flight) -> None:

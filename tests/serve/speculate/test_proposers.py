@@ -77,12 +77,15 @@ def plain(model: Any) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_tokens": 110}, {"step_tokens": 6}])
-@pytest.mark.parametrize("kind", ["draft", "mtp"])
+@pytest.mark.parametrize("kind", ["draft", "mtp", "chain"])
 def test_tokens_are_those_of_plain_decoding(
     model: Any, plain: list[tuple[int, ...]], kind: str, options: dict[str, Any]
 ) -> None:
     """Also where requests give way to each other and where prompts come in chunks."""
-    proposer = MtpProposer() if kind == "mtp" else DraftModelProposer(make_model(hidden_size=16))
+    if kind == "draft":
+        proposer: Any = DraftModelProposer(make_model(hidden_size=16))
+    else:
+        proposer = MtpProposer(follow=kind == "chain")
     found, speculator = generate(model, KINDS, proposer, **options)
     assert found == plain
     assert speculator is not None
@@ -101,32 +104,74 @@ def test_the_model_as_its_own_draft_is_always_right(
         assert speculator.stats.acceptance == (1.0, 1.0, 1.0)
 
 
-def test_the_layer_is_fed_as_in_one_whole_forward(model: Any, monkeypatch) -> None:
-    """Each first guess equals the layer's own over the whole text, however it came in pieces."""
-    seen: list[tuple[list[int], int]] = []
+def kept_guesses(monkeypatch) -> list[tuple[list[int], list[int]]]:
+    """Every text that was guessed for, with its guesses."""
+    seen: list[tuple[list[int], list[int]]] = []
     propose = MtpProposer.propose
 
     def keep(self, requests, counts):
         guesses = propose(self, requests, counts)
-        seen.extend(
-            (list(one.tokens), guess[0])
-            for one, guess in zip(requests, guesses, strict=True)
-            if guess
-        )
+        seen.extend((list(one.tokens), g) for one, g in zip(requests, guesses, strict=True) if g)
         return guesses
 
     monkeypatch.setattr(MtpProposer, "propose", keep)
-    params = [SamplingParams(temperature=0, max_tokens=12)] * 4
-    generate(model, params, MtpProposer(), step_tokens=7)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"step_tokens": 7}, {"cache_tokens": 110}])
+@pytest.mark.parametrize("follow", [False, True])
+def test_the_layer_is_fed_as_in_one_whole_forward(
+    model: Any, monkeypatch, follow: bool, options: dict[str, Any]
+) -> None:
+    """Guesses equal the layer's own over the whole text, however it came in pieces."""
+    seen = kept_guesses(monkeypatch)
+    params = [SamplingParams(temperature=0, max_tokens=14)] * 4
+    generate(model, params, MtpProposer(follow=follow), **options)
     assert len(seen) > 20
+    assert max(len(guesses) for _, guesses in seen) == 3
     reference = copy.deepcopy(model)
-    right = 0
-    for tokens, guess in seen:
-        ids = torch.tensor([tokens])
+    for tokens, guesses in seen:
         with torch.inference_mode():
-            hidden = reference.model(ids[:, :-1]).last_hidden_state
-            right += int(reference.mtp(hidden, ids[:, 1:])[0, -1].argmax()) == guess
-    assert right == len(seen)
+            hidden = reference.model(torch.tensor([tokens[:-1]])).last_hidden_state
+            for guess in guesses:
+                out = reference.mtp_hidden(hidden, torch.tensor([tokens[1:]]))
+                assert int(reference.lm_head(out)[0, -1].argmax()) == guess
+                hidden, tokens = torch.cat((hidden, out[:, -1:]), 1), [*tokens, guess]
+
+
+def test_the_device_guesses_on_without_the_host(model: Any, monkeypatch) -> None:
+    """After the first guesses the chain makes all others; not where tokens are drawn by chance."""
+    alone: list[int] = []
+    step_by_step = MtpProposer._propose
+
+    def count(self, live, counts):
+        alone.extend(one.id for one in live)
+        return step_by_step(self, live, counts)
+
+    monkeypatch.setattr(MtpProposer, "_propose", count)
+    seen = kept_guesses(monkeypatch)
+    params = [SamplingParams(temperature=0, max_tokens=30)] * 4
+    generate(model, params, MtpProposer(follow=True), step_tokens=200)
+    assert len(seen) > 60
+    assert len(alone) <= 8
+    del alone[:], seen[:]
+    drawn = [SamplingParams(temperature=1, max_tokens=10, seed=i) for i in range(4)]
+    generate(model, drawn, MtpProposer(follow=True))
+    assert len(alone) == len(seen), "guesses for drawn tokens share the model's random numbers"
+
+
+def test_an_engine_that_fails_to_open_gives_back_what_the_guesser_took(
+    model: Any, monkeypatch
+) -> None:
+    broken = copy.deepcopy(model)
+    small = make_model(hidden_size=16)
+    monkeypatch.setattr("mogul.serve.runner.Runner.warm_up", lambda *_: 1 / 0)
+    monkeypatch.setattr(DraftModelProposer, "attach", lambda self, _: setattr(self, "seen", 1))
+    for proposer in (MtpProposer(), DraftModelProposer(small)):
+        with pytest.raises(ZeroDivisionError):
+            Engine(broken, None, speculator=Speculator(proposer, DraftLength(2)))
+    assert not broken.model.norm._forward_hooks
+    assert small.config._attn_implementation == broken.config._attn_implementation == "sdpa"
 
 
 def test_another_vocabulary_is_refused(model: Any) -> None:

@@ -1,9 +1,11 @@
 """How many guesses pay: from measured acceptance and measured step times, for each batch size.
 
-A step with K guesses a request takes a time T(K) and gives E(K) = 1 + a1 + a1 a2 + ... tokens a
-request, a_i the share of i-th guesses that stood where the ones before them did. The K with the
-best E(K) / T(K) is taken, and none where it does not beat plain decoding by a margin: verifying
-reads more experts, so on a mixture of experts guesses often cost more than they give.
+A step that asks for K guesses a request takes a time T(K) and gives E(K) = 1 + a1 + a1 a2 + ...
+tokens a request, a_i the share of i-th guesses that were made and stood where the ones before them
+did. The K with the best E(K) / T(K) is taken, and none where it does not beat plain decoding by a
+margin: verifying reads more experts, so on a mixture of experts guesses often cost more than they
+give. Times are taken in short runs of steps of one K, because a step behind one of another kind
+takes another time; what is measured again later may cost half a hundredth of the time at most.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from mogul.core.errors import ConfigError
+
+RUN = 4
+"""Steps of one number of guesses in a row; the first is not measured."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,21 @@ class SpeculationStats:
 
 @dataclass
 class _Bucket:
-    """Step times of batches of one size (to a power of two), by number of guesses."""
+    """Step times of batches of one size (to a power of two), by number of guesses asked for."""
 
     times_s: dict[int, deque[float]] = field(default_factory=dict)
-    last: dict[int, int] = field(default_factory=dict)
-    """Number of guesses -> step at which it was last measured."""
+    measured_s: dict[int, float] = field(default_factory=dict)
+    """Number of guesses -> time of this bucket when it was last measured."""
 
-    num_steps: int = 0
-    probed: int = 0
-    """Step of the last probe."""
+    chosen: int = 0
+    left: int = RUN
+    """Steps to go of a run that is being measured; it starts with plain decoding."""
+
+    spent_s: float = 0.0
+    """Time of all steps."""
+
+    probed_s: float = 0.0
+    """`spent_s` at the end of the last run that was measured."""
 
 
 class DraftLength:
@@ -64,8 +74,8 @@ class DraftLength:
         most: int,
         *,
         margin: float = 1.05,
-        probe_every: int = 200,
-        memory: int = 9,
+        probe_share: float = 0.005,
+        memory: int = 12,
         fade: float = 0.995,
         fixed: bool = False,
     ) -> None:
@@ -74,7 +84,7 @@ class DraftLength:
         Args:
             most: guesses a request at most.
             margin: predicted gain over plain decoding below which nothing is guessed.
-            probe_every: steps after which the number measured longest ago is tried again.
+            probe_share: share of the time that trying other numbers again may cost.
             memory: step times kept of each batch size and number of guesses.
             fade: what a step leaves of the weight of older acceptances.
             fixed: always guess `most`.
@@ -83,7 +93,7 @@ class DraftLength:
             raise ConfigError(f"{most} guesses are none", fix="leave speculation out")
         self.most = most
         self.margin = margin
-        self.probe_every = probe_every
+        self.probe_share = probe_share
         self.memory = memory
         self.fade = fade
         self.fixed = fixed
@@ -95,48 +105,64 @@ class DraftLength:
         self._buckets: dict[int, _Bucket] = {}
 
     def choose(self, batch: int) -> int:
-        """Guesses a request in the next step of so many requests."""
-        if self.fixed:
-            return self.most
-        bucket = self._buckets.setdefault(batch.bit_length(), _Bucket())
-        if (probe := self._probe(bucket)) is not None:
-            return probe
+        """Guesses a request in the next step of so many requests; asking changes nothing."""
+        return self.most if self.fixed else self._bucket(batch).chosen
+
+    def is_off(self, batch: int) -> bool:
+        """Whether guesses were measured not to pay, and nothing is being measured now."""
+        bucket = self._bucket(batch)
+        return not self.fixed and bucket.chosen == 0 and bucket.left == 0
+
+    def _bucket(self, batch: int) -> _Bucket:
+        return self._buckets.setdefault(batch.bit_length(), _Bucket())
+
+    def time(self, batch: int, asked: int, seconds: float) -> None:
+        """Take in how long a step took in which each of so many requests asked for guesses."""
+        bucket = self._bucket(batch)
+        bucket.spent_s += seconds
+        bucket.times_s.setdefault(asked, deque(maxlen=self.memory)).append(seconds)
+        bucket.measured_s[asked] = bucket.spent_s
+        if not bucket.left:
+            bucket.chosen = self._best(bucket)
+            self._try_again(bucket)
+        elif asked == bucket.chosen:
+            bucket.left -= 1
+            if bucket.left == 1:  # the first step of the run was never timed
+                self._end_run(bucket)
+
+    def _end_run(self, bucket: _Bucket) -> None:
+        """What to do after a run of one number: measure a longer one that may win, or settle."""
+        bucket.left, bucket.probed_s = 0, bucket.spent_s
+        known = max(bucket.times_s)
+        longer = min(self.most, 2 * known or 1)
+        if longer > known and (
+            known == 0
+            or self._expected(longer) * typical(bucket.times_s, 0)
+            > self.margin * typical(bucket.times_s, known)
+        ):
+            bucket.chosen, bucket.left = longer, RUN
+        else:
+            bucket.chosen = self._best(bucket)
+
+    def _best(self, bucket: _Bucket) -> int:
         speeds = self._speeds(bucket)
         best = max(speeds, key=lambda count: speeds[count])
         return best if best and speeds[best] >= self.margin * speeds[0] else 0
 
-    def _probe(self, bucket: _Bucket) -> int | None:
-        """A length whose time must be measured before anything can be compared.
-
-        First plain decoding, then one guess, then doubled lengths as long as they may still win.
-        """
-        for wanted in (0, 1):
-            if len(bucket.times_s.get(wanted, ())) < 3:
-                return wanted
-        if bucket.num_steps - bucket.probed >= self.probe_every:
-            bucket.probed = bucket.num_steps
-            return min(bucket.last, key=lambda count: bucket.last[count])
-        known = max(bucket.times_s)
-        longer = min(self.most, 2 * known)
-        if longer > known and self._expected(longer) * self.typical(bucket, 0) > self.margin * (
-            self.typical(bucket, known)
-        ):
-            return longer
-        return None
+    def _try_again(self, bucket: _Bucket) -> None:
+        """Measure the number that was not measured for longest, where that costs next to nothing."""
+        oldest = min(bucket.measured_s, key=lambda count: bucket.measured_s[count])
+        if oldest == bucket.chosen:
+            return
+        speeds = self._speeds(bucket)
+        lost = max(0.0, 1 - speeds[oldest] / speeds[bucket.chosen])
+        cost_s = RUN * typical(bucket.times_s, oldest) * max(lost, 0.1)
+        if (bucket.spent_s - bucket.probed_s) * self.probe_share > cost_s:
+            bucket.chosen, bucket.left = oldest, RUN
 
     def _speeds(self, bucket: _Bucket) -> dict[int, float]:
-        longest = max(bucket.times_s)
-        return {k: self._expected(k) / self.typical(bucket, k) for k in range(longest + 1)}
-
-    def typical(self, bucket: _Bucket, count: int) -> float:
-        """Median time of a step with so many guesses; between measured numbers, a straight line."""
         times = bucket.times_s
-        if count in times:
-            return median(times[count])
-        below = max(k for k in times if k < count)
-        above = min(k for k in times if k > count)
-        low, high = median(times[below]), median(times[above])
-        return low + (high - low) * (count - below) / (above - below)
+        return {k: self._expected(k) / typical(times, k) for k in range(max(times) + 1)}
 
     def _expected(self, count: int) -> float:
         """Tokens a request gains with so many guesses; an untried position is like the last."""
@@ -147,11 +173,14 @@ class DraftLength:
             total += chain
         return total
 
-    def record(self, drafted: Sequence[int], gained: Sequence[int]) -> None:
-        """Take in a step: guesses and tokens gained of each request."""
+    def record(self, asked: Sequence[int], drafted: Sequence[int], gained: Sequence[int]) -> None:
+        """Take in a step: guesses asked for, guesses made and tokens gained of each request."""
         self._reached = [self.fade * x for x in self._reached]
         self._stood = [self.fade * x for x in self._stood]
-        for guesses, tokens in zip(drafted, gained, strict=True):
+        for wanted, guesses, tokens in zip(asked, drafted, gained, strict=True):
+            for i in range(min(wanted, tokens)):
+                self._reached[i] += 1
+                self._stood[i] += i < tokens - 1
             if not guesses:
                 continue
             self._num_steps += 1
@@ -159,15 +188,6 @@ class DraftLength:
             for i in range(guesses):
                 self._drafted[i] += 1
                 self._accepted[i] += i < tokens - 1
-                self._reached[i] += i <= tokens - 1
-                self._stood[i] += i < tokens - 1
-
-    def time(self, batch: int, count: int, seconds: float) -> None:
-        """Take in how long a step of so many requests with so many guesses each took."""
-        bucket = self._buckets.setdefault(batch.bit_length(), _Bucket())
-        bucket.times_s.setdefault(count, deque(maxlen=self.memory)).append(seconds)
-        bucket.num_steps += 1
-        bucket.last[count] = bucket.num_steps
 
     @property
     def stats(self) -> SpeculationStats:
@@ -175,3 +195,15 @@ class DraftLength:
         return SpeculationStats(
             self._num_steps, self._num_tokens, tuple(self._drafted), tuple(self._accepted)
         )
+
+
+def typical(times_s: dict[int, deque[float]], count: int) -> float:
+    """Mean time of a step with so many guesses, the longest left out; a line between known ones."""
+    if count in times_s:
+        kept = sorted(times_s[count])
+        kept = kept[: max(1, len(kept) - 1)]
+        return sum(kept) / len(kept)
+    below = max(k for k in times_s if k < count)
+    above = min(k for k in times_s if k > count)
+    low, high = typical(times_s, below), typical(times_s, above)
+    return low + (high - low) * (count - below) / (above - below)

@@ -5,6 +5,9 @@ token after that. Its keys and values lie in one more set of pages under the eng
 Hidden states come from the engine's own steps, through a hook on the final norm that copies them
 into a fixed buffer, so that captured steps leave them there too. Further guesses feed the layer its
 own output; positions it filled with guesses are filled again once their tokens are known.
+
+Greedy requests of a decode step are guessed for on an accelerator without the host (`chain.py`);
+everything else, prompts above all, waits here as hidden states until `propose` asks.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from torch import Tensor
 
 from mogul.core.errors import ConfigError
 from mogul.serve.sampling import Sampler, SamplingBatch
+from mogul.serve.speculate.chain import Chain
 from mogul.serve.speculate.proposer import Drafting, Proposer, Trails, guess_row
 
 if TYPE_CHECKING:
     from mogul.serve.engine import Engine
-    from mogul.serve.inputs import Entry
+    from mogul.serve.inputs import Entry, Layout
     from mogul.serve.requests import Live
 
 MOST_PENDING = 65_536
@@ -31,7 +35,26 @@ MOST_PENDING = 65_536
 class MtpProposer(Proposer):
     """Lets the model's MTP layer say the tokens after the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, follow: bool | None = None) -> None:
+        """Start unattached.
+
+        Args:
+            follow: guess on the device behind a step; None is on accelerators.
+        """
+        self._follow = follow
+        self._chain: Chain | None = None
+        self._following: tuple[Sequence[Entry], Layout, int] | None = None
+        """The step just observed, if the chain shall follow it, and with how many guesses."""
+
+        self._ahead: list[tuple[Live, int, list[int]]] = []
+        """Requests the chain has guessed for, how often each had given way, and the guesses."""
+
+        self._told: Tensor | None = None
+        """Where the host will find the ids of these guesses."""
+
+        self._verified: Tensor | None = None
+        """The same, of the guesses that were handed out last."""
+
         self._sampler = Sampler()
         self._trails = Trails()
         self._pending: dict[int, list[tuple[int, Tensor]]] = {}
@@ -70,13 +93,30 @@ class MtpProposer(Proposer):
             if hasattr(module, "layer_idx"):
                 module._mogul_paged_layer = torch.tensor(0)
         self._handle = model.model.norm.register_forward_hook(self._keep)
+        self._room, self._runner = engine.room, runner
+        is_cpu = runner.device.type == "cpu"
+        if self._follow or (self._follow is None and not is_cpu):
+            assert engine.speculator is not None
+            most = engine.speculator.length.most
+            self._chain = Chain(runner, self._cache, self._hidden_TD, most)
+
+    def warm_up(self) -> None:
+        """Capture the chain."""
+        if self._chain is not None:
+            self._chain.capture()
 
     def _keep(self, _module: Any, _args: Any, output: Tensor) -> None:
         if output.shape[1] <= self._limit:
             self._hidden_TD[: output.shape[1]].copy_(output[0])
 
-    def observe(self, entries: Sequence[Entry]) -> None:
+    def observe(self, entries: Sequence[Entry], next_count: int) -> None:
         """Take the hidden states of a step before the next one overwrites them."""
+        self._following = None
+        if next_count and self._chain is not None:
+            layout = self._chain.layout(entries)
+            if layout is not None and not any(e.request.id in self._pending for e in entries):
+                self._following = (entries, layout, next_count)
+                return
         copy_TD = self._hidden_TD[: sum(entry.count for entry in entries)].clone()
         at = 0
         for entry in entries:
@@ -91,11 +131,60 @@ class MtpProposer(Proposer):
             while sum(len(rows_TD) for _, rows_TD in held) > MOST_PENDING:
                 held.pop(0)
 
+    def follow(self, ids_R: Tensor) -> None:
+        """Let the chain guess on from the drawn tokens."""
+        if self._following is None or self._chain is None:
+            return
+        (entries, layout, count), self._following = self._following, None
+        self._chain.run(layout, ids_R, count)
+        self._told = self._chain.told
+        self._ahead = [
+            (entry.request, entry.request.num_preempted, self._chain.guesses(i, count))
+            for i, entry in enumerate(entries)
+        ]
+
+    def skip(self) -> None:
+        """Note what the chain has computed; its guesses are not wanted."""
+        self._take_ahead()
+
+    def _take_ahead(self) -> dict[int, list[int]]:
+        """The chain's guesses by request; the tokens it followed are known by now."""
+        ahead, self._ahead, self._following = self._ahead, [], None
+        found = {}
+        for request, num_preempted, guesses in ahead:
+            if request.finish is None and request.num_preempted == num_preempted:
+                self._trails.leave(request, len(request.tokens) - 1, [])
+                found[request.id] = guesses
+        return found
+
+    def settle(self, guesses: Sequence[int]) -> list[int]:
+        """Token ids of the chain's guesses."""
+        assert self._chain is not None
+        assert self._verified is not None
+        return self._chain.read(self._verified, guesses)
+
     def propose(self, requests: Sequence[Drafting], counts: Sequence[int]) -> list[list[int]]:
         """See `Proposer`."""
+        live = cast("Sequence[Live]", requests)
+        ahead, self._verified = self._take_ahead(), self._told
+        guesses = [ahead.get(one.id, [])[:count] for one, count in zip(live, counts, strict=True)]
+        if self._runner.device.type == "cpu":
+            guesses = [self.settle(guessed) if guessed else [] for guessed in guesses]
+        rest = [i for i, guessed in enumerate(guesses) if not guessed]
+        if rest:
+            eager = self._propose([live[i] for i in rest], [counts[i] for i in rest])
+            for i, guessed in zip(rest, eager, strict=True):
+                guesses[i] = guessed
+        if self._chain is not None:  # pages for the guesses that the chain will make next
+            for one, count in zip(live, counts, strict=True):
+                whole = one.prompt_tokens + one.output_tokens - one.computed
+                self._room.fit(one, min(1 + 2 * count, whole))
+        return guesses
+
+    def _propose(self, live: Sequence[Live], counts: Sequence[int]) -> list[list[int]]:
+        """Catch up with the requests and guess step by step, the host in between."""
         from mogul.serve.inputs import Entry
 
-        live = cast("Sequence[Live]", requests)
         guesses: list[list[int]] = [[] for _ in live]
         with torch.inference_mode():
             hidden_SD = self._catch_up(live)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from mogul.serve.params import SamplingRow
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mogul.serve.engine import Engine
     from mogul.serve.inputs import Entry
     from mogul.serve.requests import Live
@@ -34,11 +36,28 @@ class Proposer:
     def attach(self, engine: Engine) -> None:
         """Make ready for an engine, before its first step."""
 
-    def observe(self, entries: Sequence[Entry]) -> None:
-        """The engine's model has just computed these."""
+    def warm_up(self) -> None:
+        """Capture what can be: the engine's steps are compiled and captured by now."""
+
+    def observe(self, entries: Sequence[Entry], next_count: int) -> None:
+        """The engine's model has just computed these; the next step may ask for so many guesses."""
+
+    def follow(self, ids_R: Tensor) -> None:
+        """These tokens were drawn from the step just observed, and lie on the device."""
+
+    def skip(self) -> None:
+        """The next step asks for no guesses."""
 
     def propose(self, requests: Sequence[Drafting], counts: Sequence[int]) -> list[list[int]]:
-        """At most `counts[i]` guesses for request i; fewer, or none, where it has no guess."""
+        """At most `counts[i]` guesses for request i; fewer, or none, where it has no guess.
+
+        All of a request's guesses are token ids, or all are numbers below 0 (see `inputs.Entry`)
+        that `settle` turns into token ids once the step that verifies them has landed.
+        """
+        raise NotImplementedError
+
+    def settle(self, guesses: Sequence[int]) -> list[int]:
+        """Token ids of guesses that lay on the device."""
         raise NotImplementedError
 
     def forget(self, request_id: int) -> None:

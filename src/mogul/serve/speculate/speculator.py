@@ -1,12 +1,17 @@
 """What an engine asks around each step: how many guesses, which, and what came of them.
 
+speculator.next_count(n)       how many guesses the next step asks for; 0 lets the host run ahead
 speculator.wish(decoding)      before the step is planned, so that room is made for guesses
 speculator.guess(decodes)      once the plan says how many fit
-speculator.learn(...)          when the step's tokens are known
+speculator.observe(entries)    while the results of a step lie on the device
+speculator.follow(ids)         when its tokens are drawn and on their way to the host
+speculator.learn(...)          when they are known
+speculator.timed(...)          when the step is over
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +19,8 @@ from mogul.serve.speculate.length import DraftLength, SpeculationStats
 from mogul.serve.speculate.proposer import Drafting, Proposer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mogul.serve.engine import Engine
     from mogul.serve.inputs import Entry
 
@@ -33,28 +40,46 @@ class Speculator:
     def __init__(self, proposer: Proposer, length: DraftLength) -> None:
         self.proposer = proposer
         self.length = length
+        self.asked = 0
+        """Guesses a request that the step now planned or running asked for."""
+
+        self._wanted: dict[int, int] = {}
+        self._is_steady = False
+        self._last_s = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Make ready for an engine whose cache is allocated, before its first step."""
         self.proposer.attach(engine)
 
-    def observe(self, entries: Sequence[Entry]) -> None:
-        """The engine's model has just computed these."""
-        self.proposer.observe(entries)
+    def warm_up(self) -> None:
+        """Capture what can be, when the engine's own steps are."""
+        self.proposer.warm_up()
 
     def close(self) -> None:
         """Give memory and hooks back."""
         self.proposer.close()
 
+    def next_count(self, batch: int) -> int:
+        """Guesses a request that the next step of so many requests asks for."""
+        return self.length.choose(batch) if batch else 0
+
     def wish(self, requests: Sequence[Guessed]) -> None:
         """Set `drafts` of every decoding request: never past its last token."""
-        most = self.length.choose(len(requests)) if requests else 0
-        for request in requests:
-            request.drafts = max(0, min(most, request.output_tokens - request.emitted - 1))
+        asked = self.next_count(len(requests))
+        self._is_steady = self._is_steady and asked == self.asked
+        self.asked = asked
+        if not asked:
+            self.proposer.skip()
+        else:
+            for request in requests:
+                request.drafts = max(0, min(asked, request.output_tokens - request.emitted - 1))
 
     def guess(self, requests: Sequence[Guessed]) -> None:
         """Fill `draft_ids` of planned requests with at most `drafts`, and set `drafts` to match."""
+        if not self.asked:
+            return
         asked = [request for request in requests if request.drafts]
+        self._wanted = {request.id: request.drafts for request in asked}
         for request in requests:
             request.draft_ids = []
         if not asked:
@@ -64,18 +89,38 @@ class Speculator:
             request.draft_ids = ids[: request.drafts]
             request.drafts = len(request.draft_ids)
 
-    def learn(self, drafted: Sequence[int], gained: Sequence[int], seconds: float | None) -> None:
-        """Take in a step.
+    def observe(self, entries: Sequence[Entry]) -> None:
+        """The engine's model has just computed these; passed on unless guesses do not pay."""
+        is_decode = all(entry.count == entry.draws for entry in entries)
+        if is_decode and self.length.is_off(len(entries)):
+            return
+        self.proposer.observe(entries, self.next_count(len(entries)) if is_decode else 0)
 
-        Args:
-            drafted: guesses of each decoding request.
-            gained: tokens each gained, from 1 to 1 + its guesses.
-            seconds: from the end of the step before to the end of this one, guessing included;
-                None where prompts were computed too, as then it tells nothing of guesses.
+    def follow(self, ids_R: Tensor) -> None:
+        """The tokens that a step drew, still on the device: guess on from them, if it can be."""
+        self.proposer.follow(ids_R)
+
+    def settle(self, requests: Sequence[Guessed]) -> None:
+        """The step has landed: replace guesses that lay on the device by their token ids."""
+        for request in requests:
+            if request.drafts and request.draft_ids[0] < 0:
+                request.draft_ids = self.proposer.settle(request.draft_ids)
+
+    def learn(self, requests: Sequence[Guessed], gained: Sequence[int]) -> None:
+        """Take in what each decoding request gained, from 1 to 1 + its guesses."""
+        wanted = [self._wanted.get(one.id, 0) for one in requests]
+        self.length.record(wanted, [one.drafts for one in requests], gained)
+
+    def timed(self, batch: int, *, is_pure: bool) -> None:
+        """A step of so many decoding requests is over.
+
+        What it took counts where the one before asked for as many guesses and prompts had no part
+        in it: only then does it tell what such steps take.
         """
-        self.length.record(drafted, gained)
-        if seconds is not None and drafted:
-            self.length.time(len(drafted), -(-sum(drafted) // len(drafted)), seconds)
+        now_s = time.perf_counter()
+        if is_pure and self._is_steady:
+            self.length.time(batch, self.asked, now_s - self._last_s)
+        self._is_steady, self._last_s = is_pure, now_s
 
     def forget(self, request_id: int) -> None:
         """A request ended."""
