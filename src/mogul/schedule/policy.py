@@ -155,18 +155,22 @@ class Scheduler(Generic[R]):
         fewest = self.limits.tokens_a_decode
         budget = max(self.limits.step_tokens, len(self.decoding) * fewest)
         spare = budget - len(self.decoding) * fewest
-        for request in sorted(self.decoding, key=_rank) if self._is_mixed() else self.decoding[:]:
+        fit, give = self.room.fit, step.decodes.append
+        in_turn = sorted(self.decoding, key=_rank) if self._is_mixed() else self.decoding[:]
+        for request in in_turn:
             if request.computed == 0:
                 continue  # gave way to one before it
-            wanted = max(fewest, min(1 + request.drafts, fewest + spare))
-            while (fits := self.room.fit(request, wanted)) < fewest:
+            drafts = request.drafts
+            wanted = max(fewest, min(1 + drafts, fewest + spare)) if drafts else fewest
+            while (fits := fit(request, wanted)) < fewest:
                 victim = self._preempt(step)
                 if victim is request:
                     break
             else:
-                request.drafts = min(request.drafts, fits - 1)
-                spare -= max(0, request.drafts + 1 - fewest)
-                step.decodes.append(request)
+                if drafts:
+                    request.drafts = min(drafts, fits - 1)
+                    spare -= max(0, request.drafts + 1 - fewest)
+                give(request)
 
     def _is_mixed(self) -> bool:
         return any(one.priority for one in self.decoding)
@@ -225,14 +229,16 @@ class Scheduler(Generic[R]):
             emitted: tokens by request id where a decode gave another number than one.
         """
         done: list[R] = []
+        held_tokens = self.held_tokens
         for request in step.decodes:
             count = emitted.get(request.id, 1) if emitted else 1
-            self.held_tokens += count
+            held_tokens += count
             request.computed += count
-            request.emitted += count
+            request.emitted = known = request.emitted + count
             request.drafts = 0
-            if request.emitted >= request.output_tokens:
+            if known >= request.output_tokens:
                 done.append(request)
+        self.held_tokens = held_tokens
         for request, count in step.prompts:
             request.computed += count
             self.held_tokens += count

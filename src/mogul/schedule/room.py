@@ -60,17 +60,21 @@ class TokenRoom:
     def fit(self, request: Request, tokens: int) -> int:
         """As many tokens as are free."""
         held = self._held[request.id]
-        wanted = request.computed + tokens
-        now = min(max(wanted, held), held + self.cache_tokens - self.used)
-        self._held[request.id] = now
-        self.used += now - held
-        if (promised := self._promised.get(request.id)) is not None:
-            left = max(0, promised - (now - held))
+        grown = request.computed + tokens - held
+        if grown <= 0:
+            return tokens
+        if (lacking := grown - self.cache_tokens + self.used) > 0:
+            grown -= lacking
+            tokens -= lacking
+        self._held[request.id] = held + grown
+        self.used += grown
+        if self._promised and (promised := self._promised.get(request.id)) is not None:
+            left = max(0, promised - grown)
             self._sum_promised -= promised - left
             self._promised[request.id] = left
             if not left:
                 del self._promised[request.id]
-        return min(tokens, now - request.computed)
+        return tokens
 
     def release(self, request: Request) -> None:
         """Give back everything the request held."""
