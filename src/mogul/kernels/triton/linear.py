@@ -1,8 +1,9 @@
-"""Linear layers with fp8 weights: rows in e4m3 with a scale each times e4m3 weights, fp32 sums.
+"""Linear layers of few rows, whose time is the reading of their weight; fp8 weights for any rows.
 
-`mogul::linear_fp8` takes rows that are rounded already (`quant_format.quantise_rows`), because
-compiled code then rounds them in the launch that makes them. Few rows read the weights through
-`linear_few`; more go to PyTorch's scaled product. Other devices multiply dequantised numbers.
+`mogul::linear_fp8` multiplies rows in e4m3 with a scale each by e4m3 weights. It takes rows that
+are rounded already (`quant_format.quantise_rows`), because compiled code then rounds them in the
+launch that makes them. `mogul::linear` is a plain product that may give fp32. On a GPU few rows go
+through `linear_few`, more to PyTorch's products; other devices have the definition.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ from torch import Tensor
 from mogul.core.errors import ConfigError
 from mogul.kernels.triton.launch import INTERPRETED, Launch, cdiv, next_power_of_2
 
-FEW_ROWS = 64
-"""Rows up to which a product is bound by reading its weights."""
+BLOCK_ROWS = 64
+"""Rows that one program multiplies at most."""
+
+FEW_ROWS_FP8 = 64
+few_rows = 16
+"""Rows up to which wide 16-bit products are read by `linear_few`."""
+
+NARROW = 256
+NARROW_ROWS = 256
+"""Products of so few columns (routers) keep to it up to so many rows."""
 
 _FP8_CAPABILITY = (8, 9)
 
@@ -32,6 +41,7 @@ _LIB.define(
     "linear_fp8(Tensor rows, Tensor row_scale, Tensor weight, Tensor weight_scale, "
     "ScalarType dtype) -> Tensor"
 )
+_LIB.define("linear(Tensor x, Tensor weight, ScalarType dtype) -> Tensor")
 
 
 def linear_fp8(
@@ -52,7 +62,7 @@ def check_linear(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: 
         )
 
 
-def linear_on_host(
+def _fp8_on_host(
     rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The definition: fp32 products of the rounded numbers, scaled by row and by column."""
@@ -61,7 +71,7 @@ def linear_on_host(
     return (product * row_scale[:, None] * weight_scale).to(dtype)
 
 
-def linear_on_device(
+def _fp8_on_device(
     rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The same on a GPU; where it multiplies no fp8, from dequantised numbers."""
@@ -69,8 +79,8 @@ def linear_on_device(
     if torch.cuda.get_device_capability(rows.device) < _FP8_CAPABILITY:
         wide = (weight.float() * weight_scale[:, None]).to(dtype)
         return (rows.float() * row_scale[:, None]).to(dtype) @ wide.T
-    if len(rows) <= FEW_ROWS:
-        return linear_few(rows, row_scale, weight, weight_scale, dtype)
+    if len(rows) <= FEW_ROWS_FP8:
+        return linear_few(rows, weight, dtype, (row_scale, weight_scale))
     out = torch._scaled_mm(
         rows,
         weight.T,
@@ -82,18 +92,34 @@ def linear_on_device(
     return out.to(dtype)
 
 
+def _on_host(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.to(dtype) @ weight.to(dtype).T).to(dtype)
+
+
+def _on_device(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A plain product [T, N] of 16-bit numbers, in their dtype or in fp32."""
+    most = NARROW_ROWS if len(weight) <= NARROW else few_rows
+    if len(x) <= most and torch.cuda.get_device_capability(x.device) >= (8, 0):
+        return linear_few(x, weight, dtype)
+    if dtype == x.dtype:
+        return torch.mm(x, weight.T)
+    return torch.mm(x, weight.T, out_dtype=dtype)
+
+
 def linear_few(
-    rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+    rows: Tensor, weight: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """One program a block of columns; all rows of a block of rows at once."""
     count, (columns, inner) = len(rows), weight.shape
+    rows, weight = _aligned(rows), _aligned(weight)
     out = torch.empty((count, columns), dtype=dtype, device=rows.device)
     if not count:
         return out
     device = rows.device.index if rows.is_cuda else -1
-    block_t = min(FEW_ROWS, max(16, next_power_of_2(count)))
-    tile = few_tile or tile_of(columns, block_t)
-    launch = _launch(columns, inner, block_t, tile, dtype, device)
+    block_t = min(BLOCK_ROWS, max(16, next_power_of_2(count)))
+    tile = few_tile or tile_of(columns, block_t, weight.itemsize)
+    launch = _launch(columns, inner, block_t, tile, (rows.dtype, dtype), device)
+    row_scale, weight_scale = scales or (out, out)
     launch(
         (cdiv(columns, tile[0]), cdiv(count, block_t)), device,
         rows, row_scale, weight, weight_scale, out, count,
@@ -101,33 +127,56 @@ def linear_few(
     return out
 
 
-def tile_of(columns: int, block_t: int) -> Tile:
+def _aligned(tensor: Tensor) -> Tensor:
+    """Rows in one piece, on a 16-byte address."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def tile_of(columns: int, block_t: int, item_bytes: int) -> Tile:
     """Narrow blocks of columns while rows are few, so that every multiprocessor reads."""
+    inner = 256 // item_bytes
+    if columns <= NARROW:
+        return (16, inner, 4, 4)
     if block_t > 16:
-        return (64 if columns >= 8192 else 32, 128, 4, 4)
-    return (32 if columns >= 8192 else 16, 256, 4, 4)
+        return (64 if columns >= 8192 else 32, inner // 2, 4, 4)
+    return (32 if columns >= 8192 else 16, inner, 4, 4)
 
 
 @cache
 def _launch(
-    columns: int, inner: int, block_t: int, tile: Tile, dtype: torch.dtype, device: int
+    columns: int,
+    inner: int,
+    block_t: int,
+    tile: Tile,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: int,
 ) -> Launch:
-    """The launch of one shape; `dtype` only tells launches apart."""
+    """The launch of one shape; the dtypes of rows and result tell launches apart."""
     from mogul.kernels.triton.linear_kernels import linear_few as kernel
 
     block_n, block_k, warps, stages = tile
     pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
     constants: dict[str, Any] = {
         "N": columns, "K": inner, "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "STAGES": stages, "PDL": pdl,
+        "STAGES": stages, "SCALED": dtypes[0].itemsize == 1, "PDL": pdl,
     }  # fmt: skip
     return Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl)
 
 
-_LIB.impl("linear_fp8", linear_on_device, "CUDA")
-_LIB.impl("linear_fp8", linear_on_host, "CPU")
+for _name, _device, _host in (
+    ("linear_fp8", _fp8_on_device, _fp8_on_host),
+    ("linear", _on_device, _on_host),
+):
+    _LIB.impl(_name, _device, "CUDA")
+    _LIB.impl(_name, _host, "CPU")
 
 
 @torch.library.register_fake("mogul::linear_fp8", lib=_LIB)
 def _(rows: Tensor, _scale: Tensor, weight: Tensor, _scales: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("mogul::linear", lib=_LIB)
+def _(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Triton kernel behind `linear.py`: few rows of fp8 times an fp8 weight."""
+"""Triton kernel behind `linear.py`: few rows times a weight, bound by reading the weight."""
 
 import triton
 import triton.language as tl
@@ -9,9 +9,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def linear_few(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, num_rows,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row, col] = (x[row] @ w[col]) * x_scale[row] * w_scale[col]; weights on the left side."""
+    """out[row, col] = x[row] @ w[col], SCALED: times both scales; weights are the left operand."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -21,7 +21,7 @@ def linear_few(
     live = rows < num_rows
     near = cols % N
     w_at = w_ptr + near.to(tl.int64)[:, None] * K + ks[None, :]
-    x_at = x_ptr + rows[:, None] * K + ks[None, :]
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * K + ks[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:
@@ -31,10 +31,10 @@ def linear_few(
             inside = (k + ks < K)[None, :]
             w = tl.load(w_at + k, mask=inside, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_at + k, mask=live[:, None] & inside, other=0.0)
-        acc = tl.dot(w, x.T, acc)
-    acc *= tl.load(w_scale_ptr + near)[:, None]
-    acc *= tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :]
-    at = rows[None, :] * N + cols[:, None]
-    tl.store(
-        out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[None, :] & (cols < N)[:, None]
-    )
+        acc = tl.dot(w, x.T, acc, input_precision="ieee")
+    if SCALED:
+        acc *= tl.load(w_scale_ptr + near)[:, None]
+        acc *= tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :]
+    at = rows.to(tl.int64)[None, :] * N + cols[:, None]
+    keep = live[None, :] & (cols < N)[:, None]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=keep)
