@@ -69,7 +69,7 @@ def float8_products(model: nn.Module, kind: str, device: torch.device) -> Iterat
 
 def _torchao() -> Any:
     try:
-        import torchao.float8 as found
+        import torchao.float8 as found  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "run.float8 needs the package torchao, which is not installed",

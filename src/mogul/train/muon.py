@@ -24,6 +24,10 @@ RMS_OF_ADAMW = 0.2
 MOST_ELEMENTS = 1 << 28
 """In one stack: bounds the memory of a step."""
 LOW = (torch.bfloat16, torch.float16)
+State = Mapping[Any, dict[str, Tensor]]
+"""What an optimizer keeps by parameter."""
+LISTS: Any = torch
+"""torch's operators on lists of tensors, which it does not export."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Stack:
         self._momentum: Tensor | None = None
         self._low: Tensor | None = None
 
-    def open(self, state: Mapping[nn.Parameter, dict[str, Tensor]], dtype: torch.dtype) -> None:
+    def open(self, state: State, dtype: torch.dtype) -> None:
         """Make the state, zero, and show each weight its part of it."""
         if self._momentum is not None:
             return
@@ -97,7 +101,7 @@ class Stack:
 
     def step(
         self,
-        state: Mapping[nn.Parameter, dict[str, Tensor]],
+        state: State,
         gradients: Sequence[Tensor | None],
         rule: MuonRule,
     ) -> None:
@@ -111,7 +115,7 @@ class Stack:
 
     def _step(
         self,
-        state: Mapping[nn.Parameter, dict[str, Tensor]],
+        state: State,
         places: slice,
         gradients: Sequence[Any],
         rule: MuonRule,
@@ -139,13 +143,13 @@ class Stack:
                 _numbers((shrink, reach), torch.float32, momentum.device),
             )
             targets = [w.detach().view(torch.int16) for w in weights]
-            torch._foreach_copy_(targets, list(high.unbind()))
+            LISTS._foreach_copy_(targets, list(high.unbind()))
             return
         masters = [state[w].get("master", w.detach()) for w in weights]
-        torch._foreach_mul_(masters, shrink)
-        torch._foreach_add_(masters, list(turned.to(wide).unbind()), alpha=-reach)
+        LISTS._foreach_mul_(masters, shrink)
+        LISTS._foreach_add_(masters, list(turned.to(wide).unbind()), alpha=-reach)
         if is_low:
-            torch._foreach_copy_([w.detach() for w in weights], masters)
+            LISTS._foreach_copy_([w.detach() for w in weights], masters)
 
 
 def stacks_of(

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.train.halves import adamw_halves
-from mogul.train.muon import LOW, MuonRule, Slices, Stack, stacks_of
+from mogul.train.muon import LISTS, LOW, MuonRule, Slices, Stack, stacks_of
 
 LARGE = 1 << 18
 """Elements from which a low-precision weight is kept in halves."""
@@ -112,7 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
         if "master" in states[0]:
-            torch._foreach_copy_([p.detach() for p, _ in pairs], masters)
+            LISTS._foreach_copy_([p.detach() for p, _ in pairs], masters)
 
     def _adamw_in_halves(
         self, pairs: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], factor: float
@@ -217,7 +217,7 @@ def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if all(tensor.dtype == dtype for tensor in tensors):
         return tensors
     wide = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(wide, tensors)
+    LISTS._foreach_copy_(wide, tensors)
     return wide
 
 
