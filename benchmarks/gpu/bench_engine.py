@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mogul.bench import ledger
+from mogul.bench.serve_floor import weights_of
 from mogul.core.log import say
 from mogul.serve.engine import Engine
 from mogul.serve.graphs import decoder_layers
@@ -32,6 +33,8 @@ from mogul.spec import presets
 START_S = time.perf_counter()
 VLLM = {"qwen3-30b-a3b": {1: 4.98, 8: 11.66, 16: 16.64, 64: 25.86, 96: 48.11}}
 BARS = {"qwen3-30b-a3b": {1: 3.6, 8: 10.3, 16: 15.5, 64: 24.0, 96: 26.0}}
+VLLM["pangu-pro-moe-72b"] = {1: 8.83, 8: 17.60, 64: 46.76, 228: 49.73}
+BARS["pangu-pro-moe-72b"] = {1: 5.5, 8: 15.0, 64: 26.0, 228: 36.0}
 
 
 class ForcedSampler(Sampler):
@@ -56,7 +59,9 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config))
     start_s = time.perf_counter()
     torch.manual_seed(0)
-    model = random_model(folder, dtype="bfloat16", device="cuda", experts="mogul")
+    model = random_model(
+        folder, dtype="bfloat16", device="cuda", experts="mogul", quantise=options.quantise
+    )
     torch.cuda.synchronize()
     note(options, kind="weights", seconds=time.perf_counter() - start_s)
     batches = options.batches
@@ -91,6 +96,8 @@ def main() -> None:
         attempt(options, profile, engine, batch, options)
     if options.profile:
         attempt(options, profile_prompts, engine, options)
+    if options.most:
+        attempt(options, find_most, engine, options, bandwidth)
     engine.steps.sampler = plain
     if options.check:
         attempt(options, check, engine, options)
@@ -148,7 +155,14 @@ def read_options() -> Any:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--kv-dtype", "--kv", default="auto")
+    parser.add_argument("--quantise", default=None, help="a name of models.quantise_load.WEIGHTS")
+    parser.add_argument(
+        "--most",
+        type=float,
+        default=0.0,
+        help="search the batch of the highest decode throughput with TPOT below so many ms",
+    )
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-fuse", action="store_true")
@@ -257,24 +271,73 @@ def measure(engine: Engine, batch: int, options: Any, bandwidth: float) -> None:
 
 def floor_ms(engine: Engine, batch: int, options: Any, bandwidth: float) -> float:
     """Least time of a decode step: weights touched by even picks, all keys and values, once."""
-    config = engine.runner.model.config
-    names = [
-        (name, p.numel() * p.element_size()) for name, p in engine.runner.model.named_parameters()
-    ]
-    experts = sum(size for name, size in names if ".experts." in name)
-    embedding = sum(size for name, size in names if "embed_tokens" in name)
-    rest = sum(size for _, size in names) - experts - embedding
-    num = getattr(config, "num_experts", 1)
-    touched = num * (1 - (1 - config.num_experts_per_tok / num) ** batch)
+    weights = weights_of(engine.runner.model)
     context = options.input + options.output / 2
     kv = batch * context * engine.runner.token_bytes
-    return 1e3 * (rest + experts * touched / num + kv) / bandwidth
+    return 1e3 * (weights.step_bytes(weights.uniform_distinct(batch)) + kv) / bandwidth
+
+
+def find_most(engine: Engine, options: Any, bandwidth: float) -> None:
+    """The highest decode throughput of the given batches whose step stays below `--most` ms.
+
+    Steps are timed with caches of this many requests of `--input` tokens that are not computed
+    first: pages hold what they hold, so that large batches cost seconds and no prefill.
+    """
+    best: dict[str, Any] = {}
+    for cache in engine.runner.caches:  # numbers of text's size: zeros would flatter the clocks
+        for pages in (cache.key, cache.value):
+            if pages.itemsize == 1:
+                pages.view(torch.uint8).random_(0, 64)
+            else:
+                pages.normal_()
+    for batch in sorted(options.batches):
+        tpot = step_ms(engine, batch, options)
+        found = {
+            "batch": batch,
+            "tpot_ms": round(tpot, 3),
+            "tokens_per_s": round(1e3 * batch / tpot),
+        }
+        found["floor_ms"] = round(floor_ms(engine, batch, options, bandwidth), 3)
+        note(options, kind="replayed", **found)
+        if tpot < options.most and found["tokens_per_s"] > best.get("tokens_per_s", 0):
+            best = found
+    note(options, kind="most", below_ms=options.most, **best)
+
+
+def step_ms(engine: Engine, batch: int, options: Any) -> float:
+    """Device time of one captured decode step at mid-answer, as a median of replays."""
+    ladder, arena = engine.runner.ladder, engine.runner.arena
+    assert ladder is not None
+    layout = ladder.layout((batch, 1))
+    context = options.input + options.output // 2
+    inputs = arena.views(layout)
+    pages = -(-context // engine.runner.page_size)
+    numbers = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages)
+    inputs.tables_SB.zero_()
+    inputs.tables_SB[:, :pages] = numbers
+    inputs.lengths_S.fill_(context)
+    inputs.starts.copy_(torch.arange(batch + 1, dtype=torch.int32))
+    inputs.positions_T.fill_(context - 1)
+    last = numbers[:, (context - 1) // engine.runner.page_size].long()
+    inputs.slots_T.copy_(last * engine.runner.page_size + (context - 1) % engine.runner.page_size)
+    inputs.source_T.fill_(-1)
+    inputs.keep_R.copy_(torch.arange(batch))
+    times = []
+    for _ in range(12):
+        inputs.ids_T.copy_(torch.randint(0, engine.runner.vocab_size, (batch,)))
+        torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        ladder.replay((batch, 1), batch)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start_s))
+    return median(times[2:])
 
 
 def record(engine: Engine, batch: int, options: Any, fields: dict[str, Any]) -> None:
     """Ledger rows beside the notes."""
     layers = engine.runner.model.config.num_hidden_layers
-    case = f"{options.preset} ({layers} layers) bf16, batch {batch}, {options.input} + "
+    kind = f"{options.quantise or 'bf16'} weights, KV {options.kv_dtype}"
+    case = f"{options.preset} ({layers} layers), {kind}, batch {batch}, {options.input} + "
     case += f"{options.output} tokens, one GPU"
     device = torch.cuda.get_device_name()
     rows = [
