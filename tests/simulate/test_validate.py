@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from mogul.simulate import curves
+from mogul.simulate.calibration import shipped
 from mogul.simulate.measurements import KernelTable, load_shipped
 from mogul.simulate.run import Setting, predict
 from mogul.simulate.validate import published, silicon, training, vllm
 from mogul.simulate.validate.kernels import leave_one_model_out
 from mogul.simulate.validate.scoreboard import Bar, scores, statistics
 from mogul.spec.hardware import hardware
+from mogul.spec.presets import config
 from mogul.spec.workload import Workload
 
 
@@ -88,6 +90,20 @@ def test_published_numbers_are_no_source_of_blind_predictions():
         told = " ".join(s for one in point.decode.operators for s in one.estimate.sources)
         for word in ("InferSim", "LMSYS", "2506.12708", "silicon_sample", "open-infra"):
             assert word not in told
+
+
+def test_a_measured_deployment_cannot_change_its_prediction(monkeypatch):
+    monkeypatch.setattr(silicon, "_config", lambda _: config("qwen3-30b-a3b"))
+    monkeypatch.setattr(silicon, "with_aiconfigurator", lambda _: shipped("vllm"))
+    monkeypatch.setattr(silicon.aiconfigurator, "collective_tables", lambda *_: None)
+    given = {"system": "h200_sxm", "model_path": "x", "isl": "1024", "osl": "128",
+             "gemm_quant_mode": "", "moe_quant_mode": ""}  # fmt: skip
+    one, other = (
+        silicon.score(row(**given, silicon_tpot_ms=tpot, silicon_ttft_ms=tpot))
+        for tpot in ("10", "30")
+    )
+    assert one.measured_s * 3 == pytest.approx(other.measured_s)
+    assert one.predicted_s == other.predicted_s > 0
 
 
 def test_vllm_points_hold_their_bar():

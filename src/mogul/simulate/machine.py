@@ -1,13 +1,15 @@
 """`machine.json`: what `mogul simulate calibrate` found out about a machine beside its kernels.
 
 Read back by `--machine`: the tables that lie beside it come before all others, its launches and
-collectives replace those of the library's entry.
+collectives replace those of the library's entry. Of the machines mogul's own tables were measured
+on (`measured/*-machine.json`) the collectives count where no others are given.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,7 @@ from pydantic import Field
 
 from mogul.core.errors import ArtifactError
 from mogul.simulate.collectives import CollectiveTables
+from mogul.simulate.measurements import SHIPPED_DIR
 from mogul.spec.base import Spec
 from mogul.spec.hardware import Hardware
 
@@ -89,3 +92,10 @@ def read_machine(path: Path) -> Machine:
             f"{path} is no machine.json: {error}", fix="make it with `mogul simulate calibrate`"
         ) from None
     return Machine.parse(values, where=path.name)
+
+
+@cache
+def shipped_collectives(device: str) -> CollectiveTables | None:
+    """The collectives of the machine of this name that mogul was measured on."""
+    path = SHIPPED_DIR / f"{device}-machine.json"
+    return read_machine(path).collective_tables() if path.exists() else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from mogul.simulate.calibration import Calibration, shipped
 from mogul.simulate.collectives import CollectiveTables
 from mogul.simulate.engines import Engine
+from mogul.simulate.machine import shipped_collectives
 from mogul.simulate.memory import Memory, cache_bytes_per_sequence, serving_memory
 from mogul.simulate.operators import Layout, Step
 from mogul.simulate.routing import Routing
@@ -45,7 +46,8 @@ class Setting:
         domain = self.device.link_devices
         layout = Layout(self.model, self.parallel, self.quant, self.engine, domain)
         calibration = self.calibration or shipped(self.engine.kernels)
-        return StepModel(layout, self.device, self.routing, calibration, self.collectives)
+        collectives = self.collectives or shipped_collectives(self.device.name)
+        return StepModel(layout, self.device, self.routing, calibration, collectives)
 
 
 @dataclass(frozen=True)
