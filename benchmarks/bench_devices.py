@@ -1,13 +1,15 @@
 """Two (or more) devices on real shapes: exactness, the layer by router and dispatch, training.
 
-python benchmarks/bench_devices.py --out FOLDER                  Pangu Pro and Qwen3-30B-A3B layers
+python benchmarks/bench_devices.py --out FOLDER                  smoke, both layers, training
 python benchmarks/bench_devices.py --out FOLDER --parts decode   the whole Pangu Pro MoE decodes
+python benchmarks/bench_devices.py --out FOLDER --ranks 4 --parts layers --ways static,all_to_all
 python benchmarks/bench_devices.py --out FOLDER --tiny --cpu     the same code on CPU processes
 python benchmarks/bench_devices.py --out FOLDER --cpu --ranks 4 --parts computing
                                                                  what each rank's experts compute
 
-Writes rows.jsonl as rows come, then devices.html and ledger.jsonl. Parts that fail are reported and
-passed over. Kernels are compiled first, by several processes at once.
+Writes rows.jsonl as rows come, then devices.html and ledger.jsonl. A part that fails or hangs costs
+itself only (`mogul.bench.devices_units`). Kernels are compiled by several processes at once while
+the first parts run.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ import argparse
 import gc
 import json
 import multiprocessing
+import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,36 @@ TOKENS = (16, 64, 456, 4096, 16384)
 TINY_SHAPES = {"tiny": (16, 4, 64, 32, 4)}
 TINY_TOKENS = (16, 4096)
 TRAIN = {"layers": 4, "vocabulary": 32768, "sequences": 2, "length": 4096}
+WARM = "kernels_are_compiled"
+STEPS = ("alone", "static1", "static2", "static4", "all_to_all1")
+PARTS = ("smoke", "layers", "training", "decode", "computing")
 
 
 def say(text: str) -> None:
     print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
 
 
-def warm_cases(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[tuple[int, ...]]:
+def warm_cases(
+    shapes: dict[str, tuple[int, ...]], ranks: int, token_counts: tuple[int, ...], train: bool
+) -> list[tuple[int, ...]]:
     """(experts, picks, width, inner, rows, train) of the calls to come, largest first."""
     found = []
     for experts, picks, width, inner, _ in shapes.values():
-        for tokens in TOKENS:
-            local = experts // ranks
-            found += [(local, picks // ranks, width, inner, tokens, 0)]
-            found += [(local, picks, width, inner, tokens, 0)]
+        local = experts // ranks
+        for tokens in token_counts:
+            for rows in (tokens, *((tokens // 2, tokens // 4) if tokens >= 4096 else ())):
+                found.append((local, picks // ranks, width, inner, rows, 0))
+                found.append((local, picks, width, inner, rows, 0))
         found.append((local, picks // ranks, width, inner, 456, 1))
         found.append((local, picks, width, inner, 456, 1))
-        found.append((experts, picks, width, inner, 228, 1))
-    experts, picks, width, inner, _ = next(iter(shapes.values()))
-    rows = TRAIN["sequences"] * TRAIN["length"]
-    found.append((experts, picks, width, inner, rows, 1))
-    for chunks in (1, 2, 4):
-        found.append((experts // ranks, picks // ranks, width, inner, ranks * rows // chunks, 1))
+        found.append((experts, picks, width, inner, 456 // ranks, 1))
+    if train:
+        experts, picks, width, inner, _ = next(iter(shapes.values()))
+        rows = TRAIN["sequences"] * TRAIN["length"]
+        found.append((experts, picks, width, inner, rows, 1))
+        for chunks in (1, 2, 4):
+            share = (experts // ranks, picks // ranks, width, inner, ranks * rows // chunks, 1)
+            found.append(share)
     return sorted(set(found), key=lambda case: (-case[5], -case[4]))
 
 
@@ -79,125 +88,159 @@ def compile_cases(cases: list[tuple[int, ...]], device: int) -> None:
         gate_up = down = x = weights = y = None
 
 
-def warm(shapes: dict[str, tuple[int, ...]], ranks: int, processes: int) -> None:
-    """Compile with several processes, at most 75 s."""
-    cases = warm_cases(shapes, ranks)
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=compile_cases, args=(cases[i::processes], i % ranks))
-        for i in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    end = time.monotonic() + 75
-    for worker in workers:
-        worker.join(max(0.1, end - time.monotonic()))
-        if worker.is_alive():
-            worker.kill()
-    say(f"compiled {len(cases)} cases with {processes} processes")
-
-
-class Log:
-    """Rows to a file and to the terminal, from rank 0."""
-
-    def __init__(self, folder: str, rank: int) -> None:
-        self.rank, self.file = rank, Path(folder) / "rows.jsonl"
-
-    def put(self, part: str, row: dict[str, Any]) -> None:
-        """Write and show one row."""
-        if self.rank == 0:
-            with self.file.open("a") as file:
-                file.write(json.dumps({"part": part, **row}) + "\n")
-            print(f"[{time.monotonic() - START:6.1f} s] {part}: {_short(row)}", flush=True)
-
-    def attempt(self, part: str, function: Callable[[], None]) -> None:
-        """Run a part; what fails is noted."""
-        try:
-            function()
-        except Exception as error:
-            self.put(part, {"failed": f"{type(error).__name__}: {str(error)[:400]}"})
-            if self.rank == 0:
-                traceback.print_exc()
-
-
 def _short(row: dict[str, Any]) -> str:
     if "layer_s" not in row:
         return json.dumps(row)
     graph = f"{row['graph_s'] * 1e6:.0f}" if "graph_s" in row else "-"
     experts = "/".join(f"{one * 1e6:.0f}" for one in row["experts_s"])
+    called = f"{row['called_s'] * 1e6:.0f}" if "called_s" in row else "-"
     return (
         f"{row['shape']} T{row['tokens']} {row['routing']} {row['way']}: called "
-        f"{row['called_s'] * 1e6:.0f} graph {graph} experts {experts} floor "
+        f"{called} graph {graph} experts {experts} floor "
         f"{row['floor_s'] * 1e6:.0f} us, exposed {row['exposed']:.0%}, rho {row['rho']:.3f} delta "
         f"{row['delta']:.3f}, host waits {row.get('host_waits')} {row.get('is_sync_free', '')} "
         f"{row.get('graph_failed', '')}"
     )
 
 
-def layers(world: Any, name: str, sizes: tuple[int, ...], log: Log, tiny: bool) -> dict[str, Any]:
-    """One shape: limits, exactness, all cells."""
+def start_warming(options: argparse.Namespace) -> list[Any]:
+    """Processes that compile what the layers will run."""
+    if options.cpu or not {"layers", "training"} & set(options.parts):
+        return []
+    shapes = {name: SHAPES[name] for name in options.shapes}
+    cases = warm_cases(shapes, options.ranks, options.tokens, "training" in options.parts)
+    count = options.processes
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=compile_cases, args=(cases[i::count], i % options.ranks))
+        for i in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+def end_warming(workers: list[Any], folder: Path) -> None:
+    """Tell the ranks when the last is done, or after 75 s."""
+    end = time.monotonic() + 75
+    for worker in workers:
+        worker.join(max(0.1, end - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+    (folder / WARM).touch()
+    say(f"compiled with {len(workers)} processes")
+
+
+def await_warm(bench: Any) -> None:
+    """Timing must not share devices with compilers."""
+    while not (bench.folder / WARM).exists():
+        time.sleep(0.1)
+
+
+def smoke(bench: Any, tiny: bool) -> None:
+    """A small layer: every way right, captured, and without waits for the host; the moves alone."""
+    from mogul.bench.devices import WAYS, Request, check_exact, measure_cells, prepare
+    from mogul.bench.devices_moves import measure_moves
+    from mogul.bench.kernels import LayerShape, device_name
+
+    bench.put("device", {"device": device_name(bench.world.device)})
+    bench.attempt("moves", lambda: measure_moves(bench, tiny=tiny))
+    shape = LayerShape(16, 4, 64, 32, 4) if tiny else LayerShape(64, 8, 2048, 768, 8)
+    request = Request(
+        shape=shape,
+        tokens=(64,),
+        routings=("skewed",),
+        ways=WAYS[:8],
+        dtype="fp32" if tiny else "bf16",
+        budget_s=0.02,
+        traced_tokens=(64,),
+    )
+    setup = prepare(bench.world, request)
+    for way in request.ways:
+        if way.dispatch != "transformers":
+            name = {"shape": "smoke", "way": way.name}
+            bench.attempt(
+                "exact",
+                lambda way=way, n=name: bench.put(
+                    "exact", {**n, "error": check_exact(setup, way, 64)}
+                ),
+            )
+    cells(bench, measure_cells(setup), "smoke")
+
+
+def cells(bench: Any, rows: Any, model: str) -> None:
+    """Every cell of a prepared run, written as it comes."""
+
+    def every() -> None:
+        for row in rows:
+            bench.put("layer", {**row, "model": model}, _short(row))
+
+    bench.attempt("layer", every)
+
+
+def layer(bench: Any, name: str, tokens: int, options: argparse.Namespace) -> None:
+    """All ways of one shape at one number of tokens."""
     from mogul.bench.devices import WAYS, Request, check_exact, explain, measure_cells, prepare
     from mogul.bench.kernels import LayerShape
 
+    tiny = options.tiny
+    words = options.ways
+    ways = tuple(w for w in WAYS if not words or any(word in w.name for word in words))
     request = Request(
-        shape=LayerShape(*sizes),
-        tokens=TINY_TOKENS if tiny else TOKENS,
+        shape=LayerShape(*(TINY_SHAPES if tiny else SHAPES)[name]),
+        tokens=(tokens,),
         dtype="fp32" if tiny else "bf16",
-        budget_s=0.02 if tiny else 0.04,
+        budget_s=0.02 if tiny else options.budget,
+        ways=ways,
         traced_tokens=(16, 4096),
     )
-    setup = prepare(world, request)
-    facts = explain(setup)
-    log.put("limits", {"shape": name, **facts})
-    for way in WAYS[:6]:
-        log.attempt(
-            "exact",
-            lambda way=way: log.put(
-                "exact",
-                {"shape": name, "way": way.name, "error": check_exact(setup, way, 456)},
-            ),
-        )
-    rows = []
-
-    def cells() -> None:
-        for row in measure_cells(setup):
-            rows.append({**row, "model": name})
-            log.put("layer", rows[-1])
-
-    log.attempt("layer", cells)
-    return {"facts": facts, "rows": rows, "phases": setup.phases}
+    setup = bench.kept.get(name)
+    if setup is None:
+        bench.kept.clear()
+        gc.collect()
+        setup = bench.kept[name] = prepare(bench.world, request)
+        bench.put("limits", {"shape": name, **explain(setup)})
+    setup.request = request
+    if tokens == 456:
+        for way in ways[:2]:
+            if way.dispatch != "transformers":
+                error = check_exact(setup, way, tokens)
+                bench.put("exact", {"shape": name, "way": way.name, "error": error})
+    cells(bench, measure_cells(setup), name)
+    for phase in setup.phases:
+        bench.put("phase", phase, "")
+    setup.phases.clear()
 
 
-def training(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
-    """The slice on one device and on all, static in several chunkings."""
+def training(bench: Any, alone: bool, dispatch: str, chunks: int, tiny: bool) -> None:
+    """A step of a slice of Pangu Pro, on one device or on all."""
     from mogul.bench.devices_train import TrainRequest, measure_training, slice_config
     from mogul.spec import presets
 
-    found = []
+    bench.kept.clear()
+    gc.collect()
     config = presets.config("pangu-pro-moe-72b")
     small = {"sequences": 1, "length": 64, "dtype": "fp32", "budget_s": 0.1}
     if tiny:
-        config |= {
-            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
-        }  # fmt: skip
+        config |= TINY_MODEL
     slice_ = slice_config(config, TRAIN["layers"], 256 if tiny else TRAIN["vocabulary"])
     sizes = small if tiny else {"sequences": TRAIN["sequences"], "length": TRAIN["length"]}
-
-    def one(alone: bool, dispatch: str, chunks: int) -> None:
-        request = TrainRequest(config=slice_, dispatch=dispatch, chunks=chunks, **sizes)
-        row = measure_training(world, request, alone=alone)
-        found.append({**row, "dispatch": "none" if alone else dispatch, "chunks": chunks})
-        log.put("training", found[-1])
-
-    cases = [(True, "static", 1), *((False, "static", chunks) for chunks in (1, 2, 4))]
-    for case in [*cases, (False, "all_to_all", 1)]:
-        log.attempt("training", lambda case=case: one(*case))
-    return found
+    if not tiny:
+        sizes["budget_s"] = 1.0
+    request = TrainRequest(config=slice_, dispatch=dispatch, chunks=chunks, **sizes)
+    row = measure_training(bench.world, request, alone=alone)
+    bench.put("training", {**row, "dispatch": "none" if alone else dispatch, "chunks": chunks})
 
 
-def decoding(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
-    """The whole Pangu Pro MoE, random weights, one graph a step; attention cut, then copied."""
+TINY_MODEL = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+    "num_hidden_layers": 2, "vocab_size": 256,
+}  # fmt: skip
+
+
+def decoding(bench: Any, layout: str, wire: str | None, options: argparse.Namespace) -> None:
+    """The whole Pangu Pro MoE (or its first layers), random weights, one graph a step."""
     import torch
 
     from mogul.bench.devices import measured_limits
@@ -207,37 +250,36 @@ def decoding(world: Any, log: Log, tiny: bool) -> list[dict[str, Any]]:
     from mogul.spec import presets
     from mogul.spec.parallel import Parallel, h2p
 
-    config = presets.config("pangu-pro-moe-72b")
-    if tiny:
-        config |= {
-            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
-            "num_hidden_layers": 2, "vocab_size": 256,
-        }  # fmt: skip
-    kind = "fp32" if tiny else "bf16"
-    values = slice_config(config, config["num_hidden_layers"], config["vocab_size"])
-    limits = measured_limits(Clock(world.device), torch.bfloat16)
-    log.put("limits", {"memory_gb_per_s": limits.bytes_per_s / 1e9})
-    found = []
-    for parallel in (Parallel(tp=world.size, shared_tp=world.size), h2p(world.size)):
-        request = DecodeRequest(
-            config=values, parallel=parallel, dtype=kind, context=32 if tiny else 1024, budget_s=0.6
-        )
-        with torch.no_grad():
-            model = build(world, request)
-        say("built")
-        for batch in (1, 64, 228):
-            row = measure_decode(world, model, request, batch, limits.bytes_per_s)
-            found.append(row)
-            log.put("decode", row)
-        del model
-        gc.collect()
-        if not tiny:
-            torch.cuda.empty_cache()
-    return found
+    world, tiny = bench.world, options.tiny
+    bench.kept.pop("model", None)
+    gc.collect()
+    if not tiny:
+        torch.cuda.empty_cache()
+    config = presets.config("pangu-pro-moe-72b") | (TINY_MODEL if tiny else {})
+    values = slice_config(
+        config, options.layers or config["num_hidden_layers"], config["vocab_size"]
+    )
+    if "limits" not in bench.kept:
+        bench.kept["limits"] = measured_limits(Clock(world.device), torch.bfloat16)
+        bench.put("limits", {"memory_gb_per_s": bench.kept["limits"].bytes_per_s / 1e9})
+    whole = Parallel(tp=world.size, shared_tp=world.size)
+    request = DecodeRequest(
+        config=values,
+        parallel=whole if layout == "tp" else h2p(world.size),
+        wire=wire,  # type: ignore[arg-type]
+        dtype="fp32" if tiny else "bf16",
+        context=32 if tiny else 1024,
+        budget_s=0.4,
+    )
+    with torch.no_grad():
+        model = bench.kept["model"] = build(world, request)
+    bench.put("built", {"layout": layout, "wire": wire})
+    for batch in options.batches:
+        row = measure_decode(world, model, request, batch, bench.kept["limits"].bytes_per_s)
+        bench.put("decode", row)
 
 
-def computing(world: Any, log: Log) -> list[dict[str, Any]]:
+def computing(bench: Any) -> None:
     """What each rank computes in the experts of an upcycled SmolLM2 layer, by router."""
     from mogul.bench.devices import Request, measure_cells, prepare
     from mogul.bench.devices_cases import Way
@@ -250,36 +292,46 @@ def computing(world: Any, log: Log) -> list[dict[str, Any]]:
         budget_s=0.2,
         ways=(Way("grouped", "static"), Way("top-k", "gather")),
     )
-    rows = list(measure_cells(prepare(world, request)))
-    for row in rows:
-        log.put("computing", row)
-    return rows
+    for row in measure_cells(prepare(bench.world, request)):
+        bench.put("computing", row)
 
 
-def on_rank(world: Any, folder: str, tiny: bool, parts: str) -> dict[str, Any]:
-    """All parts in order of worth."""
-    from mogul.bench.kernels import device_name
+def units_of(options: argparse.Namespace) -> list[Any]:
+    """What to measure, in the order of `--parts`."""
+    from mogul.bench.devices_units import Unit
 
-    log = Log(folder, world.rank)
-    shapes = TINY_SHAPES if tiny else SHAPES
-    found: dict[str, Any] = {"device": device_name(world.device), "layers": [], "training": []}
-    found["decode"] = []
-    if "computing" in parts:
-        found["computing"] = computing(world, log)
-    if "decode" in parts:
-        log.attempt("decode", lambda: found["decode"].extend(decoding(world, log, tiny)))
-    for name, sizes in shapes.items():
-        if "layers" in parts:
-            log.attempt(
-                "layer",
-                lambda n=name, s=sizes: found["layers"].append(layers(world, n, s, log, tiny)),
-            )
-        if "training" in parts and not found["training"]:
-            log.attempt("training", lambda: found["training"].extend(training(world, log, tiny)))
+    def training_units() -> list[Unit]:
+        found = []
+        for step in options.steps:
+            alone, dispatch = step == "alone", step.rstrip("0123456789")
+            case = (alone, "static" if alone else dispatch, int(step.removeprefix(dispatch) or 1))
+            found.append(Unit(f"training {step}", 45, training, (*case, options.tiny)))
+        return found
+
+    makers = {
+        "smoke": lambda: [Unit("smoke", 40, smoke, (options.tiny,))],
+        "computing": lambda: [Unit("computing", 300, computing)],
+        "layers": lambda: [
+            Unit(f"{name} T{tokens}", 60, layer, (name, tokens, options))
+            for name in options.shapes
+            for tokens in options.tokens
+        ],
+        "training": training_units,
+        "decode": lambda: [
+            Unit(f"decode {layout} {wire}", 80, decoding, (layout, wire, options))
+            for layout in options.layouts
+            for wire in ((None,) if options.cpu else (None, "window"))
+        ],
+    }
+    found = [unit for part in options.parts for unit in makers[part]()]
+    timed = (n for n, unit in enumerate(found) if unit.function in (layer, training))
+    if (first := next(timed, None)) is not None:
+        found.insert(first, Unit("compiled", 90, await_warm))
     return found
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
+def write(folder: Path) -> None:
+    """The page and the ledger, from the rows."""
     from mogul.bench import ledger
     from mogul.bench.devices_report import (
         busiest_chart,
@@ -290,42 +342,73 @@ def write(found: dict[str, Any], folder: Path) -> None:
         training_rows,
         write_page,
     )
+    from mogul.bench.devices_units import read_rows
     from mogul.draw.png import save_png
 
-    tables, phases, rows = [], [], []
-    for one in found["layers"]:
-        tables.append(table(one["rows"], one["facts"]))
-        phases += one["phases"]
-        rows += ledger_rows(one["rows"], one["facts"], found["device"])
-    rows += training_rows(found["training"], found["device"])
-    rows += decode_rows(found["decode"], found["device"])
-    if waits := found.get("computing"):
-        rows += busiest_rows(waits, found["device"])
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in read_rows(folder):
+        if "failed" not in row:
+            parts.setdefault(row.pop("part"), []).append(row)
+    device = parts.get("device", [{"device": "unknown"}])[0]["device"]
+    facts = {row["shape"]: row for row in parts.get("limits", []) if "shape" in row}
+    tables, rows = [], []
+    for model, limits in facts.items():
+        own = [row for row in parts.get("layer", []) if row["model"] == model]
+        if own:
+            tables.append(table(own, limits))
+            rows += ledger_rows(own, limits, device)
+    rows += training_rows(parts.get("training", []), device)
+    rows += decode_rows(parts.get("decode", []), device)
+    if waits := parts.get("computing"):
+        rows += busiest_rows(waits, device)
         save_png(busiest_chart(waits), folder / "devices.png")
     ledger.append(rows, folder / "ledger.jsonl")
-    write_page(folder, tables, phases)
+    write_page(folder, tables, parts.get("phase", []))
 
 
-def main() -> None:
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def parsed() -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="processes of the processor")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--processes", type=int, default=16, help="that compile kernels")
-    parser.add_argument("--parts", default="layers,training")
+    parser.add_argument("--seconds", type=float, default=1800, help="for everything")
+    parser.add_argument("--parts", type=_words, default=PARTS[:3], help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--shapes", type=_words, default=())
+    parser.add_argument("--tokens", type=_words, default=())
+    parser.add_argument("--ways", type=_words, default=(), help="words of names of ways to keep")
+    parser.add_argument("--budget", type=float, default=0.04, help="seconds for one number")
+    parser.add_argument("--steps", type=_words, default=STEPS, help="training: alone, or by")
+    parser.add_argument("--layouts", type=_words, default=("tp", "h2p"), help="decode")
+    parser.add_argument("--layers", type=int, default=0, help="decode: the first so many only")
+    parser.add_argument("--batches", type=_words, default=("1", "64", "228"))
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not options.cpu and "layers" in options.parts:
-        warm(SHAPES, options.ranks, options.processes)
-    from mogul.parallel import launch
+    options.shapes = options.shapes or tuple(TINY_SHAPES if options.tiny else SHAPES)
+    options.tokens = tuple(map(int, options.tokens)) or (TINY_TOKENS if options.tiny else TOKENS)
+    options.batches = tuple(map(int, options.batches))
+    return options
 
-    found = launch(
-        on_rank, options.ranks, str(options.out), options.tiny, options.parts,
-        on_cpu=options.cpu, threads=1 if options.cpu else None,
-    )[0]  # fmt: skip
+
+def main() -> None:
+    """Measure, write."""
+    options = parsed()
+    options.out.mkdir(parents=True, exist_ok=True)
+    from mogul.bench.devices_units import run_units
+
+    workers = start_warming(options)
+    waiter = threading.Thread(target=end_warming, args=(workers, options.out))
+    waiter.start()
+    units = units_of(options)
+    run_units(units, options.ranks, options.out, options.seconds, on_cpu=options.cpu)
     say("measured")
-    write(found, options.out)
+    write(options.out)
+    waiter.join()
     say("written")
 
 

@@ -1,8 +1,8 @@
 """Measure one experts layer spread over devices: what each way to dispatch costs, and who waits.
 
-Every rank runs `measure_cells`; rank 0's rows count. A way's time is its best of called and
-captured in a graph. Experts alone are timed on the very rows each rank got: the slowest rank's
-experts are what a perfect dispatch would take, the rest of the layer's time is exposed
+Every rank runs `measure_cells`; rank 0's rows count. A way is captured in a graph where it reads no
+size on the host, else called. Experts alone are timed on the very rows each rank got: the slowest
+rank's experts are what a perfect dispatch would take, the rest of the layer's time is exposed
 communication, and the difference between ranks is waiting. The floor is the larger of an even share
 of the work at this run's limits and of the bytes over this run's link.
 """
@@ -26,20 +26,26 @@ from mogul.bench.devices_cases import (
     make_inputs,
     sent_bytes,
 )
-from mogul.bench.devices_clock import Clock, Link, host_waits, measure_link
+from mogul.bench.devices_clock import Clock, Link, best_s, host_waits, measure_link
 from mogul.bench.kernels import DTYPES, LayerShape, Limits
 from mogul.core.errors import BackendError
 from mogul.core.log import log
-from mogul.parallel import Dispatcher, World
+from mogul.parallel import World
+from mogul.parallel.dispatch import Experts
 
 WAYS = (
     Way("grouped", "static"),
+    Way("grouped", "static", wire="window"),
     Way("grouped", "all_to_all"),
     Way("top-k", "all_to_all"),
+    Way("top-k", "all_to_all", capacity=1.0),
     Way("top-k", "gather"),
-    Way("grouped", "all_to_all", capacity=1.0),
+    Way("top-k", "gather", wire="window"),
+    Way("top-k", "transformers"),
     Way("grouped", "static", chunks=2),
     Way("grouped", "static", chunks=4),
+    Way("grouped", "static", chunks=2, wire="window"),
+    Way("grouped", "static", chunks=4, wire="window"),
     Way("top-k", "all_to_all", chunks=2),
 )
 CHUNKED_TOKENS = 4096
@@ -129,52 +135,59 @@ def _cell(setup: Setup, routing: str, way: Way, tokens: int) -> dict[str, Any]:
         "way": way.name,
     }  # fmt: skip
     try:
-        dispatcher = dispatcher_of(world, shape, way, tokens)
+        dispatcher, run = _dispatcher(setup, way, tokens)
     except BackendError as refused:
         return {**row, "refused": str(refused)}
     inputs = make_inputs(world, shape, way, routing, tokens, setup.dtype)
 
     def call() -> Tensor:
-        return dispatcher(inputs.x, inputs.ids, inputs.weights, setup.weights.run)
+        return dispatcher(inputs.x, inputs.ids, inputs.weights, run)
 
     budget = setup.request.budget_s
-    row["called_s"] = clock.most(clock.own_s(call, budget))
-    if clock.on_gpu and way.fits_a_graph:
-        try:
-            with clock.captured(call) as replay:
-                row["graph_s"] = clock.most(clock.own_s(replay, budget))
-        except RuntimeError as error:
-            row["graph_failed"] = str(error)[:300]
-    row["layer_s"] = min(row["called_s"], row.get("graph_s", float("inf")))
-    own_s = _experts_s(setup, dispatcher, inputs, budget)
+    row |= best_s(clock, call, budget, graph=clock.on_gpu and way.fits_a_graph)
+    row["layer_s"] = row.get("graph_s") or row["called_s"]
+    own_s = _experts_s(setup, dispatcher, run, inputs, budget)
     experts = clock.of_all(own_s)
     row |= _verdict(setup, inputs, way, row["layer_s"], experts)
-    if tokens in setup.request.traced_tokens:
+    if tokens in setup.request.traced_tokens and routing == setup.request.routings[-1]:
         if clock.on_gpu:
-            row |= host_waits(call)
-        setup.phases += record_phases(setup, dispatcher, inputs, row)
+            row |= host_waits(call, profiled=way.dispatch == "static" and way.chunks == 1)
+        setup.phases += record_phases(setup, dispatcher, run, inputs, row)
     return row
 
 
-def _experts_s(setup: Setup, dispatcher: Dispatcher, inputs: Inputs, budget_s: float) -> float:
+def _dispatcher(setup: Setup, way: Way, tokens: int) -> tuple[Any, Experts]:
+    """What runs a way, and the experts it runs."""
+    if way.dispatch != "transformers":
+        return dispatcher_of(setup.world, setup.request.shape, way, tokens), setup.weights.run
+    from mogul.bench.devices_peer import TransformersEP, stock_experts
+
+    if tokens % setup.world.size:
+        raise BackendError("its ranks hold equally many tokens", fix="measure an even number")
+    peer = TransformersEP(setup.world, setup.request.shape.experts)
+    return peer, stock_experts(setup.weights)
+
+
+def _experts_s(
+    setup: Setup, dispatcher: Any, run: Experts, inputs: Inputs, budget_s: float
+) -> float:
     """This rank's experts alone, on the rows that the dispatcher brings it."""
     seen: list[tuple[Tensor, ...]] = []
 
     def note(*rows: Tensor) -> Tensor:
         seen.append(tuple(part.clone() for part in rows))
-        return setup.weights.run(*rows)
+        return run(*rows)
 
     dispatcher(inputs.x, inputs.ids, inputs.weights, note)
 
     def alone() -> None:
         for rows in seen:
-            setup.weights.run(*rows)
+            run(*rows)
 
-    called = setup.clock.own_s(alone, budget_s, busy=True)
     if not setup.clock.on_gpu:
-        return called
+        return setup.clock.own_s(alone, budget_s, busy=True)
     with setup.clock.captured(alone) as replay:
-        return min(called, setup.clock.own_s(replay, budget_s))
+        return setup.clock.own_s(replay, budget_s)
 
 
 def _verdict(
@@ -203,7 +216,7 @@ def _verdict(
 
 
 def record_phases(
-    setup: Setup, dispatcher: Dispatcher, inputs: Inputs, row: dict[str, Any]
+    setup: Setup, dispatcher: Any, run: Experts, inputs: Inputs, row: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """When this rank's experts ran within one call, chunk by chunk; of all ranks, on rank 0."""
     clock = setup.clock
@@ -214,7 +227,7 @@ def record_phases(
 
     def noted(*rows: Tensor) -> Tensor:
         mark()
-        out = setup.weights.run(*rows)
+        out = run(*rows)
         mark()
         return out
 
@@ -249,16 +262,24 @@ def _between(first: Any, last: Any) -> float:
 
 
 def check_exact(setup: Setup, way: Way, tokens: int) -> float:
-    """Largest relative error of a way, forward and backward, against all experts on one device."""
+    """Largest relative error of a way, forward and backward, against all experts on one device.
+
+    Ways through a window have no backward.
+    """
     world, shape = setup.world, setup.request.shape
     inputs = make_inputs(world, shape, way, "skewed", tokens, setup.dtype)
     dispatcher = dispatcher_of(world, shape, way, tokens)
-    whole = [_all_experts(part) for part in (setup.weights.gate_up, setup.weights.down)]
+    whole = Weights(*(_all_experts(part) for part in (setup.weights.gate_up, setup.weights.down)))
+    if way.wire is not None:
+        with torch.no_grad():
+            y = dispatcher(inputs.x, inputs.ids, inputs.weights, setup.weights.run)
+            wanted = whole.run(inputs.x, inputs.ids, inputs.weights)
+        return setup.clock.most(_error(y, wanted))
     x = inputs.x.clone().requires_grad_()
     y = dispatcher(x, inputs.ids, inputs.weights, setup.weights.run)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     wanted_x = inputs.x.clone().requires_grad_()
-    wanted = Weights(*whole).run(wanted_x, inputs.ids, inputs.weights)
+    wanted = whole.run(wanted_x, inputs.ids, inputs.weights)
     (wanted_dx,) = torch.autograd.grad(wanted, wanted_x, torch.ones_like(wanted))
     errors = [_error(y.detach(), wanted.detach()), _error(dx, wanted_dx)]
     return setup.clock.most(max(errors))

@@ -18,6 +18,7 @@ from torch import Tensor
 from mogul.bench.kernels import LayerShape
 from mogul.kernels import moe_forward
 from mogul.parallel import Dispatcher, Plan, World, contiguous, make_dispatcher
+from mogul.parallel.dispatch import Wire
 from mogul.spec import balance
 from mogul.spec.grouping import Grouping
 
@@ -32,13 +33,15 @@ class Way:
     dispatch: str
     chunks: int = 1
     capacity: float | None = None
+    wire: Wire | None = None
 
     @property
     def name(self) -> str:
-        """Such as "grouped static" or "top-k all_to_all x2"."""
+        """Such as "grouped static window" or "top-k all_to_all x2"."""
         more = f" x{self.chunks}" if self.chunks > 1 else ""
         fixed = " fixed" if self.capacity else ""
-        return f"{self.router} {self.dispatch}{fixed}{more}"
+        wire = f" {self.wire}" if self.wire else ""
+        return f"{self.router} {self.dispatch}{fixed}{wire}{more}"
 
     @property
     def fits_a_graph(self) -> bool:
@@ -139,6 +142,7 @@ def dispatcher_of(world: World, shape: LayerShape, way: Way, tokens: int) -> Dis
         chunks=way.chunks,
         rows=-(-tokens // world.size),
         capacity=way.capacity,
+        wire=way.wire,
     )
     return make_dispatcher(way.dispatch, plan)
 

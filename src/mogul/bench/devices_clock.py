@@ -138,10 +138,24 @@ def measure_link(clock: Clock, large_bytes: int) -> Link:
     return Link(large_bytes * (size - 1) / size / large_s, small_s)
 
 
+def best_s(clock: Clock, call: Call, budget_s: float, *, graph: bool) -> dict[str, Any]:
+    """The slowest rank's time in a graph (`graph_s`), or called where there is none."""
+    row: dict[str, Any] = {}
+    if graph:
+        try:
+            with clock.captured(call) as replay:
+                row["graph_s"] = clock.most(clock.own_s(replay, budget_s))
+        except RuntimeError as error:
+            row["graph_failed"] = str(error)[:300]
+    if "graph_s" not in row:
+        row["called_s"] = clock.most(clock.own_s(call, budget_s))
+    return row
+
+
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
-def host_waits(call: Call) -> dict[str, Any]:
+def host_waits(call: Call, *, profiled: bool = True) -> dict[str, Any]:
     """Times that the host waits for the GPU in ten calls by torch's profiler, and torch's own word.
 
     `is_sync_free`: one call under torch's debug mode in which a waiting operator is an error.
@@ -155,7 +169,7 @@ def host_waits(call: Call) -> dict[str, Any]:
         found |= {"is_sync_free": False, "sync": str(error)[:120]}
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    if not found["is_sync_free"]:
+    if not (profiled and found["is_sync_free"]):
         return found
     try:
         found["host_waits"] = _profiled(call, 10) - _profiled(call, 0)

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mogul.bench.devices_clock import Clock
+from mogul.bench.devices_clock import Clock, best_s
 from mogul.bench.kernels import DTYPES
 from mogul.parallel import World, lay_out
+from mogul.parallel.dispatch import Wire
 from mogul.parallel.shard import experts_of
 from mogul.spec.parallel import Parallel
 
@@ -32,6 +33,7 @@ class DecodeRequest:
     """Keys of a MogeConfig."""
     parallel: Parallel
     dispatch: str = "static"
+    wire: Wire | None = None
     context: int = 1024
     dtype: str = "bf16"
     budget_s: float = 1.0
@@ -67,7 +69,7 @@ def build(world: World, request: DecodeRequest) -> Any:
             model: Any = MogeForCausalLM(MogeConfig(**request.config))
     finally:
         torch.set_default_dtype(previous)
-    lay_out(model, request.parallel, dispatch=request.dispatch, chunks=1)
+    lay_out(model, request.parallel, dispatch=request.dispatch, chunks=1, wire=request.wire)
     model.to_empty(device=world.device)
     model.requires_grad_(False)
     generator = torch.Generator(world.device).manual_seed(world.rank // request.parallel.tp)
@@ -136,25 +138,21 @@ def read_bytes(model: Any, request: DecodeRequest, tokens: int, sequences: int) 
 def measure_decode(
     world: World, model: Any, request: DecodeRequest, batch: int, bytes_per_s: float
 ) -> dict[str, Any]:
-    """Time per output token at a batch over all ranks, called and in one graph."""
+    """Time per output token at a batch over all ranks, in one graph."""
     clock = Clock(world.device)
     step = Step(model, world, request, batch)
     row: dict[str, Any] = {
         "layout": request.parallel.describe(),
         "dispatch": request.dispatch,
+        "wire": request.wire or "collective",
         "batch": batch,
         "context": request.context,
         "layers": model.config.num_hidden_layers,
     }
     step()
-    row["called_s"] = clock.most(clock.own_s(step, request.budget_s))
-    if clock.on_gpu and request.dispatch != "all_to_all":
-        try:
-            with clock.captured(step) as replay:
-                row["graph_s"] = clock.most(clock.own_s(replay, request.budget_s))
-        except RuntimeError as error:
-            row["graph_failed"] = str(error)[:300]
-    row["step_s"] = min(row["called_s"], row.get("graph_s", float("inf")))
+    graph = clock.on_gpu and request.dispatch != "all_to_all"
+    row |= best_s(clock, step, request.budget_s, graph=graph)
+    row["step_s"] = row.get("graph_s") or row["called_s"]
     row["floor_s"] = read_bytes(model, request, batch, step.sequences) / bytes_per_s
     row["ratio"] = row["step_s"] / row["floor_s"]
     return row

@@ -23,7 +23,7 @@ COLUMNS = (
     "x floor", "rho", "delta", "sent KiB", "host waits",
 )  # fmt: skip
 NOTES = (
-    "layer: the slowest rank's, called or in a graph, whichever is less",
+    "layer: the slowest rank's, in a graph where sizes are known, else called",
     "experts: the slowest rank's, alone (on a processor: computing time, not waiting)",
     "waits: the rank with the fewest work waits so long for the slowest rank's experts",
     "exposed: share of the layer that is not the slowest rank's experts",

@@ -34,6 +34,10 @@ Rows = int | Literal["equal", "agree"]
 """Rows each rank hands in: a number known to all, the own one ("equal": all have the same), or the
 largest, asked for at every call on the host ("agree": for ranks with unequal batches)."""
 
+Wire = Literal["collective", "window"]
+"""What moves rows: NCCL's (or Gloo's) collectives, or, without gradients, stores into the memory of
+the other GPUs of a node (`mogul.parallel.window`)."""
+
 DEBUG = os.environ.get("MOGUL_DEBUG", "0") not in ("", "0")
 
 
@@ -55,6 +59,8 @@ class Plan:
 
     payload: Payload = "same"
     """How tokens travel to the experts: in their dtype, or (inference) as "int8" or "fp8"."""
+    wire: Wire | None = None
+    """static and gather only; None means collectives."""
     levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
     """two_level only: the ranks of this node, and those of its place on every node."""
 
@@ -135,7 +141,7 @@ def agree(number: int, group: dist.ProcessGroup, device: torch.device) -> int:
     return int(most)
 
 
-OPTIONS = {"capacity": "capacity", "levels": "node_ranks"}
+OPTIONS = {"capacity": "capacity", "levels": "node_ranks", "wire": "wire"}
 """Fields of `Plan` that only some dispatchers read -> as users name them."""
 
 DISPATCH: Registry[Callable[[Plan], Dispatcher]] = Registry("dispatch")
@@ -181,6 +187,6 @@ def make_dispatcher(name: str, plan: Plan) -> Dispatcher:
     if unread:
         raise ConfigError(
             f"dispatch {name} does not read {' and '.join(unread)}",
-            fix="leave it out; all_to_all reads capacity, two_level reads node_ranks",
+            fix="leave it out; all_to_all reads capacity, two_level node_ranks, static wire",
         )
     return dispatcher

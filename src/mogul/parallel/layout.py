@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogul.core.errors import ConfigError
-from mogul.parallel.dispatch import Dispatcher, Rows
+from mogul.parallel.dispatch import Dispatcher, Rows, Wire
 from mogul.parallel.groups import Groups, make_groups
 from mogul.parallel.move import gather, join, scatter, split
 from mogul.parallel.shard import DISPATCHER, ExpertSpread, experts_of, spread_experts
 from mogul.parallel.slices import cut_columns, cut_rows
 from mogul.parallel.static import Static
+from mogul.parallel.window import Window, open_window
 from mogul.spec.families import model_spec
 from mogul.spec.parallel import Parallel
 
@@ -37,6 +38,7 @@ class _Batch:
     """Shape of the batch in flight and this rank's part of its tokens."""
 
     group: dist.ProcessGroup
+    window: Window | None = None
     sequences: int = 0
     length: int = 0
 
@@ -47,15 +49,19 @@ class _Batch:
 
     def end(self, x: Tensor) -> Tensor:
         """Rows [1, R, D] back to [B, L, D] on all tp ranks."""
-        return join(x[0], self.group)[: self.tokens].view(self.sequences, self.length, -1)
+        return join(x[0], self.group, self.window)[: self.tokens].view(
+            self.sequences, self.length, -1
+        )
 
     def whole(self, x: Tensor) -> Tensor:
         """Rows [1, R, D] to [B, L, D] for a computation that is cut over the tp ranks."""
-        return gather(x[0], self.group)[: self.tokens].view(self.sequences, self.length, -1)
+        return gather(x[0], self.group, self.window)[: self.tokens].view(
+            self.sequences, self.length, -1
+        )
 
     def share(self, x: Tensor) -> Tensor:
         """Parts of sums [B, L, D] to this rank's rows [1, R, D] of the sums."""
-        return scatter(self._padded(x.flatten(0, 1)), self.group)[None]
+        return scatter(self._padded(x.flatten(0, 1)), self.group, self.window)[None]
 
     @property
     def tokens(self) -> int:
@@ -93,6 +99,7 @@ def lay_out(
     rows: Rows = "equal",
     chunks: int = 0,
     capacity: float | None = None,
+    wire: Wire | None = None,
 ) -> Laid:
     """Cut `model` in place as `parallel` says; every rank calls with the same model.
 
@@ -106,9 +113,15 @@ def lay_out(
     base = _decoder_of(model)
     _check_model(model, parallel, dispatch)
     groups = make_groups(parallel)
-    batch = _Batch(groups.tp)
+    is_pushed = wire == "window" and groups.tp.size() > 1
+    batch = _Batch(groups.tp, open_window(groups.tp) if is_pushed else None)
     spread = ExpertSpread(
-        dispatch=dispatch, moe_tp=parallel.expert_tp, rows=rows, chunks=chunks, capacity=capacity
+        dispatch=dispatch,
+        moe_tp=parallel.expert_tp,
+        rows=rows,
+        chunks=chunks,
+        capacity=capacity,
+        wire=wire,
     )
     has_experts = any(True for _ in experts_of(model))
     dispatchers = spread_experts(model, groups.stage, spread) if has_experts else []
@@ -266,7 +279,8 @@ def _lay_out_shared(block: Any, groups: Groups, batch: _Batch) -> None:
         if group is groups.stage:  # the copies of the attention may have other numbers of rows
             pad = dispatcher.rows_of(rows_RD.shape[0], x.device) - rows_RD.shape[0]
         padded = F.pad(rows_RD, (0, 0, 0, pad)) if pad else rows_RD
-        y_RD = scatter(forward(gather(padded, group)), group)
+        window = batch.window if group is batch.group else None
+        y_RD = scatter(forward(gather(padded, group, window)), group, window)
         return y_RD[: rows_RD.shape[0]].view(x.shape)
 
     shared.forward = cut_forward

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
+from mogul.parallel.window import WORD, Window
 
 # The first names are those of torch 2.13, which warns of the second ones.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -167,14 +168,37 @@ def begin(rows: Tensor, move: Move) -> Begun:
     return Begun(arriving, move, flight)
 
 
-def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gather rows now; the gradient is reduce-scattered."""
-    return rows if group.size() == 1 else begin(rows, Gather(group)).end()
+def gather(
+    rows: Tensor, group: dist.ProcessGroup, window: Window | None = None, kind: str = "rows"
+) -> Tensor:
+    """All-gather rows now; the gradient is reduce-scattered.
+
+    Through a window (of the group) the result is valid until the next move but one; `kind` names
+    gathers that do not alternate with scatters.
+    """
+    if group.size() == 1:
+        return rows
+    if window is not None and may_push(rows):
+        return window.gather((rows,), kind).end()[0]
+    return begin(rows, Gather(group)).end()
 
 
-def scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+def scatter(rows: Tensor, group: dist.ProcessGroup, window: Window | None = None) -> Tensor:
     """Reduce-scatter rows now; the gradient is all-gathered."""
-    return rows if group.size() == 1 else begin(rows, Scatter(group)).end()
+    if group.size() == 1:
+        return rows
+    if window is not None and may_push(rows):
+        return window.scatter(rows, "sums").end()[0]
+    return begin(rows, Scatter(group)).end()
+
+
+def may_push(rows: Tensor) -> bool:
+    """Whether rows like these can go through a window; reads what all ranks have alike.
+
+    Never where gradients could be wanted: what is saved for them must not be overwritten.
+    """
+    whole_words = rows.shape[-1] * rows.element_size() % WORD.itemsize == 0
+    return whole_words and not torch.is_grad_enabled()
 
 
 class _Split(torch.autograd.Function):
@@ -204,6 +228,10 @@ def split(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return rows if group.size() == 1 else _Split.apply(rows, group)  # type: ignore[return-value]
 
 
-def join(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+def join(rows: Tensor, group: dist.ProcessGroup, window: Window | None = None) -> Tensor:
     """The rows of all ranks for a computation all do alike; the gradient is this rank's part."""
-    return rows if group.size() == 1 else _Join.apply(rows, group)  # type: ignore[return-value]
+    if group.size() == 1:
+        return rows
+    if window is not None and may_push(rows):
+        return gather(rows, group, window, "joined")
+    return _Join.apply(rows, group)  # type: ignore[return-value]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mogul.core.errors import ConfigError
-from mogul.parallel.dispatch import Dispatcher, Plan, Rows, make_dispatcher
+from mogul.parallel.dispatch import Dispatcher, Plan, Rows, Wire, make_dispatcher
 from mogul.parallel.groups import node_groups
 from mogul.parallel.owners import Owners, contiguous, placed
 from mogul.parallel.parcel import Payload
@@ -39,6 +39,7 @@ class ExpertSpread:
     capacity: float | None = None
     placement: Placement | None = None
     payload: Payload = "same"
+    wire: Wire | None = None
     node_ranks: int | None = None
     """Ranks of a node, for dispatch="two_level"."""
 
@@ -101,6 +102,7 @@ def spread_experts(
             rows=spread.rows,
             capacity=spread.capacity,
             payload=spread.payload,
+            wire=spread.wire,
             levels=levels,
         )
         dispatcher = make_dispatcher(spread.dispatch, plan)

@@ -19,15 +19,19 @@ from mogul.parallel.dispatch import (
     why_not_gather,
     why_not_static,
 )
-from mogul.parallel.move import Gather, Scatter, begin
+from mogul.parallel.move import Gather, Scatter, begin, may_push
 from mogul.parallel.parcel import Parcel, is_worth_packing
+from mogul.parallel.window import Window, open_window
 
 
 class Static(Dispatcher):
     """All-gather, the rank's own groups, reduce-scatter."""
 
+    reads = frozenset({"wire"})
+
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
+        self.window = open_window(plan.group) if plan.wire == "window" else None
         self.first = plan.expert_rank * self.owners.slots
         self.picks = self._columns()
         """Columns of the picks that stand on this rank."""
@@ -38,7 +42,9 @@ class Static(Dispatcher):
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, chunks: int) -> Tensor:
         """One gather a chunk first, then experts and scatter chunk by chunk."""
-        parts = zip(x.chunk(chunks), ids.chunk(chunks), weights.chunk(chunks), strict=True)
+        parts = list(zip(x.chunk(chunks), ids.chunk(chunks), weights.chunk(chunks), strict=True))
+        if self.window is not None and self.plan.payload == "same" and may_push(x):
+            return self._push(self.window, parts, experts)
         move, payload = Gather(self.group), self.plan.payload
         packed = is_worth_packing(x, weights)
         gathered = [Parcel(*part, move, packed=packed, payload=payload) for part in parts]
@@ -49,6 +55,24 @@ class Static(Dispatcher):
             y_RD = experts(x_RD, local_RA, weights_RK[:, self.picks].contiguous())
             scattered.append(begin(y_RD, Scatter(self.group)))
         out = [one.end() for one in scattered]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _push(
+        self, window: Window, parts: list[tuple[Tensor, Tensor, Tensor]], experts: Experts
+    ) -> Tensor:
+        """The same through the memory of the other ranks."""
+        aside = len(parts) > 1
+        gathered = [
+            window.gather((x, ids, weights.float()), f"tokens {number}", aside=aside)
+            for number, (x, ids, weights) in enumerate(parts)
+        ]
+        scattered = []
+        for number, one in enumerate(gathered):
+            x_RD, ids_RK, weights_RK = one.end()
+            local_RA = self._local(ids_RK[:, self.picks])
+            y_RD = experts(x_RD, local_RA, weights_RK[:, self.picks].contiguous())
+            scattered.append(window.scatter(y_RD, f"sums {number}", aside=aside))
+        out = [one.end()[0] for one in scattered]
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _local(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""Kernel that writes rows into the memory of other GPUs: up to three parts in one launch."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _copy_block(source_ptr, target_ptr, count, block, BLOCK: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(source_ptr + at, mask=at < count)
+    tl.store(target_ptr + at, words, mask=at < count)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def push_words(
+    addresses_ptr, first_ptr, second_ptr, third_ptr,
+    first_words, second_words, third_words, second_at, third_at, rank, step,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write this rank's words into its place at every peer (program 1).
+
+    A part lies at a peer as [ranks, words]; the second and third begin at `second_at` and
+    `third_at`. `step` words of the first part are skipped for every peer: 0 sends all the same.
+    """
+    block = tl.program_id(0)
+    peer = tl.program_id(1)
+    address = tl.load(addresses_ptr + peer)
+    base_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+    first_blocks = tl.cdiv(first_words, BLOCK)
+    second_blocks = tl.cdiv(second_words, BLOCK)
+    if block < first_blocks:
+        _copy_block(
+            first_ptr + peer.to(tl.int64) * step,
+            base_ptr + rank.to(tl.int64) * first_words,
+            first_words, block, BLOCK,
+        )  # fmt: skip
+    elif block < first_blocks + second_blocks:
+        target_ptr = base_ptr + second_at + rank.to(tl.int64) * second_words
+        _copy_block(second_ptr, target_ptr, second_words, block - first_blocks, BLOCK)
+    else:
+        target_ptr = base_ptr + third_at + rank.to(tl.int64) * third_words
+        block = block - first_blocks - second_blocks
+        _copy_block(third_ptr, target_ptr, third_words, block, BLOCK)
