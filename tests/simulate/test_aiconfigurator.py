@@ -67,4 +67,4 @@ def test_without_the_wheel_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(aiconfigurator, "wheel_dir", lambda: None)
     with pytest.raises(ArtifactError, match="not installed") as caught:
         aiconfigurator.tables("h100", "vllm")
-    assert "aiconfigurator-core==0.12.0" in caught.value.fix
+    assert "aiconfigurator-core==0.12.0" in "".join(caught.value.__notes__)
