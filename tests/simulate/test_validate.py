@@ -7,7 +7,7 @@ from mogul.simulate import curves
 from mogul.simulate.calibration import shipped
 from mogul.simulate.measurements import KernelTable, load_shipped
 from mogul.simulate.run import Setting, predict
-from mogul.simulate.validate import published, silicon, training, vllm
+from mogul.simulate.validate import own, published, silicon, training, vllm
 from mogul.simulate.validate.kernels import leave_one_model_out
 from mogul.simulate.validate.scoreboard import Bar, scores, statistics
 from mogul.spec.hardware import hardware
@@ -104,6 +104,20 @@ def test_a_measured_deployment_cannot_change_its_prediction(monkeypatch):
     )
     assert one.measured_s * 3 == pytest.approx(other.measured_s)
     assert one.predicted_s == other.predicted_s > 0
+
+
+def test_the_own_engine_is_predicted_from_kernels_alone(monkeypatch):
+    plain = own.steps()
+    (score,) = scores(("own",))
+    assert score.bars[0].holds
+    assert [one.name for one in plain if one.note] == ["Qwen3-30B-A3B, H100, prompts 1024"]
+    data = own.load("own")
+    for run in data["run"]:
+        run["step_ms"] = [3 * value for value in run["step_ms"]]
+    monkeypatch.setattr(own, "load", lambda _: data)
+    spoiled = own.steps()
+    assert [one.predicted_s for one in spoiled] == [one.predicted_s for one in plain]
+    assert spoiled[0].measured_s == pytest.approx(3 * plain[0].measured_s)
 
 
 def test_vllm_points_hold_their_bar():

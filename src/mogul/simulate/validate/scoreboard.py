@@ -10,9 +10,9 @@ import numpy as np
 
 from mogul.core.errors import ArtifactError
 from mogul.core.table import Table
-from mogul.simulate.validate import kernels, published, silicon, training, vllm
+from mogul.simulate.validate import kernels, own, published, silicon, training, vllm
 
-SETS = ("vllm", "published", "pangu", "training", "balance", "kernels", "silicon")
+SETS = ("own", "vllm", "published", "pangu", "training", "balance", "kernels", "silicon")
 NEEDS_WHEEL = ("kernels", "silicon")
 
 
@@ -52,6 +52,7 @@ def scores(names: tuple[str, ...], *, silicon_rows: int | None = None) -> list[S
         ArtifactError: a set needs AIConfigurator's wheel, which is not installed.
     """
     makers: Mapping[str, Callable[[], Score]] = {
+        "own": _own,
         "vllm": _vllm,
         "published": _published,
         "pangu": _pangu,
@@ -69,6 +70,21 @@ def _percent(value: float) -> str:
 
 def _median(errors: list[float]) -> float:
     return float(np.median(np.abs(errors)))
+
+
+def _own() -> Score:
+    steps = own.steps()
+    error = [one.predicted_s / one.measured_s - 1 for one in steps]
+    rows = [
+        (one.name, one.measured_s * 1e3, one.predicted_s * 1e3, _percent(off), one.tier, one.note)
+        for one, off in zip(steps, error, strict=True)
+    ]
+    scored = [off for one, off in zip(steps, error, strict=True) if not one.note]
+    columns = ("step", "measured ms", "predicted ms", "error", "known by", "note")
+    bar = Bar("own", "median error, zero-shot", _median(scored), 0.15)
+    ratios = tuple((one.name, 1 + off) for one, off in zip(steps, error, strict=True))
+    pairs = tuple((one.measured_s, one.predicted_s) for one in steps if not one.note)
+    return Score(Table("mogul's own engine", columns, rows), (bar,), ratios, pairs)
 
 
 def _vllm() -> Score:

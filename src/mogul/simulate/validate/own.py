@@ -1,0 +1,63 @@
+"""mogul's own engine: decode and prompt steps measured whole, predicted zero-shot.
+
+The kernels below a prediction were measured apart from the engine, in other runs; the engine's own
+times are no source of anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mogul.simulate.engines import engine
+from mogul.simulate.run import Prediction, Setting, predict
+from mogul.simulate.validate.published import load, model
+from mogul.spec.hardware import hardware
+from mogul.spec.quant import QuantScheme
+from mogul.spec.workload import Workload
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measured step."""
+
+    name: str
+    measured_s: float
+    predicted_s: float
+    tier: str
+    note: str = ""
+    """Why it is not scored; empty where it is."""
+
+
+def steps() -> list[Step]:
+    """All measured steps of `data/own.toml`."""
+    found = []
+    for run in load("own")["run"]:
+        for batch, measured_ms in zip(run["batch"], run["step_ms"], strict=True):
+            point = _predict(run, batch)
+            name = f"{run['name']}, decode {batch}"
+            found.append(Step(name, measured_ms * 1e-3, point.tpot_s, point.tier))
+        for one in run.get("prompts", ()):
+            point = _predict(run, one["batch"])
+            tokens = one["batch"] * run["input_tokens"]
+            name = f"{run['name']}, prompts {tokens}"
+            measured_s, note = tokens / one["tokens_per_s"], one.get("note", "")
+            found.append(Step(name, measured_s, point.prefill.seconds, point.tier, note))
+    return found
+
+
+def _predict(run: dict[str, Any], batch: int) -> Prediction:
+    setting = Setting(
+        model(run["model"]),
+        hardware(run["device"]),
+        quant=QuantScheme(**run["quant"]),
+        engine=engine("mogul"),
+    )
+    load_ = Workload(
+        input_tokens=run["input_tokens"],
+        output_tokens=run["output_tokens"],
+        batch=batch,
+        prefill_batch=batch,
+        arrival="together",
+    )
+    return predict(setting, load_, check_memory=False)
