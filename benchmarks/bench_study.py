@@ -6,12 +6,14 @@ python benchmarks/bench_study.py table                                     what 
 
 Runs that stand in `benchmarks/study.jsonl` are not run again, a run that was cut off resumes from
 its last checkpoint: the study can be done in pieces. Several runs share one device with `--jobs`;
-tokens/s is then left out. All variants of a seed see the same batches in the same order.
+tokens/s is then left out. Started once a device with one `--out`, it divides the runs among them.
+All variants of a seed see the same batches in the same order.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -21,10 +23,10 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
-from typing import Any
+from typing import Any, TextIO
 
 RESULTS = Path("benchmarks/study.jsonl")
-VARIANTS = ("topk-aux", "topk-bias", "moge2", "moge4", "moge8")
+VARIANTS = ("topk-aux", "moge8", "moge4", "topk-bias", "moge2")
 SECOND = ("smollm2-dense", "smollm2-moge2", "smollm2-moge4")  # upcycled against dense, continued
 DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
@@ -78,33 +80,51 @@ def read_results(file: Path) -> list[dict[str, Any]]:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Start what is missing, `--jobs` at a time, seed after seed."""
-    done = {(r["scale"], r["variant"], r["seed"]) for r in read_results(options.results)}
-    waiting = [
-        (variant, seed)
-        for seed in options.seeds
-        for variant in options.variants
-        if (scale_name(options, variant), variant, seed) not in done
-    ]
+    """Start what is missing, `--jobs` at a time, seed after seed; what was begun comes first."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    waiting = [(variant, seed) for seed in options.seeds for variant in options.variants]
+    waiting.sort(key=lambda key: not (options.out / run_name(options, *key)).exists())
     start_s, failed = time.monotonic(), 0
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], TextIO]] = {}
     while waiting or running:
         elapsed_s = time.monotonic() - start_s
         if options.deadline_s is not None and elapsed_s > options.deadline_s and waiting:
             print(f"{len(waiting)} runs are left for another time", flush=True)
             waiting.clear()
         while waiting and len(running) < options.jobs:
-            running[waiting[0]] = start(options, *waiting[0])
-            waiting.pop(0)
-        for key, process in list(running.items()):
+            key = waiting.pop(0)
+            if (lock := claim(options, *key)) is not None:
+                running[key] = start(options, *key), lock
+        for key, (process, lock) in list(running.items()):
             if options.stop_s is not None and elapsed_s > options.stop_s:
                 process.terminate()  # it saves and stops
             if (code := process.poll()) is not None:
                 print(f"{elapsed_s:.0f} s: {key} ended with {code}", flush=True)
                 failed += code != 0
+                lock.close()
                 del running[key]
         time.sleep(0.5)
     return 1 if failed else 0
+
+
+def run_name(options: argparse.Namespace, variant: str, seed: int) -> str:
+    """Of a run's folder and its log."""
+    return f"{scale_name(options, variant)}-{variant}-{seed}"
+
+
+def claim(options: argparse.Namespace, variant: str, seed: int) -> TextIO | None:
+    """A lock on a run that is missing; None where it is done or another process has it."""
+    lock = (options.out / f"{run_name(options, variant, seed)}.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    done = {(r["scale"], r["variant"], r["seed"]) for r in read_results(options.results)}
+    if (scale_name(options, variant), variant, seed) in done:
+        lock.close()
+        return None
+    return lock
 
 
 def start(options: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen[bytes]:
@@ -118,8 +138,7 @@ def start(options: argparse.Namespace, variant: str, seed: int) -> subprocess.Po
     command += ["--tokens", options.tokens] if options.tokens else []
     command += ["--windows", str(options.windows)] if options.windows else []
     command += [word for change in options.set for word in ("--set", change)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{scale_name(options, variant)}-{variant}-{seed}.log").open("ab") as log:
+    with (options.out / f"{run_name(options, variant, seed)}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -148,7 +167,7 @@ def run_one(options: argparse.Namespace, variant: str, seed: int) -> int:
     if options.scale:
         changes += changes_of(tomllib.loads(options.scale.read_text(encoding="utf-8")))
     recipe = read_recipe(f"recipes/study-{variant}.toml", [*changes, *options.set])
-    folder = options.out / f"{scale_name(options, variant)}-{variant}-{seed}"
+    folder = options.out / run_name(options, variant, seed)
     try:
         session = Session(recipe, folder, resume=folder.exists())
     except ArtifactError:  # cut off before its first checkpoint
