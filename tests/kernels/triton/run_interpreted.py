@@ -99,6 +99,7 @@ def main() -> None:
         }[name]
         layer.plan_for = lambda shape, tokens, plan=plan: plan
         layer._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 8192
+        layer._SORT_BLOCK = 32  # several blocks
         tokens, experts = (2, 16) if name == "few" else (21, 4)
         print(
             json.dumps({"case": name, **errors(make(tokens, 64, 40, experts, 2, kind), grad=grad)})

@@ -97,7 +97,7 @@ def tile_type(block: list[int], element: str) -> str:
 ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 
 
-PRODUCT = {"NARROW": False, "TURNS": False, "SAVE": False, "SYNC": 1}
+PRODUCT = {"NARROW": False, "TURNS": False, "SAVE": False, "SYNC": 1, "SLACK": 0, "PATIENCE": 64}
 
 
 def split_product(element: str, boxes: tuple[list[int] | None, list[int]], **changes: Any) -> Any:
@@ -148,7 +148,8 @@ def test_split_weight_gradient_fits_hopper(element: str) -> None:
     }
     constants = {
         **{"M": 2688, "N": 512, "K": 8, "E": 64, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_R": 64},
-        **{"BLOCK_GROUP": 8, "STAGES": 4, "GATHER_LEFT": False, "SYNC": 0, "NARROW": False},
+        **{"BLOCK_GROUP": 8, "STAGES": 4, "GATHER_LEFT": False, "SYNC": 0, "SLACK": 0},
+        **{"PATIENCE": 64, "NARROW": False},
         **ROLES,
     }
     done = compiled(hopper_weight_kernels.split_weight_grad, types, constants, 90, num_warps=4)

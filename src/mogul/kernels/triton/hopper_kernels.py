@@ -59,16 +59,16 @@ def _tile_at(
 
 
 @gluon.jit
-def wait_for_wave(counter_ptr, wave, total):
-    """Hold the loader until every program has begun its tile of this wave.
+def wait_for_wave(counter_ptr, wave, total, SLACK: gl.constexpr, PATIENCE: gl.constexpr):
+    """Hold the loader until all programs but SLACK have begun their tile of this wave.
 
     Tiles that start together read the same columns together, so the cache serves all but the first.
     Only a hint: the wait is bounded, because nothing guarantees that all programs are resident.
     """
     gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    goal = gl.minimum((wave + 1) * gl.num_programs(0), total)
+    goal = gl.minimum((wave + 1) * gl.num_programs(0), total) - SLACK
     tries = 0
-    while (gl.load(counter_ptr, volatile=True) < goal) & (tries < 64):
+    while (gl.load(counter_ptr, volatile=True) < goal) & (tries < PATIENCE):
         tries += 1
 
 
@@ -100,6 +100,7 @@ def _load(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
+    SLACK: gl.constexpr, PATIENCE: gl.constexpr,
 ):  # fmt: skip
     """Load weights [columns, BLOCK_K] and rows [BLOCK_T, BLOCK_K], every step of every tile."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -114,7 +115,8 @@ def _load(
             tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
         )
         if SYNC > 0:
-            wait_for_wave(head_ptr + E + 1 + SYNC, tile // gl.num_programs(0), num_tiles)
+            wave = tile // gl.num_programs(0)
+            wait_for_wave(head_ptr + E + 1 + SYNC, wave, num_tiles, SLACK, PATIENCE)
         if GATHER:
             rows = start + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
             live = rows < end
@@ -180,6 +182,16 @@ def store_columns(acc, out_ptr, row, live, first, N: gl.constexpr):
 
 
 @gluon.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) to some units in the last place; exp(-x) as a power of two."""
+    asm: gl.constexpr = (
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+        " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+    )
+    return gl.inline_asm_elementwise(asm, "=f,f", [x], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _up_columns(gate, up, act_ptr, pre_ptr, row, live, first, F: gl.constexpr, SAVE: gl.constexpr):
     """SwiGLU of some columns, 64 at a time; SAVE also keeps both products."""
     if gate.shape[1] > 64:
@@ -189,7 +201,7 @@ def _up_columns(gate, up, act_ptr, pre_ptr, row, live, first, F: gl.constexpr, S
         _up_columns(gate_l, up_l, act_ptr, pre_ptr, row, live, first, F, SAVE)
         _up_columns(gate_r, up_r, act_ptr, pre_ptr, row, live, first + half, F, SAVE)
     else:
-        _store(gate / (1.0 + gl.exp(-gate)) * up, act_ptr, row, live, first, F, F)
+        _store(gate * _sigmoid(gate) * up, act_ptr, row, live, first, F, F)
         if SAVE:
             _store(gate, pre_ptr, row, live, first, F, 2 * F)
             _store(up, pre_ptr + F, row, live, first, F, 2 * F)
@@ -211,7 +223,7 @@ def _grad_piece(acc, g, u, weight, dpre_ptr, act_ptr, row, live, first, F: gl.co
     g = g.to(gl.float32)
     u = u.to(gl.float32)
     d = gl.convert_layout(acc, row.type.layout.parent)
-    sig = 1.0 / (1.0 + gl.exp(-g))
+    sig = _sigmoid(g)
     silu = g * sig
     act = silu * u
     share = gl.sum(d * act, 1)
@@ -411,13 +423,14 @@ def row_product(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    SYNC: gl.constexpr, NARROW: gl.constexpr, TURNS: gl.constexpr,
+    SYNC: gl.constexpr, SLACK: gl.constexpr, PATIENCE: gl.constexpr, NARROW: gl.constexpr,
+    TURNS: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
 
     Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
-    SYNC > 0 keeps the programs in step by counter SYNC of the sort's head, see wait_for_wave.
+    SYNC > 0 keeps all programs but SLACK in step by a counter of the sort's head: wait_for_wave.
     NARROW computes only what is needed of a last column tile (64 or 128 columns).
     TURNS gives each multiplier whole tiles in turn: one's epilogue runs under the other's product.
     """
@@ -455,7 +468,7 @@ def row_product(
             (_load, (
                 a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
                 free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
-                TRANSPOSED, SYNC,
+                TRANSPOSED, SYNC, SLACK, PATIENCE,
             )),
         ],
         [4, LOAD_WARPS],

@@ -43,7 +43,8 @@ def _load(
     free,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr,
+    STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr, SLACK: gl.constexpr,
+    PATIENCE: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     NUM_M: gl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -56,7 +57,8 @@ def _load(
     for tile in range(gl.program_id(0), E * NUM_M * NUM_N, gl.num_programs(0)):
         _, m, n, start, end = _place(tile, head_ptr, NUM_M, NUM_N, BLOCK_GROUP)
         if SYNC > 0:
-            wait_for_wave(head_ptr + E + 1 + SYNC, tile // gl.num_programs(0), E * NUM_M * NUM_N)
+            wave = tile // gl.num_programs(0)
+            wait_for_wave(head_ptr + E + 1 + SYNC, wave, E * NUM_M * NUM_N, SLACK, PATIENCE)
         cols = (m if GATHER_LEFT else n) * wide + gl.arange(0, wide, gl.SliceLayout(0, layout))
         source = left_ptr if GATHER_LEFT else right_ptr
         slot = gl.load(order_ptr + start + lane, mask=start + lane < end, other=0)
@@ -145,7 +147,8 @@ def split_weight_grad(
     left_ptr, left_desc, right_ptr, right_desc, out_ptr, order_ptr, head_ptr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr, NARROW: gl.constexpr,
+    STAGES: gl.constexpr, GATHER_LEFT: gl.constexpr, SYNC: gl.constexpr, SLACK: gl.constexpr,
+    PATIENCE: gl.constexpr, NARROW: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """out[e] [M, N] = left[rows of e].T @ right[rows of e]; one side gathered by token.
@@ -177,6 +180,7 @@ def split_weight_grad(
                 left_ptr, left_desc, right_ptr, right_desc, order_ptr, head_ptr, left_ring,
                 right_ring, full, free,
                 M, N, K, E, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_GROUP, STAGES, GATHER_LEFT, SYNC,
+                SLACK, PATIENCE,
             )),
         ],
         [4, LOAD_WARPS],

@@ -37,7 +37,7 @@ _COUNTER_OF = {
 """Counter of the sort's head that keeps the programs of a product in step."""
 _ONE_LAUNCH_SLOTS = 8192
 """Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
-_SORT_BLOCK = 1024
+_SORT_BLOCK = 256
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
@@ -120,7 +120,7 @@ class Layer:
         first((blocks, 1), self.device, ids, count, slots)
         scan((self.shape.experts, 1), self.device, count, before, total, blocks)
         tables = (result.order, result.head, result.tiles)
-        place((blocks, 1), self.device, ids, count, before, total, *tables, slots)
+        place((blocks, 1), self.device, ids, before, total, *tables, slots)
 
     # ---- forward
 
@@ -414,7 +414,7 @@ class Layer:
 
         counter = _COUNTER_OF["DOWN_WEIGHT" if gather_left else "UP_WEIGHT"]
         sync = counter if tile.sync else 0
-        ring = {"STAGES": tile.stages, "SYNC": sync, "NARROW": tile.narrow}
+        ring = {"STAGES": tile.stages, "SYNC": sync, **_pace(tile), "NARROW": tile.narrow}
         return Launch(split_weight_grad, {**constants, **ring, **_GATHER_ROLES})
 
     def _split_product(
@@ -446,6 +446,7 @@ class Layer:
             "TRANSPOSED": role in ("DOWN_GRAD", "UP_GRAD"),
             "SAVE": save,
             "SYNC": _COUNTER_OF[role] if tile.sync else 0,
+            **_pace(tile),
             "NARROW": tile.narrow and not save,
             "TURNS": tile.turns,
             **(_GATHER_ROLES if gathers else _TMA_ROLES),
@@ -465,6 +466,10 @@ def _blocks(plan: Plan, tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.k,
         "BLOCK_GROUP": tile.group,
     }
+
+
+def _pace(tile: Tile) -> dict[str, int]:
+    return {"SLACK": tile.slack, "PATIENCE": tile.patience}
 
 
 def _flags(tile: Tile) -> dict[str, bool]:

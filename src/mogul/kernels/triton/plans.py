@@ -34,6 +34,10 @@ class Tile:
     """Hopper kernels with a loader and two multipliers; `stages` is the length of their ring."""
     sync: bool = False
     """Split kernels start their tiles in step, for products whose operands outgrow the cache."""
+    slack: int = 0
+    """Programs that may lag behind when the others go on (`sync`)."""
+    patience: int = 64
+    """Looks at the counter before a program goes on alone (`sync`)."""
     narrow: bool = False
     """Split kernels compute only what is needed of a last column tile. Up that keeps its products
     for backward does not: there it was measured slower."""

@@ -19,8 +19,10 @@ from mogul.kernels.triton import _device_reason
 from mogul.kernels.triton.launch import Launch, cdiv, next_power_of_2
 
 MAX_COLUMNS = 4096
-_TILE = 512
-"""Columns x tokens that one program holds."""
+_SMALL, _LARGE = 512, 4096
+"""Columns x tokens that one program holds; the large tile adds to the counts less often."""
+_MANY = 1 << 18
+"""Columns x tokens from which large tiles still fill the device."""
 
 
 def why_not_route(
@@ -107,13 +109,14 @@ def _launch(
     tensors = [t for t in (logits, bias, scale) if t is not None]
     facts = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
     num_bias = 0 if bias is None else bias.numel()
-    key = (*rule, factor, num_bias, scale is None, facts, device)
+    columns = max(16, next_power_of_2(rule[0] + rule[3]))
+    many = logits.shape[0] * columns >= _MANY
+    key = (*rule, factor, num_bias, scale is None, facts, device, many)
     if key not in _launches:
         from mogul.kernels.triton import route_kernels
 
         experts, picks, groups, nulls, limit, score, weighting = rule
-        columns = max(16, next_power_of_2(experts + nulls))
-        block = max(1, _TILE // columns)
+        block = max(1, (_LARGE if many else _SMALL) // columns)
         constants = {
             **{"E": experts, "NULLS": nulls, "M": groups, "K": picks, "LIMIT": limit},
             **{"SCORE": score, "WEIGHTING": weighting, "SCALED": scale is not None},
@@ -121,7 +124,7 @@ def _launch(
             **{"COLUMNS": columns, "SLOTS": next_power_of_2(picks)},
             **{"GROUPS": max(2, next_power_of_2(groups))},
         }
-        warps = 1 if columns <= 256 else 4
+        warps = 8 if many else 1 if columns <= 256 else 4
         _launches[key] = Launch(route_kernels.route_tokens, constants, warps=warps, stages=1), block
     return _launches[key]
 

@@ -118,11 +118,11 @@ def scan_blocks(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def place_slots(
-    ids_ptr, count_ptr, before_ptr, total_ptr, order_ptr, head_ptr, tiles_ptr, num_slots,
+    ids_ptr, before_ptr, total_ptr, order_ptr, head_ptr, tiles_ptr, num_slots,
     E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each block sorts its slots by (expert, slot) and writes them where they belong."""
+    """Each block ranks its slots among those of their expert and writes them where they belong."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -132,10 +132,13 @@ def place_slots(
     for e in range(block, E, tl.num_programs(0)):
         _write_expert(e, total_E, tiles_ptr, head_ptr, E, BINS, BLOCK_T)
     lane = tl.arange(0, BLOCK_S)
-    key = tl.sort(_bins(ids_ptr, block * BLOCK_S + lane, num_slots, E) * BLOCK_S + lane)
-    bin_S = key // BLOCK_S
-    local_E = tl.load(count_ptr + block * BINS + bins)
-    shift_E = tl.cumsum(total_E, 0) - total_E + tl.load(before_ptr + block * BINS + bins)
-    shift_E -= tl.cumsum(local_E, 0) - local_E
-    row = lane + tl.gather(shift_E, bin_S, 0)
-    tl.store(order_ptr + row, block * BLOCK_S + key % BLOCK_S, mask=bin_S < E)
+    bin_S = _bins(ids_ptr, block * BLOCK_S + lane, num_slots, E)
+    rank = tl.zeros((BLOCK_S,), tl.int32)
+    for base in range(0, BLOCK_S, 32):
+        others = base + tl.arange(0, 32)
+        other = _bins(ids_ptr, block * BLOCK_S + others, num_slots, E)
+        earlier = (other[None, :] == bin_S[:, None]) & (others[None, :] < lane[:, None])
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    first_E = tl.cumsum(total_E, 0) - total_E + tl.load(before_ptr + block * BINS + bins)
+    row = rank + tl.gather(first_E, bin_S, 0)
+    tl.store(order_ptr + row, block * BLOCK_S + lane, mask=bin_S < E)
