@@ -137,20 +137,34 @@ def await_warm(bench: Any) -> None:
         time.sleep(0.1)
 
 
-def smoke(bench: Any, tiny: bool) -> None:
-    """A small layer: every way right, captured, and without waits for the host; the moves alone."""
-    from mogul.bench.devices import WAYS, Request, check_exact, measure_cells, prepare
+def moves(bench: Any, tiny: bool) -> None:
+    """The moves alone, by collectives and through a window."""
     from mogul.bench.devices_moves import measure_moves
-    from mogul.bench.kernels import LayerShape, device_name
+    from mogul.bench.kernels import device_name
 
     bench.put("device", {"device": device_name(bench.world.device)})
     bench.attempt("moves", lambda: measure_moves(bench, tiny=tiny))
+
+
+def ways_of(bench: Any, words: tuple[str, ...]) -> tuple[Any, ...]:
+    """The ways to measure; none through a window where that hung."""
+    from mogul.bench.devices import WAYS
+
+    found = [way for way in WAYS if not words or any(word in way.name for word in words)]
+    return tuple(way for way in found if "moves" not in bench.lost or way.wire is None)
+
+
+def smoke(bench: Any, tiny: bool) -> None:
+    """A small layer: every way right, captured, and without waits for the host."""
+    from mogul.bench.devices import Request, check_exact, measure_cells, prepare
+    from mogul.bench.kernels import LayerShape
+
     shape = LayerShape(16, 4, 64, 32, 4) if tiny else LayerShape(64, 8, 2048, 768, 8)
     request = Request(
         shape=shape,
         tokens=(64,),
         routings=("skewed",),
-        ways=WAYS[:8],
+        ways=ways_of(bench, ())[:8],
         dtype="fp32" if tiny else "bf16",
         budget_s=0.02,
         traced_tokens=(64,),
@@ -180,12 +194,11 @@ def cells(bench: Any, rows: Any, model: str) -> None:
 
 def layer(bench: Any, name: str, tokens: int, options: argparse.Namespace) -> None:
     """All ways of one shape at one number of tokens."""
-    from mogul.bench.devices import WAYS, Request, check_exact, explain, measure_cells, prepare
+    from mogul.bench.devices import Request, check_exact, explain, measure_cells, prepare
     from mogul.bench.kernels import LayerShape
 
     tiny = options.tiny
-    words = options.ways
-    ways = tuple(w for w in WAYS if not words or any(word in w.name for word in words))
+    ways = ways_of(bench, options.ways)
     request = Request(
         shape=LayerShape(*(TINY_SHAPES if tiny else SHAPES)[name]),
         tokens=(tokens,),
@@ -251,6 +264,8 @@ def decoding(bench: Any, layout: str, wire: str | None, options: argparse.Namesp
     from mogul.spec.parallel import Parallel, h2p
 
     world, tiny = bench.world, options.tiny
+    if wire == "window" and "moves" in bench.lost:
+        return
     bench.kept.pop("model", None)
     gc.collect()
     if not tiny:
@@ -309,7 +324,10 @@ def units_of(options: argparse.Namespace) -> list[Any]:
         return found
 
     makers = {
-        "smoke": lambda: [Unit("smoke", 40, smoke, (options.tiny,))],
+        "smoke": lambda: [
+            Unit("moves", 25, moves, (options.tiny,)),
+            Unit("smoke", 40, smoke, (options.tiny,)),
+        ],
         "computing": lambda: [Unit("computing", 300, computing)],
         "layers": lambda: [
             Unit(f"{name} T{tokens}", 60, layer, (name, tokens, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import ranks
 from mogul.core.errors import ConfigError, MogulError
 from mogul.parallel import launch, start
 from mogul.parallel.process import free_port
-from mogul.parallel.watch import EXIT_CODE
+from mogul.parallel.watch import BEATS_A_PATIENCE, EXIT_CODE
 
 
 def test_the_message_of_the_failed_rank_is_told():
@@ -59,6 +60,12 @@ def test_ranks_without_a_launcher_see_that_one_is_gone(victim):
     started[victim].communicate(timeout=60)
     assert other.returncode == EXIT_CODE
     assert f"mogul: rank {1 - victim} ends: " in told
+
+
+def test_the_default_patience_ends_all_within_a_minute():
+    patience_s = inspect.signature(start).parameters["patience_s"].default
+    beat_s = patience_s / BEATS_A_PATIENCE
+    assert patience_s + 3 * beat_s < 60  # the last beat, the look that starts the count, the last
 
 
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):

@@ -45,6 +45,8 @@ class Bench:
     world: World
     folder: Path
     began_s: float
+    lost: frozenset[str] = frozenset()
+    """Units that took earlier ranks with them."""
     kept: dict[str, Any] = field(default_factory=dict)
 
     def put(self, part: str, row: dict[str, Any], text: str | None = None) -> None:
@@ -79,9 +81,10 @@ def run_units(
     left = list(units)
     while left and time.time() < end_s - 5:
         before = set(_names(folder, "begin"))
+        lost = frozenset(before - set(_names(folder, "end")))
         try:
             launch(
-                _run_on_rank, ranks, left, str(folder), began_s, end_s,
+                _run_on_rank, ranks, left, str(folder), began_s, end_s, lost,
                 on_cpu=on_cpu, threads=1 if on_cpu else None, patience_s=16.0,
                 timeout_s=end_s - time.time(),
             )  # fmt: skip
@@ -110,9 +113,14 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run_on_rank(
-    world: World, units: Sequence[Unit], folder: str, began_s: float, end_s: float
+    world: World,
+    units: Sequence[Unit],
+    folder: str,
+    began_s: float,
+    end_s: float,
+    lost: frozenset[str],
 ) -> None:
-    bench = Bench(world, Path(folder), began_s)
+    bench = Bench(world, Path(folder), began_s, lost)
     for unit in units:
         left_s = torch.tensor(end_s - time.time(), device=world.device, dtype=torch.float64)
         dist.all_reduce(left_s, dist.ReduceOp.MIN)  # all ranks decide alike

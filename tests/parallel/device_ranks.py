@@ -1,0 +1,64 @@
+"""What ranks compute in the tests on several GPUs; importable, so that they find it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from mogul.bench.devices import WAYS, Request, check_exact, prepare
+from mogul.bench.devices_cases import Way, dispatcher_of, make_inputs
+from mogul.bench.devices_clock import Clock, host_waits
+from mogul.bench.kernels import LayerShape
+from mogul.parallel import World
+
+SHAPE = LayerShape(16, 4, 256, 128, 4)
+
+
+def errors_by_way(world: World) -> dict[str, float]:
+    """Relative error of every way against all experts on one device, forward and backward."""
+    setup = prepare(world, Request(shape=SHAPE, budget_s=0.01))
+    ways = [way for way in WAYS if way.dispatch != "transformers"]
+    return {way.name: check_exact(setup, way, 96) for way in ways}
+
+
+@torch.no_grad()
+def replay(world: World, wire: str | None) -> dict[str, object]:
+    """Thirty layers in one graph, replayed on new tokens; waits for the host of a plain call."""
+    setup = prepare(world, Request(shape=SHAPE, budget_s=0.01))
+    way = Way("grouped", "static", wire=wire)  # type: ignore[arg-type]
+    dispatcher = dispatcher_of(world, SHAPE, way, 32)
+    plain = dispatcher_of(world, SHAPE, Way("grouped", "static"), 32)
+    inputs = make_inputs(world, SHAPE, way, "skewed", 32, torch.bfloat16)
+    x = inputs.x.clone()
+
+    def layers(run) -> torch.Tensor:
+        y = x
+        for _ in range(30):
+            y = y + run(y, inputs.ids, inputs.weights, setup.weights.run)
+        return y
+
+    out = torch.empty_like(x)
+    errors = []
+    with Clock(world.device).captured(lambda: out.copy_(layers(dispatcher))) as again:
+        for seed in range(20):
+            torch.manual_seed(100 * world.rank + seed)
+            x.copy_(torch.randn_like(x))
+            again()
+            wanted = layers(plain)
+            errors.append(float((out - wanted).float().norm() / wanted.float().norm()))
+    call = lambda: dispatcher(x, inputs.ids, inputs.weights, setup.weights.run)  # noqa: E731
+    return {"error": max(errors), **host_waits(call)}
+
+
+def dies(world: World) -> None:
+    """Rank 1 vanishes while the other waits for it in a collective on the device."""
+    x = torch.ones(8, device=world.device)
+    dist.all_reduce(x)
+    torch.accelerator.synchronize()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(x)
+    torch.accelerator.synchronize()
