@@ -58,6 +58,7 @@ def main() -> None:
         reuse_prefix=False,
         seed=0,
         memory_share=0.45,
+        graph_sizes=tuple(sorted(options.batches)),
     )
     for name in options.proposers:
         plain = Engine(model, None, settings)

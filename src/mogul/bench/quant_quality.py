@@ -1,15 +1,16 @@
-"""What quantised experts cost in quality: SmolLM2 and its upcycled form, format by format.
+"""What quantised weights cost in quality: SmolLM2, its upcycled form and nano, format by format.
 
 Decides the measure: bits per byte of held-out text against the unquantised model, the share of
 positions whose likeliest token stays, and, with a router, the share of picks that stay. The dense
-model's FFN runs as one expert, so both forms go through the same arithmetic: that of the kernels,
-simulated in fp32 (fp8 activations by row, int4 with bf16 scales).
+model's FFN runs as one expert, so all forms go through the same arithmetic: that of the kernels,
+simulated in fp32 (fp8 activations by row, int4 with bf16 scales). What an fp8 cache costs stands
+in `kv_quality.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,25 @@ from mogul.kernels import FORMATS
 from mogul.models import upcycle
 from mogul.models.expert_inputs import expert_inputs
 from mogul.models.quantise import quantise_model
+from mogul.models.quantise_linears import quantise_linears
 from mogul.observe.hooks import Picks, watch
 from mogul.spec.grouping import Grouping
 from mogul.train.data import Windows
 
 GROUPING = Grouping(num_experts=32, num_groups=8, top_k=8)
+LINEARS = "+linears"
+"""Behind a format's name: linear layers of the decoder blocks are fp8 too, as an engine has it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, made anew for every format, with the text it is measured on."""
+
+    name: str
+    build: Callable[[], Any]
+    held_out: Windows
+    calibration: Windows
+    has_router: bool
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,8 @@ def as_one_expert(dense: Any) -> Any:
     return model
 
 
-def _upcycled(dense: Any, grouping: Grouping) -> Any:
+def upcycled(dense: Any, grouping: Grouping = GROUPING) -> Any:
+    """The dense model with experts in groups, run by mogul's kernels."""
     model = upcycle(dense, num_experts=grouping.num_experts, num_groups=grouping.num_groups)
     model.set_experts_implementation("mogul")
     return model.eval()
@@ -146,45 +162,53 @@ def _same_picks(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | No
     return kept / total
 
 
+def subjects_of(
+    dense: Any, held_out: Windows, calibration: Windows, grouping: Grouping = GROUPING
+) -> list[Subject]:
+    """A dense model and its upcycled form, on the same text."""
+    return [
+        Subject("dense", lambda: as_one_expert(dense), held_out, calibration, has_router=False),
+        Subject(
+            "upcycled", lambda: upcycled(dense, grouping), held_out, calibration, has_router=True
+        ),
+    ]
+
+
 def qualities(
-    dense: Any,
-    held_out: Windows,
-    calibration: Windows,
+    subject: Subject,
     *,
     formats: Sequence[str] = tuple(FORMATS),
-    uncalibrated: bool = True,
-    grouping: Grouping = GROUPING,
+    calibrated: Sequence[bool] = (True, False),
 ) -> Iterator[Quality]:
-    """Every format on the dense model and on its upcycled form, one at a time."""
-    builders = {
-        "dense": lambda: as_one_expert(dense),
-        "upcycled": lambda: _upcycled(dense, grouping),
-    }
-    for name, build in builders.items():
-        has_router = name == "upcycled"
-        model = build()
-        before = _look(model, held_out, has_router=has_router)
-        yield Quality(name, "none", False, before.bits_per_byte, 0.0, 1.0,
-                      1.0 if has_router else None, 32.0)  # fmt: skip
-        importance = expert_inputs(model, _batches(calibration, 4))
-        for format_name in formats:
-            for calibrated in (True, False) if uncalibrated else (True,):
-                say(f"{name} in {format_name}")
-                quantised = quantise_model(
-                    copy.deepcopy(model), format_name, importance=importance if calibrated else None
-                )
-                after = _look(quantised, held_out, has_router=has_router)
-                yield Quality(
-                    name,
-                    format_name,
-                    calibrated,
-                    after.bits_per_byte,
-                    after.bits_per_byte / before.bits_per_byte - 1,
-                    float((after.top1 == before.top1).float().mean()),
-                    _same_picks(before.picks, after.picks),
-                    _expert_bits(quantised),
-                )
-                del quantised
+    """Every format, with and without input statistics, one at a time."""
+    model = subject.build()
+    before = _look(model, subject.held_out, has_router=subject.has_router)
+    yield Quality(subject.name, "none", False, before.bits_per_byte, 0.0, 1.0,
+                  1.0 if subject.has_router else None, 32.0)  # fmt: skip
+    importance = expert_inputs(model, _batches(subject.calibration, 4)) if any(calibrated) else None
+    del model
+    for name in formats:
+        for is_calibrated in calibrated:
+            say(f"{subject.name} in {name}")
+            quantised: Any = quantise_model(
+                subject.build(),
+                name.removesuffix(LINEARS),
+                importance=importance if is_calibrated else None,
+            )
+            if name.endswith(LINEARS):
+                quantise_linears(quantised)
+            after = _look(quantised, subject.held_out, has_router=subject.has_router)
+            yield Quality(
+                subject.name,
+                name,
+                is_calibrated,
+                after.bits_per_byte,
+                after.bits_per_byte / before.bits_per_byte - 1,
+                float((after.top1 == before.top1).float().mean()),
+                _same_picks(before.picks, after.picks),
+                _expert_bits(quantised),
+            )
+            del quantised
 
 
 def _expert_bits(model: nn.Module) -> float:

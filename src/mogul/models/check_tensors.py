@@ -20,6 +20,9 @@ from mogul.models.conversion import PANGU_SKIPPED
 from mogul.models.moge.configuration_moge import MogeConfig
 from mogul.spec.checkpoint import TensorEntry
 
+CACHE_SCALES = (".k_scale", ".v_scale")
+"""Scales of an fp8 cache, which an engine reads by itself (`serve/kv_scales.py`)."""
+
 
 def check_names(
     folder: Path, skeleton: PreTrainedModel, stored: Mapping[str, TensorEntry]
@@ -34,6 +37,7 @@ def check_names(
     expected = expected_shapes(skeleton)
     unknown = set(stored) - set(expected)
     skipped = unknown & mtp_copies(skeleton.config)
+    skipped |= {name for name in unknown if name.endswith(CACHE_SCALES)}
     if skeleton.config.model_type == "PanguProMoE":
         skipped |= {n for n in unknown if PANGU_SKIPPED.search(n)}
     for name in sorted(skipped):

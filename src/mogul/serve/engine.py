@@ -23,6 +23,7 @@ from mogul.models.load import default_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
 from mogul.serve.admit import PROMPT_ROWS, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
+from mogul.serve.kv_scales import KvScales, read_scales
 from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
@@ -75,22 +76,29 @@ class Engine:
         *,
         name: str = "",
         speculator: Speculator | None = None,
+        kv_scales: KvScales | None = None,
     ) -> None:
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
         fuse = self.options.fuse and model.device.type != "cpu"
         self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)
         try:
-            self._open(model, name, speculator)
+            self._open(model, name, speculator, kv_scales)
         except BaseException:
             if speculator is not None:
                 speculator.close()
             self.runner.close()
             raise
 
-    def _open(self, model: PreTrainedModel, name: str, speculator: Speculator | None) -> None:
+    def _open(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        speculator: Speculator | None,
+        scales: KvScales | None,
+    ) -> None:
         self.sizes = sizes = choose_sizes(self.runner, self.options)
-        self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size)
+        self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size, scales)
         self.pool = BlockPool(sizes.num_pages, sizes.page_size, reuse=self.options.reuse_prefix)
         self.room = PageRoom(self.pool, sizes.pages_a_table)
         limits = Limits(sizes.step_tokens, sizes.max_sequences, sizes.num_pages * sizes.page_size)
@@ -163,7 +171,10 @@ class Engine:
             quantise=quantise,
         )
         tokenizer = open_tokenizer(path)
-        return cls(model, tokenizer, settled, name=str(path), speculator=speculator)
+        scales = read_scales(path) if settled.kv_dtype == "fp8" and load == "checkpoint" else None
+        return cls(
+            model, tokenizer, settled, name=str(path), speculator=speculator, kv_scales=scales
+        )
 
     # ------------------------------------------------------------------------------ requests
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mogul.serve.borrow import borrow, give_back
 from mogul.serve.fuse import fuse_linears
 from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
+from mogul.serve.kv_scales import KvScales, scales_for
 from mogul.serve.options import EngineOptions
 from mogul.serve.routed import ExpertTap
 
@@ -60,15 +62,19 @@ class Runner:
     def _dtype(self, shape: LayerShape) -> torch.dtype:
         return self.kv_dtype or shape.dtype
 
-    def make_room(self, limits: Layout, num_pages: int, page_size: int) -> None:
-        """Allocate the pages and the arenas of steps up to `limits`."""
+    def make_room(
+        self, limits: Layout, num_pages: int, page_size: int, scales: KvScales | None = None
+    ) -> None:
+        """Allocate the pages, fp8 ones with scales, and the arenas of steps up to `limits`."""
         self.page_size = page_size
         self.arena = Arena(limits, self.device)
         self.last_ids = torch.zeros(limits.rows, dtype=torch.int64, device=self.device)
-        for shape in self.shapes:
+        factors = scales_for(self.shapes, scales, self.device) if self.kv_dtype else repeat(())
+        for shape, pair in zip(self.shapes, factors, strict=False):
             size = (num_pages, page_size, shape.num_kv_heads, shape.width)
             kind = {"dtype": self._dtype(shape), "device": self.device}
-            self.caches.append(LayerCache(torch.zeros(size, **kind), torch.zeros(size, **kind)))
+            pages = (torch.zeros(size, **kind), torch.zeros(size, **kind))
+            self.caches.append(LayerCache(*pages, *pair))
 
     def want_picks(self) -> None:
         """Keep the picks of every step from now on.

@@ -150,7 +150,7 @@ class DraftLength:
         return best if best and speeds[best] >= self.margin * speeds[0] else 0
 
     def _try_again(self, bucket: _Bucket) -> None:
-        """Measure the number that was not measured for longest, where that costs next to nothing."""
+        """Measure the number measured longest ago, where that costs next to nothing."""
         oldest = min(bucket.measured_s, key=lambda count: bucket.measured_s[count])
         if oldest == bucket.chosen:
             return

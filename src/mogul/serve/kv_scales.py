@@ -1,0 +1,151 @@
+"""Scales of an fp8 cache: where they come from, in this order.
+
+1. `kv_scales.safetensors` beside the checkpoint, as `KvScales.save` writes it: one number a
+   key-value head of every layer.
+2. `k_scale` and `v_scale` of the checkpoint's own attention layers: one number a layer or a head.
+3. Nothing: scale 1. e4m3 keeps three bits from 2^-6 to 448, so only keys or values outside need
+   another; what is larger than 448 times its scale is cut off.
+
+`measure_scales` finds the largest key and value of every head in a short text and leaves as much
+room again above it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.models.load import find_folder
+from mogul.serve.params import SamplingParams
+
+if TYPE_CHECKING:
+    from mogul.serve.attention import LayerShape
+    from mogul.serve.engine import Engine
+
+FILE = "kv_scales.safetensors"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+ROOM = 2.0
+"""Times the largest number seen that still fits."""
+
+_NAME = re.compile(r"\.layers\.(\d+)\..*\b([kv])_scale$")
+
+
+@dataclass(frozen=True)
+class KvScales:
+    """Factors of an fp8 cache, fp32: stored is the key or value over its factor."""
+
+    keys: tuple[Tensor, ...]
+    """Of each layer, one number or one a key-value head."""
+
+    values: tuple[Tensor, ...]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write them where `read_scales` finds them, beside the checkpoint."""
+        path = Path(folder) / FILE
+        named = {
+            f"model.layers.{layer}.self_attn.{kind}_scale": scale.contiguous()
+            for kind, scales in (("k", self.keys), ("v", self.values))
+            for layer, scale in enumerate(scales)
+        }
+        save_file(named, path)
+        return path
+
+
+def read_scales(path: str | Path) -> KvScales | None:
+    """The scales that belong to a checkpoint; None where it has none.
+
+    Raises:
+        ArtifactError: some layers have scales and others none, or a scale is no positive number.
+    """
+    folder = find_folder(path)
+    if (folder / FILE).exists():
+        return _settle(folder, load_file(folder / FILE))
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            names = [name for name in opened.keys() if _NAME.search(name)]  # noqa: SIM118
+            found |= {name: opened.get_tensor(name) for name in names}
+    return _settle(folder, found) if found else None
+
+
+def _settle(folder: Path, found: dict[str, Tensor]) -> KvScales:
+    parts: dict[str, dict[int, Tensor]] = {"k": {}, "v": {}}
+    for name, scale in found.items():
+        if (match := _NAME.search(name)) is None:
+            raise ArtifactError(f"{folder}: {name} is no scale of a layer's keys or values")
+        scale = scale.float().reshape(-1)
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ArtifactError(f"{folder}: {name} is {scale.tolist()}, which scales nothing")
+        parts[match[2]][int(match[1])] = scale
+    layers = range(max(map(len, parts.values())))
+    if any(sorted(part) != list(layers) for part in parts.values()):
+        raise ArtifactError(
+            f"{folder}: keys of {len(parts['k'])} layers and values of {len(parts['v'])} have "
+            "scales, not one layer after the other",
+            fix=f"measure all of them anew, or remove {FILE}",
+        )
+    return KvScales(*(tuple(part[layer] for layer in layers) for part in parts.values()))
+
+
+def scales_for(
+    shapes: Sequence[LayerShape], scales: KvScales | None, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Each layer's scales on its device; none at all is scale 1.
+
+    Raises:
+        ConfigError: they belong to another model.
+    """
+    if scales is None:
+        yield from ((),) * len(shapes)
+        return
+    if len(scales.keys) != len(shapes):
+        raise ConfigError(f"scales of {len(scales.keys)} layers for a model of {len(shapes)}")
+    for layer, (shape, *pair) in enumerate(zip(shapes, scales.keys, scales.values, strict=True)):
+        for scale in pair:
+            if scale.numel() not in (1, shape.num_kv_heads):
+                raise ConfigError(
+                    f"{scale.numel()} scales for the {shape.num_kv_heads} key-value heads of "
+                    f"layer {layer}",
+                    fix="give one number, or one a head",
+                )
+        yield tuple(scale.to(device) for scale in pair)
+
+
+def measure_scales(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> KvScales:
+    """Scales from the keys and values of some prompts, one a key-value head.
+
+    Args:
+        engine: a fresh one with a cache in the model's own dtype that holds all prompts at once.
+        prompts: text like that to be served; a few thousand tokens are enough.
+
+    Raises:
+        ConfigError: the engine's cache is fp8 already, or has too little room.
+    """
+    if engine.runner.kv_dtype is not None:
+        raise ConfigError(
+            "scales are measured on a cache of the model's own dtype", fix='open it with "auto"'
+        )
+    ids = [engine.encode(prompt) for prompt in prompts]
+    if sum(map(len, ids)) + len(ids) * engine.sizes.page_size > engine.pool.num_available * (
+        engine.sizes.page_size
+    ):
+        raise ConfigError("the cache is too small for these prompts", fix="give fewer prompts")
+    engine.generate(ids, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
+    largest = [
+        [cache.abs().amax((0, 1, 3)).float() for cache in (layer.key, layer.value)]
+        for layer in engine.runner.caches
+    ]
+    tiny = torch.finfo(torch.float32).tiny
+    keys, values = (
+        tuple((one[i] * ROOM / LARGEST).clamp(min=tiny).cpu() for one in largest) for i in (0, 1)
+    )
+    return KvScales(keys, values)
