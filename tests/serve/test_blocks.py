@@ -59,15 +59,6 @@ def test_the_first_page_with_a_text_stays_the_known_one():
     assert (pool.num_available, pool.num_cached) == (3, 0)
 
 
-def test_forgetting_all_leaves_owned_pages_alone():
-    pool = BlockPool(4, 1)
-    kept, cached = fill(pool, [1]), fill(pool, [2])
-    pool.give_back(cached)
-    pool.forget_all()
-    pool.check([kept])
-    assert pool.match(ROOT, [1]) == pool.match(ROOT, [2]) == []
-
-
 class Pages(RuleBasedStateMachine):
     """Texts come, share, grow and go; a dictionary remembers what every page holds."""
 
@@ -99,10 +90,6 @@ class Pages(RuleBasedStateMachine):
     def go(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.texts) - 1))
         self.pool.give_back(self.texts.pop(index)[1])
-
-    @rule()
-    def forget(self) -> None:
-        self.pool.forget_all()
 
     @invariant()
     def no_page_is_lost(self) -> None:

@@ -136,16 +136,6 @@ class BlockPool:
             del self._by_digest[known.digest]
             self.known[page] = None
 
-    def forget_all(self) -> None:
-        """Drop everything cached, as after a change of weights."""
-        while self._cached:
-            page, _ = self._cached.popitem()
-            self._forget(page)
-            self._free[page] = None
-        for page, known in enumerate(self.known):
-            if known is not None:
-                self._forget(page)
-
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the books with the tables of all running requests.
 

@@ -61,11 +61,6 @@ class Matcher:
         """Whether nothing but the end may follow."""
         return self._parser.is_stopped()
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer so far has the structure."""
-        return self._parser.is_accepting()
-
 
 class Matchers:
     """Makes matchers for one tokenizer."""
