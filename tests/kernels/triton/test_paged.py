@@ -24,7 +24,7 @@ from mogul.kernels.triton import attention_kernels as kernels  # noqa: E402
 from mogul.kernels.triton.attention import why_not_triton_attention  # noqa: E402
 
 CASES = ("few", "few16", "many", "many16", "fp8", "views")
-LIMITS = {"few16": 2e-3, "many16": 2e-3}
+LIMITS = {"few16": 2e-3, "many16": 2e-3, "fp8": 2e-3}  # fp8 pages are multiplied in fp16
 
 
 def interpreted(examples: int) -> dict[str, float]:

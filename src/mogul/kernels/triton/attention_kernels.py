@@ -65,11 +65,11 @@ def key_block(
 
 
 @triton.jit
-def absorb(
-    q, k, v, acc, peak, norm, pos, at, length, factor,
+def weigh(
+    q, k, peak, norm, pos, at, length, factor,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into the running softmax of every row."""
+    """Weights of one block of keys in the running softmax of every row; how what was shrinks."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASKED:
         seen = (pos[None, :] <= at[:, None]) & (pos[None, :] < length)
@@ -79,9 +79,28 @@ def absorb(
     higher = tl.maximum(peak, tl.max(score, 1))
     p = tl.exp2(score - higher[:, None])
     shrink = tl.exp2(peak - higher)
-    norm = norm * shrink + tl.sum(p, 1)
+    return p, shrink, higher, norm * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def absorb(
+    q, k, v, acc, peak, norm, pos, at, length, factor,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values into the running softmax of every row."""
+    p, shrink, higher, norm = weigh(
+        q, k, peak, norm, pos, at, length, factor, WINDOW, MASKED
+    )  # fmt: skip
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, higher, norm
+
+
+@triton.jit
+def halves(words):
+    """Both e4m3 numbers of 16-bit words as fp16, 256 times too small: exact, no table."""
+    low = ((words & 0x80) << 8) | ((words & 0x7F) << 7)
+    high = (words & -32768) | ((words & 0x7F00) >> 1)
+    return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -120,7 +139,7 @@ def attend_few(
     r = tl.arange(0, ROWS)
     factor = SCALE * LOG2E
     if FP8:
-        factor *= tl.load(key_scale_ptr + n)
+        factor = tl.load(key_scale_ptr + n)  # the rest of it is in the queries
     b = w * chunk
     stop = tl.minimum(b + chunk, total)
     while b < stop:
@@ -155,20 +174,50 @@ def attend_few(
             q_ptr + q_at[:, None] + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0
         )
         at = new + i
-        acc = tl.zeros((ROWS, C_POW2), tl.float32)
         peak = tl.full((ROWS,), NEVER, tl.float32)
         norm = tl.zeros((ROWS,), tl.float32)
         table_ptr = tables_ptr + s.to(tl.int64) * table_stride
-        for j in tl.range(low, high, num_stages=STAGES):
-            pos, where, exists = key_block(table_ptr, j * BLOCK_L, length, n, c, N, C, Z, BLOCK_L)
-            k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
-            v = tl.load(value_cache_ptr + where, mask=exists, other=0.0)
-            acc, peak, norm = absorb(
-                q, k.to(q.dtype), v.to(q.dtype), acc, peak, norm, pos, at, length, factor,
-                WINDOW, True,
-            )  # fmt: skip
         to = ((w + s) * N + n).to(tl.int64) * (G * MAX_Q) + r
-        tl.store(acc_ptr + to[:, None] * C + c[None, :], acc, mask=live[:, None] & (c < C)[None, :])
+        if FP8:
+            # Values pass as pairs of neighbours: 16-bit numbers can be turned on their way.
+            q = (q.to(tl.float32) * (SCALE * LOG2E)).to(tl.float16)
+            half = tl.arange(0, C_POW2 // 2)
+            even = tl.zeros((ROWS, C_POW2 // 2), tl.float32)
+            odd = even
+            for j in tl.range(low, high, num_stages=STAGES):
+                pos, where, exists = key_block(
+                    table_ptr, j * BLOCK_L, length, n, c, N, C, Z, BLOCK_L
+                )
+                _, where2, exists2 = key_block(
+                    table_ptr, j * BLOCK_L, length, n, half, N, C // 2, Z, BLOCK_L
+                )
+                k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
+                words_ptr = value_cache_ptr.to(tl.pointer_type(tl.int16))
+                words = tl.load(words_ptr + where2, mask=exists2, other=0)
+                p, shrink, peak, norm = weigh(
+                    q, k.to(tl.float16), peak, norm, pos, at, length, factor, WINDOW, True
+                )
+                p = p.to(tl.float16)
+                v_even, v_odd = halves(words)
+                even = tl.dot(p, v_even, even * shrink[:, None], input_precision="ieee")
+                odd = tl.dot(p, v_odd, odd * shrink[:, None], input_precision="ieee")
+            put = acc_ptr + to[:, None] * C + 2 * half[None, :]
+            keep_half = live[:, None] & (half < C // 2)[None, :]
+            tl.store(put, even * 256.0, mask=keep_half)
+            tl.store(put + 1, odd * 256.0, mask=keep_half)
+        else:
+            acc = tl.zeros((ROWS, C_POW2), tl.float32)
+            for j in tl.range(low, high, num_stages=STAGES):
+                pos, where, exists = key_block(
+                    table_ptr, j * BLOCK_L, length, n, c, N, C, Z, BLOCK_L
+                )
+                k = tl.load(key_cache_ptr + where, mask=exists, other=0.0)
+                v = tl.load(value_cache_ptr + where, mask=exists, other=0.0)
+                acc, peak, norm = absorb(
+                    q, k, v, acc, peak, norm, pos, at, length, factor, WINDOW, True
+                )
+            keep_all = live[:, None] & (c < C)[None, :]
+            tl.store(acc_ptr + to[:, None] * C + c[None, :], acc, mask=keep_all)
         tl.store(stat_ptr + 2 * to, peak, mask=live)
         tl.store(stat_ptr + 2 * to + 1, norm, mask=live)
         b = tl.minimum(stop, end)
