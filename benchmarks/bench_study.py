@@ -27,7 +27,12 @@ from typing import Any, TextIO
 
 RESULTS = Path("benchmarks/study.jsonl")
 VARIANTS = ("topk-aux", "moge8", "moge4", "topk-bias", "moge2")
-SECOND = ("smollm2-dense", "smollm2-moge2", "smollm2-moge4")  # upcycled against dense, continued
+# Upcycled against dense, continued: SmolLM2, or the dense model of recipes/study-dense.toml.
+SECOND = tuple(
+    f"{origin}-{kind}"
+    for origin in ("continued", "smollm2")
+    for kind in ("dense", "moge2", "moge4")
+)
 DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
 SAMPLED = 16_384  # held-out tokens whose picks are looked at
@@ -42,6 +47,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scale", type=Path, help="a recipe laid over every variant")
     parser.add_argument("--tokens", help="token folder; default: the recipe's")
+    parser.add_argument("--dense", help="dense checkpoint of the second question; the recipe's")
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -65,7 +71,7 @@ def main() -> int:
 def scale_name(options: argparse.Namespace, variant: str) -> str:
     """The name under which results are kept."""
     if variant in SECOND:
-        return "study-smollm2"
+        return f"study-{variant.partition('-')[0]}"
     return options.scale.stem if options.scale else "study"
 
 
@@ -136,6 +142,7 @@ def start(options: argparse.Namespace, variant: str, seed: int) -> subprocess.Po
     ]  # fmt: skip
     command += ["--scale", str(options.scale)] if options.scale else []
     command += ["--tokens", options.tokens] if options.tokens else []
+    command += ["--dense", options.dense] if options.dense else []
     command += ["--windows", str(options.windows)] if options.windows else []
     command += [word for change in options.set for word in ("--set", change)]
     with (options.out / f"{run_name(options, variant, seed)}.log").open("ab") as log:
@@ -162,6 +169,10 @@ def run_one(options: argparse.Namespace, variant: str, seed: int) -> int:
     from mogul.train.session import Session
 
     changes = [f"run.seed={seed}"]
+    if variant in SECOND:
+        place = "model.upcycle" if "moge" in variant else "model"
+        changes += [f"{place}.checkpoint={options.dense}"] if options.dense else []
+        changes += [f"{place}.seed={seed}"] if "moge" in variant else []
     if options.tokens:
         changes.append(f"data.sources={json.dumps([options.tokens])}")
     if options.scale:
