@@ -32,6 +32,7 @@ from mogul.core.errors import BackendError
 from mogul.core.log import log
 from mogul.parallel import World
 from mogul.parallel.dispatch import Experts
+from mogul.parallel.move import gather_into
 
 WAYS = (
     Way("grouped", "static"),
@@ -287,7 +288,7 @@ def check_exact(setup: Setup, way: Way, tokens: int) -> float:
 
 def _all_experts(part: Tensor) -> Tensor:
     out = part.new_empty((part.shape[0] * torch.distributed.get_world_size(), *part.shape[1:]))
-    torch.distributed.all_gather_into_tensor(out, part)
+    gather_into(out, part)
     return out
 
 

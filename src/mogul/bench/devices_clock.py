@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mogul.parallel.move import gather_into
+
 Call = Callable[[], Any]
 ROUNDS = 5
 
@@ -131,7 +133,7 @@ def measure_link(clock: Clock, large_bytes: int) -> Link:
     def gather(num_bytes: int) -> Call:
         part = torch.zeros(max(1, num_bytes // size), dtype=torch.uint8, device=clock.device)
         out = torch.empty(part.numel() * size, dtype=torch.uint8, device=clock.device)
-        return lambda: dist.all_gather_into_tensor(out, part)
+        return lambda: gather_into(out, part)
 
     large_s = clock.most(clock.own_s(gather(large_bytes), 0.2))
     small_s = clock.most(clock.own_s(gather(64), 0.1))

@@ -19,8 +19,8 @@ from mogul.core.errors import ConfigError
 from mogul.parallel.window import WORD, Window
 
 # The first names are those of torch 2.13, which warns of the second ones.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Move(Protocol):
@@ -44,7 +44,7 @@ class Gather:
     def forward(self, rows: Tensor) -> tuple[Tensor, Any]:
         """All-gather."""
         out = rows.new_empty((rows.shape[0] * self.group.size(), *rows.shape[1:]))
-        return out, _gather(out, rows.contiguous(), group=self.group, async_op=True)
+        return out, gather_into(out, rows.contiguous(), group=self.group, async_op=True)
 
     def backward(self, rows: Tensor) -> tuple[Tensor, Any]:
         """Reduce-scatter."""
@@ -52,7 +52,7 @@ class Gather:
         if rows.shape[0] % size:
             raise ConfigError(f"{rows.shape[0]} rows cannot be shared by {size} ranks")
         out = rows.new_empty((rows.shape[0] // size, *rows.shape[1:]))
-        return out, _reduce_scatter(out, rows.contiguous(), group=self.group, async_op=True)
+        return out, scatter_into(out, rows.contiguous(), group=self.group, async_op=True)
 
 
 @dataclass(frozen=True)
