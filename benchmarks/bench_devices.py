@@ -53,7 +53,7 @@ def warm_cases(
         found.append((local, picks, width, inner, 456, 1))
         found.append((experts, picks, width, inner, 456 // ranks, 1))
     if train:
-        experts, picks, width, inner, _ = next(iter(shapes.values()))
+        experts, picks, width, inner, _ = SHAPES["pangu-pro"]
         rows = TRAIN["sequences"] * TRAIN["length"]
         found.append((experts, picks, width, inner, rows, 1))
         for chunks in (1, 2, 4):
