@@ -56,6 +56,13 @@ def test_statistics():
     assert not Bar("x", "y", 0.1, 0.2, is_upper=False).holds
 
 
+def test_a_band_holds_what_lies_within_p10_and_p90():
+    narrow = silicon.Scored("x", "vllm", 1.2, 1.0, sigma=0.1)
+    assert not narrow.is_in_band
+    assert silicon.Scored("x", "vllm", 1.2, 1.0, sigma=0.15).is_in_band
+    assert not silicon.Scored("x", "vllm", 1.2, None, "too odd", sigma=9.0).is_in_band
+
+
 def test_no_row_of_a_left_out_model_enters_its_prediction():
     table = next(one for one in load_shipped() if one.groups is not None)
     error, _, used = leave_one_model_out(table, curves.curve("generic", "moe"))

@@ -68,6 +68,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:+.1f} %"
 
 
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 def _median(errors: list[float]) -> float:
     return float(np.median(np.abs(errors)))
 
@@ -226,9 +230,9 @@ def _kernels() -> Score:
                 one.dtype,
                 one.rows,
                 one.models,
-                _percent(one.median),
-                _percent(one.p90),
-                _percent(one.curve_median),
+                _share(one.median),
+                _share(one.p90),
+                _share(one.curve_median),
             )
         )
         bars.append(Bar("kernels", f"median error, {one.dtype}", one.median, one.bar))
@@ -250,18 +254,22 @@ def _silicon(limit: int | None) -> Score:
     ):
         one = statistics(chosen, factor)
         stats[name] = one
-        shown = (_percent(one[key]) for key in ("coverage", "median", "mean", "p90"))
+        shown = (_share(one[key]) for key in ("coverage", "median", "mean", "p90"))
         rows.append((name, int(one["rows"]), *shown, round(one["spearman"], 3)))
     fitted = stats["fitted, the other 80 %"]
+    priced = [one for one in test if one.predicted_s]
+    inside = sum(one.is_in_band for one in priced) / len(priced)
     columns = ("score", "rows", "priced", "median", "mean", "p90", "Spearman")
     notes = (
         "constants: " + ", ".join(f"{name} {value:.3f}" for name, value in sorted(scales.items())),
+        f"{100 * inside:.0f} % of the other 80 % lie within p10 and p90, zero-shot",
         "AIConfigurator on the same rows: benchmarks/sim/compare_aiconfigurator.py",
     )
     bars = (
         Bar("silicon", "median TPOT error, fitted", fitted["median"], 0.15),
         Bar("silicon", "coverage", stats["zero-shot, all rows"]["coverage"], 0.95, is_upper=False),
         Bar("silicon", "Spearman, fitted", fitted["spearman"], 0.93, is_upper=False),
+        Bar("silicon", "within p10 and p90, zero-shot", inside, 0.75, is_upper=False),
     )
     pairs = tuple(
         (one.measured_s, one.predicted_s * scales.get(one.backend, 1.0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from mogul.simulate.approximate import spec_to_price
 from mogul.simulate.calibration import with_aiconfigurator
 from mogul.simulate.engines import engine
 from mogul.simulate.routing import Routing
-from mogul.simulate.run import Prediction, Setting, predict
+from mogul.simulate.run import P90, Prediction, Setting, predict
 from mogul.spec.hardware import hardware
 from mogul.spec.model import ModelSpec
 from mogul.spec.parallel import Parallel
@@ -69,6 +70,15 @@ class Scored:
     """None: not priced."""
 
     why_not: str = ""
+    sigma: float = 0.0
+    """Standard deviation of the prediction's logarithm."""
+
+    @property
+    def is_in_band(self) -> bool:
+        """Whether the measurement lies within the prediction's p10 and p90."""
+        if self.predicted_s is None:
+            return False
+        return abs(math.log(self.measured_s / self.predicted_s)) <= P90 * self.sigma
 
     @property
     def is_for_fitting(self) -> bool:
@@ -120,7 +130,7 @@ def score(row: Mapping[str, str]) -> Scored:
         predicted = _predict(row, layout)
     except ConfigError as error:
         return Scored(row["id"], row["backend"], measured_s, None, str(error))
-    return Scored(row["id"], row["backend"], measured_s, predicted.tpot_s)
+    return Scored(row["id"], row["backend"], measured_s, predicted.tpot_s, sigma=predicted.sigma)
 
 
 def _predict(row: Mapping[str, str], layout: Reading) -> Prediction:
