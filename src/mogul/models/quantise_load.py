@@ -34,7 +34,6 @@ from mogul.models.quantise_linears import (
 )
 from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
 
-
 WEIGHTS = ("fp8", "fp8-experts", *(name for name in FORMATS if name != "fp8"))
 """What a model's weights can be quantised to: `fp8` takes experts and linear layers, the others
 experts alone."""
@@ -112,7 +111,7 @@ def _packed(
 
 @contextmanager
 def _without(model_class: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
-    """Models of this class are built without these modules; nobody reads or misses their tensors."""
+    """Models of this class are built without these modules; nobody misses their tensors."""
     build = model_class.__init__
     ignored = model_class._keys_to_ignore_on_load_unexpected
 

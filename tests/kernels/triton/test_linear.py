@@ -13,7 +13,7 @@ from mogul.core.errors import ConfigError
 from mogul.kernels.quant_format import quantise_rows
 
 pytest.importorskip("triton")
-from mogul.kernels.triton import linear  # noqa: E402
+from mogul.kernels.triton import linear
 
 SCRIPT = """
 import torch
