@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -52,6 +55,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on one device")
+    parser.add_argument("--in-process", action="store_true", help="one after the other, in here")
     parser.add_argument("--windows", type=int, help="held-out windows, evenly spread; all")
     parser.add_argument("--record", action="store_true", help="add the table to the ledger")
     parser.add_argument("--deadline-s", type=float, help="begin no run after this many seconds")
@@ -90,6 +94,8 @@ def run_all(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     waiting = [(variant, seed) for seed in options.seeds for variant in options.variants]
     waiting.sort(key=lambda key: not (options.out / run_name(options, *key)).exists())
+    if options.in_process:
+        return run_here(options, waiting)
     start_s, failed = time.monotonic(), 0
     running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], TextIO]] = {}
     while waiting or running:
@@ -111,6 +117,38 @@ def run_all(options: argparse.Namespace) -> int:
                 del running[key]
         time.sleep(0.5)
     return 1 if failed else 0
+
+
+def run_here(options: argparse.Namespace, waiting: list[tuple[str, int]]) -> int:
+    """One run after the other in this process: its start and its compiler are paid for once."""
+    import gc
+
+    import torch
+
+    start_s, stopped = time.monotonic(), threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        os.kill(os.getpid(), signal.SIGTERM)  # the running step ends, is saved, and that is all
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))  # between two runs
+    timer = threading.Timer(options.stop_s or 1e9, stop)
+    timer.daemon = True
+    timer.start()
+    for variant, seed in waiting:
+        is_late = time.monotonic() - start_s > (options.deadline_s or math.inf)
+        if is_late or stopped.is_set() or (lock := claim(options, variant, seed)) is None:
+            continue
+        with lock:
+            code = run_one(options, variant, seed)
+        print(
+            f"{time.monotonic() - start_s:.0f} s: {(variant, seed)} ended with {code}", flush=True
+        )
+        gc.collect()
+        torch.compiler.reset()
+        torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+    timer.cancel()
+    return 0
 
 
 def run_name(options: argparse.Namespace, variant: str, seed: int) -> str:
