@@ -48,9 +48,11 @@ def main() -> None:
     options = parser.parse_args()
     device = default_device()
     model = load_model(options.model, dtype=options.dtype, device=device)
-    text = options.text.read_text() if options.text else shipped_text().held_out[0]
+    text = options.text.read_text() if options.text else "\n\n".join(shipped_text().held_out)
     tokenizer: Any = load_tokenizer(options.model)
-    ids = tokenizer(text[: 12 * options.prompt * max(options.batches)])["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) < options.prompt * max(options.batches):
+        parser.error(f"the text has {len(ids)} tokens, too few for these prompts")
     rows, entries = [], []
     settings = EngineOptions(
         max_sequences=max(options.batches),

@@ -264,6 +264,8 @@ def drive(
             length.record([count] * 2, drafted, gained)
         if count == chosen[-1]:
             length.time(2, count, 1 + cost * count)
+        else:
+            length.time_change(2, 2 + cost * count)
         chosen.append(count)
     return chosen[1:]
 
@@ -276,12 +278,12 @@ def test_cheap_good_guesses_are_many() -> None:
 def test_guesses_that_do_not_pay_are_left_out() -> None:
     for share, cost, found in ((0.1, 0.3, 1.0), (0.6, 0.9, 1.0), (0.9, 0.3, 0.2)):
         chosen = drive(DraftLength(8), share=share, cost=cost, found=found)
-        assert sum(1 for count in chosen[20:] if count) <= 12
+        assert sum(1 for count in chosen[20:] if count) <= 16
 
 
 def test_batches_of_one_size_are_off_and_others_unknown() -> None:
     length = DraftLength(4)
-    drive(length, share=0.1, cost=0.3, steps=20)
+    drive(length, share=0.1, cost=0.3, steps=30)
     assert length.is_off(2)
     assert not length.is_off(9)
     assert not DraftLength(4, fixed=True).is_off(2)
@@ -297,7 +299,7 @@ def test_trying_again_costs_its_share_at_most() -> None:
 
 def test_what_begins_to_pay_is_found_out() -> None:
     length = DraftLength(4)
-    drive(length, share=0.1, cost=0.3, steps=20)
+    drive(length, share=0.1, cost=0.3, steps=30)
     assert length.choose(2) == 0
     assert sum(drive(length, share=0.95, cost=0.02, steps=6000)[-100:]) / 100 > 2
 

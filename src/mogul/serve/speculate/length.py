@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from mogul.core.errors import ConfigError
 
-RUN = 4
+RUN = 8
 """Steps of one number of guesses in a row; the first is not measured."""
 
 
@@ -65,6 +66,9 @@ class _Bucket:
     probed_s: float = 0.0
     """`spent_s` at the end of the last run that was measured."""
 
+    change_s: float = 0.0
+    """What the last step took that asked for another number than the one before it."""
+
 
 class DraftLength:
     """Chooses the number of guesses of the next step."""
@@ -75,7 +79,7 @@ class DraftLength:
         *,
         margin: float = 1.05,
         probe_share: float = 0.005,
-        memory: int = 12,
+        memory: int = 21,
         fade: float = 0.995,
         fixed: bool = False,
     ) -> None:
@@ -130,6 +134,12 @@ class DraftLength:
             if bucket.left == 1:  # the first step of the run was never timed
                 self._end_run(bucket)
 
+    def time_change(self, batch: int, seconds: float) -> None:
+        """Take in how long the first step took that asked for another number of guesses."""
+        bucket = self._bucket(batch)
+        bucket.spent_s += seconds
+        bucket.change_s = seconds
+
     def _end_run(self, bucket: _Bucket) -> None:
         """What to do after a run of one number: measure a longer one that may win, or settle."""
         bucket.left, bucket.probed_s = 0, bucket.spent_s
@@ -156,7 +166,7 @@ class DraftLength:
             return
         speeds = self._speeds(bucket)
         lost = max(0.0, 1 - speeds[oldest] / speeds[bucket.chosen])
-        cost_s = RUN * typical(bucket.times_s, oldest) * max(lost, 0.1)
+        cost_s = RUN * typical(bucket.times_s, oldest) * max(lost, 0.1) + 2 * bucket.change_s
         if (bucket.spent_s - bucket.probed_s) * self.probe_share > cost_s:
             bucket.chosen, bucket.left = oldest, RUN
 
@@ -198,11 +208,9 @@ class DraftLength:
 
 
 def typical(times_s: dict[int, deque[float]], count: int) -> float:
-    """Mean time of a step with so many guesses, the longest left out; a line between known ones."""
+    """Median time of a step with so many guesses; between measured numbers, a straight line."""
     if count in times_s:
-        kept = sorted(times_s[count])
-        kept = kept[: max(1, len(kept) - 1)]
-        return sum(kept) / len(kept)
+        return median(times_s[count])
     below = max(k for k in times_s if k < count)
     above = min(k for k in times_s if k > count)
     low, high = typical(times_s, below), typical(times_s, above)

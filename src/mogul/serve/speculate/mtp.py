@@ -172,7 +172,8 @@ class MtpProposer(Proposer):
             guesses = [self.settle(guessed) if guessed else [] for guessed in guesses]
         rest = [i for i, guessed in enumerate(guesses) if not guessed]
         if rest:
-            eager = self._propose([live[i] for i in rest], [counts[i] for i in rest])
+            wanted = [1 if self._will_follow(live[i]) else counts[i] for i in rest]
+            eager = self._propose([live[i] for i in rest], wanted)
             for i, guessed in zip(rest, eager, strict=True):
                 guesses[i] = guessed
         if self._chain is not None:  # pages for the guesses that the chain will make next
@@ -180,6 +181,10 @@ class MtpProposer(Proposer):
                 whole = one.prompt_tokens + one.output_tokens - one.computed
                 self._room.fit(one, min(1 + 2 * count, whole))
         return guesses
+
+    def _will_follow(self, request: Live) -> bool:
+        """Whether the chain makes all guesses of a request but its first."""
+        return self._chain is not None and request.params.is_greedy and not request.needs_results
 
     def _propose(self, live: Sequence[Live], counts: Sequence[int]) -> list[list[int]]:
         """Catch up with the requests and guess step by step, the host in between."""

@@ -45,6 +45,9 @@ class Speculator:
 
         self._wanted: dict[int, int] = {}
         self._is_steady = False
+        """Whether nothing but decoding like this step's came right before it."""
+
+        self._has_changed = False
         self._last_s = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -66,6 +69,7 @@ class Speculator:
     def wish(self, requests: Sequence[Guessed]) -> None:
         """Set `drafts` of every decoding request: never past its last token."""
         asked = self.next_count(len(requests))
+        self._has_changed = self._is_steady and asked != self.asked
         self._is_steady = self._is_steady and asked == self.asked
         self.asked = asked
         if not asked:
@@ -120,6 +124,8 @@ class Speculator:
         now_s = time.perf_counter()
         if is_pure and self._is_steady:
             self.length.time(batch, self.asked, now_s - self._last_s)
+        elif is_pure and self._has_changed:
+            self.length.time_change(batch, now_s - self._last_s)
         self._is_steady, self._last_s = is_pure, now_s
 
     def forget(self, request_id: int) -> None:
