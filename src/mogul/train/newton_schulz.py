@@ -24,15 +24,15 @@ SAFETY = 1.02
 def orthogonalise(stack: Float[Tensor, "*N R C"]) -> Float[Tensor, "*N R C"]:
     """The nearest orthogonal matrix of each, roughly: singular values from about 0.9 to 1.1."""
     is_tall = stack.shape[-2] > stack.shape[-1]
-    x = stack.mT if is_tall else stack
-    x = x.reshape(-1, *x.shape[-2:])
+    x = stack.reshape(-1, *stack.shape[-2:])
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(x.dtype))
     x = x * (1 / (norm * SAFETY + 1e-7)).to(x.dtype)
     for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
+        gram = x.mT @ x if is_tall else x @ x.mT  # the smaller side; nothing is transposed
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return (x.mT if is_tall else x).reshape(stack.shape)
+        poly.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = x @ poly if is_tall else poly @ x
+    return x.reshape(stack.shape)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
