@@ -27,6 +27,8 @@ WORD = torch.int32
 MAX_RANKS = 8
 PUSHED_WORDS = 4096
 """Words that one program of the kernel copies."""
+SUMMED = 2048
+"""Values that one program sums."""
 COPIED_BYTES = 1 << 22
 """Moves beside the computation and larger than this go by copy engine, which takes no processors
 from the experts."""
@@ -114,9 +116,23 @@ class Window:
             self._push(region, [words], [0], apart=True, engine=aside)
             region.barrier()
             arrived = region.own[: words.numel()].view(rows.dtype).view(shape)
-            return [arrived[0] + arrived[1] if self.size == 2 else arrived.sum(0)]
+            return [self._sum(region, rows.view(shape)[self.rank], arrived)]
 
         return self._start(move, words, aside=aside)
+
+    def _sum(self, region: Region, own: Tensor, arrived: Tensor) -> Tensor:
+        """Own rows and those that arrived from the others, in the order of the ranks."""
+        if region.addresses is None:
+            others = [own if r == self.rank else arrived[r] for r in range(self.size)]
+            return torch.stack(others).sum(0)
+        from mogul.kernels.triton.push_kernels import sum_arrived
+
+        out = torch.empty_like(own)
+        kernel: Any = sum_arrived
+        kernel[(-(-own.numel() // SUMMED),)](
+            own, arrived, out, own.numel(), self.rank, RANKS=self.size, BLOCK=SUMMED
+        )
+        return out
 
     def _start(self, move: Any, kept: Any, *, aside: bool) -> Landing:
         if not aside:
@@ -133,12 +149,15 @@ class Window:
     def _push(
         self, region: Region, words: list[Tensor], starts: list[int], *, apart: bool, engine: bool
     ) -> None:
-        """Write to every peer; `apart` gives each its own part of the (only) tensor."""
+        """Write to every peer; `apart` gives each its own part of the (only) tensor.
+
+        A rank's own part needs no move.
+        """
         size = sum(one.numel() for one in words) * WORD.itemsize
         if region.addresses is not None and not (engine and size >= COPIED_BYTES):
             self._push_by_kernel(region, words, starts, apart)
             return
-        for step in range(1, self.size + 1):  # the next rank first, oneself last
+        for step in range(1, self.size + (not apart)):  # the next rank first, oneself last
             peer = (self.rank + step) % self.size
             for first, one in zip(starts, words, strict=True):
                 part = one.view(self.size, -1)[peer] if apart else one
@@ -161,9 +180,9 @@ class Window:
         counts += [0] * missing
         starts = [*starts, *[0] * missing]
         kernel: Any = push_words
-        kernel[(max(1, blocks), self.size)](
+        kernel[(self.size - apart, max(1, blocks))](
             region.addresses, first, second, third, *counts, *starts[1:], self.rank, step,
-            BLOCK=PUSHED_WORDS, num_warps=8,
+            RANKS=self.size, BLOCK=PUSHED_WORDS, num_warps=8,
         )  # fmt: skip
 
     def _region(self, name: str, words: int, device: torch.device) -> Region:

@@ -1,4 +1,4 @@
-"""Kernel that writes rows into the memory of other GPUs: up to three parts in one launch."""
+"""Kernels that write rows into the memory of other GPUs, and sum what others have written."""
 
 import triton
 import triton.language as tl
@@ -15,15 +15,17 @@ def _copy_block(source_ptr, target_ptr, count, block, BLOCK: tl.constexpr):
 def push_words(
     addresses_ptr, first_ptr, second_ptr, third_ptr,
     first_words, second_words, third_words, second_at, third_at, rank, step,
-    BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write this rank's words into its place at every peer (program 1).
+    """Write this rank's words into its place at every peer: the next rank first, itself last.
 
     A part lies at a peer as [ranks, words]; the second and third begin at `second_at` and
     `third_at`. `step` words of the first part are skipped for every peer: 0 sends all the same.
+    With fewer programs than ranks (axis 0) the rank itself is left out. Peers vary fastest, so that
+    all links are busy at once.
     """
-    block = tl.program_id(0)
-    peer = tl.program_id(1)
+    block = tl.program_id(1)
+    peer = (rank + 1 + tl.program_id(0)) % RANKS
     address = tl.load(addresses_ptr + peer)
     base_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
     first_blocks = tl.cdiv(first_words, BLOCK)
@@ -41,3 +43,20 @@ def push_words(
         target_ptr = base_ptr + third_at + rank.to(tl.int64) * third_words
         block = block - first_blocks - second_blocks
         _copy_block(third_ptr, target_ptr, third_words, block, BLOCK)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def sum_arrived(
+    own_ptr, arrived_ptr, out_ptr, count, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum over ranks of what arrived from them [ranks, count]; this rank's part is `own`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for source in tl.static_range(RANKS):
+        if source == rank:
+            part = tl.load(own_ptr + at, mask=inside)
+        else:
+            part = tl.load(arrived_ptr + source * count.to(tl.int64) + at, mask=inside)
+        total += part.to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
