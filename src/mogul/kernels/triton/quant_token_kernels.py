@@ -10,6 +10,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mogul.kernels.triton.quant_kernels import _fp8_tile, _int4_tile, _joined
 
+FOLD = tl.constexpr(16)
+"""Neighbouring products that one thread adds up at once."""
+
 
 @triton.jit
 def _weights(
@@ -23,6 +26,12 @@ def _weights(
     else:
         tile = _fp8_tile(value_ptr, cols, k, C, BLOCK_K, True)
     return tile.to(tl.float32)
+
+
+@triton.jit
+def _folded(product, WIDTH: tl.constexpr):
+    """[N, K] summed over WIDTH neighbours: inside a thread, so that sums take few registers."""
+    return tl.sum(product.reshape(product.shape[0], product.shape[1] // WIDTH, WIDTH), 2)
 
 
 @triton.jit
@@ -47,13 +56,15 @@ def up_tokens_quantised(
         SCALES: tl.constexpr = (D + GROUP - 1) // GROUP if GROUP > 0 else 1
         w_at = w_ptr + e64 * (2 * F * PER_ROW)
         s_at = scale_ptr + e64 * (2 * F * SCALES)
-        gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        gate = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
         for k in tl.range(0, D, BLOCK_K, num_stages=STAGES):
             ks = k + tl.arange(0, BLOCK_K)
             x = tl.load(x_at + ks, mask=ks < D, other=0.0).to(tl.float32)[None, :]
-            gate += x * _weights(w_at, s_at, near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
-            up += x * _weights(w_at, s_at, F + near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
+            gate_w = _weights(w_at, s_at, near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
+            up_w = _weights(w_at, s_at, F + near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
+            gate += _folded(x * gate_w, FOLD)
+            up += _folded(x * up_w, FOLD)
         g = tl.sum(gate, 1)
         u = tl.sum(up, 1)
         if GROUP == 0:
@@ -83,7 +94,7 @@ def down_tokens_quantised(
     PER_ROW: tl.constexpr = F // 2 if GROUP > 0 else F
     SCALES: tl.constexpr = (F + GROUP - 1) // GROUP if GROUP > 0 else 1
     PER_EXPERT: tl.constexpr = (F + BLOCK_K - 1) // BLOCK_K
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
     added = tl.zeros((BLOCK_N,), tl.float32)
     for step in tl.range(0, K * PER_EXPERT, num_stages=STAGES):
         slot = t * K + step // PER_EXPERT
@@ -96,10 +107,11 @@ def down_tokens_quantised(
         a = tl.load(act_ptr + slot * F + ks, mask=is_true & (ks < F), other=0.0) * weight
         w_at = w_ptr + e64 * (D * PER_ROW)
         s_at = scale_ptr + e64 * (D * SCALES)
-        tile = _weights(w_at, s_at, near, k, out_ptr, D, F, GROUP, BLOCK_N, BLOCK_K) * a[None, :]
+        tile = _weights(w_at, s_at, near, k, out_ptr, D, F, GROUP, BLOCK_N, BLOCK_K)
+        part = _folded(tile * a[None, :], FOLD)
         if GROUP == 0:
-            tile *= tl.load(s_at + near)[:, None]
-        acc += tile
+            part *= tl.load(s_at + near)[:, None]
+        acc += part
         if BIAS:
             first = tl.where(k == 0, weight, 0.0)
             added += first * tl.load(bias_ptr + e64 * D + near).to(tl.float32)

@@ -110,7 +110,8 @@ def _launch(
     facts = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
     num_bias = 0 if bias is None else bias.numel()
     columns = max(16, next_power_of_2(rule[0] + rule[3]))
-    many = logits.shape[0] * columns >= _MANY
+    # wider rows would be shared by warps, which costs more than the counts
+    many = columns <= 128 and logits.shape[0] * columns >= _MANY
     key = (*rule, factor, num_bias, scale is None, facts, device, many)
     if key not in _launches:
         from mogul.kernels.triton import route_kernels
