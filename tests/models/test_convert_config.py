@@ -100,14 +100,17 @@ def test_sink_keys_take_their_share_of_attention():
 
 @torch.no_grad()
 def test_interleaved_and_half_split_rotations_are_permutations():
-    from mogul.models.moge.modeling_moge import rotate
+    from mogul.models.moge.rotary import factors, rotate
 
-    x = torch.randn(1, 2, 5, 8)
-    angles = torch.randn(1, 5, 3)
-    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    x = torch.randn(1, 5, 2, 8)
+    angles = torch.randn(1, 5, 1, 3)
     order = torch.tensor([0, 2, 4, 1, 3, 5, 6, 7])
-    expected = rotate(x[..., order], cos, sin)
-    torch.testing.assert_close(rotate(x, cos, sin, interleaved=True)[..., order], expected)
+    expected = rotate(x[..., order], *factors(angles))
+    pairs = rotate(x, *factors(angles, interleaved=True), interleaved=True)
+    torch.testing.assert_close(pairs[..., order], expected)
+    turned = torch.view_as_complex(x[..., :6].unflatten(-1, (3, 2)).contiguous())
+    turned = torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    torch.testing.assert_close(pairs[..., :6], turned)
     assert torch.equal(expected[..., 6:], x[..., 6:])
     torch.testing.assert_close(expected.norm(dim=-1), x.norm(dim=-1))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -96,3 +97,12 @@ class ExpertLayout:
             return (up + 1) * (gate * (gate * self.alpha).sigmoid())
         active = ACTIVATIONS[self.activation](gate)
         return active * up if active.requires_grad else active.mul_(up)
+
+    def activate_into(self, hidden: Tensor, out: Tensor) -> None:
+        """`activate` into a tensor that exists, with none made beside it for SiLU."""
+        if self.activation != "silu" or not self.has_gate:
+            out.copy_(self.activate(hidden))
+            return
+        gate, up = self.split(hidden)
+        torch.ops.aten.silu.out(gate, out=out)
+        out.mul_(up)

@@ -24,7 +24,7 @@ def multiply_blocks(
     """left[r] @ right[expert of r] (+ bias): [R, B]."""
     if not _fits_grouped_mm(left_RA, right_EAB):
         out_RB = left_RA.new_empty(order.num_rows, right_EAB.shape[2])
-        multiply_into(out_RB, left_RA, right_EAB, order.blocks)
+        multiply_into(out_RB, left_RA, right_EAB.unbind(), order.blocks)
     else:
         out_RB = F.grouped_mm(left_RA, right_EAB, offs=order.ends_E)
     if bias_EB is not None:
@@ -33,11 +33,13 @@ def multiply_blocks(
 
 
 def multiply_into(
-    out_RB: Tensor, left_RA: Tensor, right_EAB: Tensor, blocks: Sequence[Block]
+    out_RB: Tensor, left_RA: Tensor, right: Sequence[Tensor], blocks: Sequence[Block]
 ) -> None:
-    """The same for consecutive blocks into rows that exist; row 0 is the first block's first."""
+    """The same for consecutive blocks into rows that exist; row 0 is the first block's first.
+
+    `right` has the matrix [A, B] of every expert.
+    """
     sizes = [block.stop - block.start for block in blocks]
-    right = right_EAB.unbind()
     for block, left, out in zip(blocks, left_RA.split(sizes), out_RB.split(sizes), strict=True):
         torch.mm(left, right[block.expert], out=out)
 

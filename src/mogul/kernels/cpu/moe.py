@@ -90,20 +90,20 @@ def _one_token(
         is_real_1K = (ids_1K >= 0) & (ids_1K < num_experts)
         ids_1K, weights_1K = ids_1K[is_real_1K][None], weights_1K[is_real_1K][None]
         (experts,) = ids_1K.tolist()
-    x_D = x_1D[0]
-    num_hidden = gate_up.shape[2 if layout.is_transposed else 1]
-    hidden_KF, hidden_F = WORKSPACE.take_rows("one hidden", (len(experts), num_hidden), x_1D)
-    for expert, out_F in zip(experts, hidden_F, strict=True):
-        torch.mv(up_FD[expert], x_D, out=out_F)
+    columns, width = (2, 1) if layout.is_transposed else (1, 2)
+    sizes = (gate_up.shape[columns], down.shape[width], x_1D.shape[1])
+    one = WORKSPACE.take_one(len(experts), sizes, x_1D)
+    (x_D,) = x_1D.unbind()
+    for expert, hidden_H in zip(experts, one.hidden, strict=True):
+        torch.mv(up_FD[expert], x_D, out=hidden_H)
     if up_bias_EF is not None:
-        hidden_KF += up_bias_EF[ids_1K[0]]
-    active_KF = layout.activate(hidden_KF)
-    out_KD, out_D = WORKSPACE.take_rows("one out", (len(experts), x_D.shape[0]), x_1D)
-    for expert, in_F, to_D in zip(experts, active_KF.unbind(), out_D, strict=True):
-        torch.mv(down_DF[expert], in_F, out=to_D)
+        one.hidden_KH.add_(up_bias_EF[ids_1K[0]])
+    layout.activate_into(one.hidden_KH, one.active_KF)
+    for expert, active_F, out_D in zip(experts, one.active, one.out, strict=True):
+        torch.mv(down_DF[expert], active_F, out=out_D)
     if down_bias_ED is not None:
-        out_KD += down_bias_ED[ids_1K[0]]
-    return torch.mm(weights_1K.to(out_KD.dtype), out_KD)
+        one.out_KD.add_(down_bias_ED[ids_1K[0]])
+    return torch.mm(weights_1K.to(x_1D.dtype), one.out_KD)
 
 
 def _wants_columns(order: Order, gate_up: Tensor, layout: ExpertLayout) -> bool:

@@ -24,7 +24,7 @@ def route_one_each(logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor,
             first_M = torch.arange(0, shape[0], shape[0] // shape[1])
         _first[shape] = first_M
     score_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
-    place_TM = score_TE.view(-1, shape[1], shape[0] // shape[1]).max(-1).indices
+    place_TM = score_TE.view(-1, shape[1], shape[0] // shape[1]).argmax(-1)
     return place_TM.add_(first_M), torch.ones(place_TM.shape), score_TE
 
 

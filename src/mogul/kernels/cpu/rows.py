@@ -45,20 +45,23 @@ def rows(
         active_RF = layout.activate(hidden_RF)
         return hidden_RF, multiply_blocks(active_RF, down_EFD, order, down_bias_ED)
     kept_RF = x_TD.new_empty(order.num_rows, up_EDF.shape[2]) if keep_hidden else None
-    row_shape = (order.num_rows, x_TD.shape[1])
-    x_RD, out_RD = (WORKSPACE.take(name, row_shape, x_TD) for name in ("x", "out"))
-    torch.index_select(x_TD.detach(), 0, token_R, out=x_RD)
+    out_RD = WORKSPACE.take("out", (order.num_rows, x_TD.shape[1]), x_TD)
+    up, down = up_EDF.unbind(), down_EFD.unbind()
     for blocks in order.chunks(CHUNK_ROWS):
         chunk = slice(blocks[0].start, blocks[-1].stop)
+        num_rows = chunk.stop - chunk.start
+        x_RD = WORKSPACE.take("x", (num_rows, x_TD.shape[1]), x_TD)
+        torch.index_select(x_TD.detach(), 0, token_R[chunk], out=x_RD)
         if kept_RF is None:
-            chunk_shape = (chunk.stop - chunk.start, up_EDF.shape[2])
-            hidden_RF = WORKSPACE.take("hidden", chunk_shape, x_TD)
+            hidden_RF = WORKSPACE.take("hidden", (num_rows, up_EDF.shape[2]), x_TD)
         else:
             hidden_RF = kept_RF[chunk]
-        multiply_into(hidden_RF, x_RD[chunk], up_EDF, blocks)
+        multiply_into(hidden_RF, x_RD, up, blocks)
         if up_bias_EF is not None:
             add_bias(hidden_RF, up_bias_EF, blocks)
-        multiply_into(out_RD[chunk], layout.activate(hidden_RF), down_EFD, blocks)
+        active_RF = WORKSPACE.take("active", (num_rows, down_EFD.shape[1]), x_TD)
+        layout.activate_into(hidden_RF, active_RF)
+        multiply_into(out_RD[chunk], active_RF, down, blocks)
         if down_bias_ED is not None:
             add_bias(out_RD[chunk], down_bias_ED, blocks)
     return kept_RF, out_RD

@@ -9,15 +9,33 @@ enters autograd.
 from __future__ import annotations
 
 import threading
+import weakref
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mogul.kernels.layout import ExpertLayout
 
 MAX_KEPT_BYTES = 64 * 2**20
+
+
+class One(NamedTuple):
+    """What one token's picks pass: three tensors and the rows of each."""
+
+    hidden_KH: Tensor
+    hidden: tuple[Tensor, ...]
+    active_KF: Tensor
+    active: tuple[Tensor, ...]
+    out_KD: Tensor
+    out: tuple[Tensor, ...]
+
+    @classmethod
+    def make(cls, picks: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> One:
+        """Tensors for `picks` picks of experts of these sizes (H columns, F width, D channels)."""
+        hidden, active, out = (torch.empty(picks, size, dtype=dtype) for size in sizes)
+        return cls(hidden, hidden.unbind(), active, active.unbind(), out, out.unbind())
 
 
 class Workspace(threading.local):
@@ -25,7 +43,7 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._rows: dict[tuple[object, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._one: dict[tuple[object, ...], One] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor of this shape, in the dtype of `like`."""
@@ -38,28 +56,47 @@ class Workspace(threading.local):
                 kept = self._kept[key] = torch.empty(size, dtype=like.dtype)
         return kept[:size].view(shape)
 
-    def take_rows(
-        self, name: str, shape: tuple[int, int], like: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A small tensor and its rows as views; one of each name and shape is kept."""
-        key = (name, shape, like.dtype)
-        if (kept := self._rows.get(key)) is None:
+    def take_one(self, picks: int, sizes: tuple[int, int, int], like: Tensor) -> One:
+        """The tensors of one token's way; one set of each size is kept."""
+        key = (picks, sizes, like.dtype)
+        if (kept := self._one.get(key)) is None:
             with torch.inference_mode(False):
-                rows = torch.empty(shape, dtype=like.dtype)
-                kept = self._rows[key] = (rows, rows.unbind())
+                kept = self._one[key] = One.make(picks, sizes, like.dtype)
         return kept
 
 
 WORKSPACE = Workspace()
 
-_matrices = WeakTensorKeyDictionary()
+
+class _Kept(NamedTuple):
+    """The views of one weight, and what must not have changed since they were made."""
+
+    weight: weakref.ref[Tensor]
+    address: int
+    shape: torch.Size
+    is_transposed: bool
+    views: tuple[Tensor, ...]
+
+
+_matrices: dict[int, _Kept] = {}
+"""By the weight's id; an entry leaves with its weight."""
 
 
 def matrices(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
     """One view [out, in] an expert, made once a weight: sixteen views cost as much as an expert."""
-    kept = _matrices.get(weight)
-    if kept is None or len(kept) != len(weight) or kept[0].data_ptr() != weight.data_ptr():
-        with torch.inference_mode(False):
-            plain = weight.detach()
-            kept = _matrices[weight] = (plain.mT if layout.is_transposed else plain).unbind()
-    return kept
+    kept = _matrices.get(id(weight))
+    if (
+        kept is not None
+        and kept.weight() is weight
+        and kept.address == weight.data_ptr()
+        and kept.shape == weight.shape
+        and kept.is_transposed == layout.is_transposed
+    ):
+        return kept.views
+    with torch.inference_mode(False):
+        plain = weight.detach()
+        views = (plain.mT if layout.is_transposed else plain).unbind()
+    key = id(weight)
+    forget = weakref.ref(weight, lambda _dead: _matrices.pop(key, None))
+    _matrices[key] = _Kept(forget, weight.data_ptr(), weight.shape, layout.is_transposed, views)
+    return views

@@ -39,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mogul.core.errors import BackendError
 from mogul.kernels import RouterSpec, Routing, route
+from mogul.kernels.cpu.norm import rms_norm_cpu, takes_rms_norm
 from mogul.models.balance_loss import balance_loss, z_loss
 from mogul.models.moge.configuration_moge import MogeConfig, PanguProMoEConfig
 from mogul.models.moge.mtp import MtpHead, next_embeddings
@@ -125,10 +126,12 @@ class MogeRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [..., D]: logits [T, E], weights [T, K] (both float32), ids [T, K] (int64)."""
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x_TD, weight_ED = hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight
         with maybe_autocast(device_type=x_TD.device.type, enabled=False):
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = self.adjust(F.linear(x_TD.to(wide), self.weight.to(wide)))
+            if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
+                wide = torch.promote_types(x_TD.dtype, torch.float32)
+                x_TD, weight_ED = x_TD.to(wide), weight_ED.to(wide)
+            logits_TE = self.adjust(F.linear(x_TD, weight_ED))
             bias, scale = self.e_score_correction_bias, self.router_scale
             if not (self.straight_through and self.training):
                 routing = route(logits_TE, self.spec, bias=bias, scale=scale)
@@ -244,6 +247,8 @@ class MogeRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""
+        if takes_rms_norm(x, self.weight):
+            return rms_norm_cpu(x, self.weight, self.variance_epsilon)
         at_least_32 = torch.promote_types(x.dtype, torch.float32)
         wide = F.rms_norm(x.to(at_least_32), self.weight.shape, eps=self.variance_epsilon)
         return self.weight * wide.to(x.dtype)
@@ -325,7 +330,7 @@ class MogeAttention(nn.Module):
         key = key if self.k_norm is None else self.k_norm(key)
         interleaved = self.config.rope_interleaved
         query, key = (
-            rotate(x.transpose(1, 2), *position_embeddings, interleaved=interleaved)
+            rotate(x, *position_embeddings, interleaved=interleaved).transpose(1, 2)
             for x in (query, key)
         )
         value = self.v_proj(hidden_states).view(*batch_length, -1, self.value_head_dim)

@@ -47,19 +47,29 @@ class MogeRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, L] to cos and sin [B, L, C] in the dtype of `x`."""
+        """Positions [B, L] to the factors [B, L, 1, R] of `rotate`, in the dtype of `x`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = factors(angles.unsqueeze(2), interleaved=self.config.rope_interleaved)
+        scaling = self.attention_scaling
+        return (cos * scaling).to(x.dtype), (sin * scaling).to(x.dtype)
+
+
+def factors(angles: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Angles [..., R/2] of the pairs to what `rotate` multiplies by: cos, and sin with its sign.
+
+    Made once a forward, so that no layer repeats, splits or negates anything.
+    """
+    cos, sin = angles.cos(), angles.sin()
+    if interleaved:
+        return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate the first R channels of heads [B, H, L, C] by angles [B, L, R].
+    """Rotate the first R channels of heads [B, L, H, C] by factors [B, L, 1, R].
 
     Pairs are (i, i + R/2), or (2i, 2i + 1) when `interleaved`.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if cos.shape[-1] < x.shape[-1]:
         turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
         return torch.cat((_rotate_all(turned, cos, sin, interleaved), rest), dim=-1)
@@ -68,9 +78,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
 
 def _rotate_all(turned: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if interleaved:
-        cos, sin = (a.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for a in (cos, sin))
-        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        first, second = turned.chunk(2, dim=-1)
-        partner = torch.cat((-second, first), dim=-1)
-    return turned * cos + partner * sin
+        partner = turned.roll(turned.shape[-1] // 2, -1)
+    return (turned * cos).addcmul_(partner, sin)
