@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mogul.serve import Engine, SamplingParams
 from mogul.serve.fuse import fuse_linears
 from mogul.serve.loading import random_model
 
-SMALL = {"max_sequences": 4, "step_tokens": 24, "cache_tokens": 400, "page_size": 4}
+SMALL: dict[str, Any] = {"max_sequences": 4, "step_tokens": 24, "cache_tokens": 400, "page_size": 4}
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=0)
 FAMILIES = {"llama": (PackedLinear,), "moge": (PackedLinear, PackedExperts)}
 
@@ -85,7 +86,7 @@ def test_no_two_layers_are_whole_at_once(tiny, load, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", quantise_load.WEIGHTS)
 def test_random_weights_of_every_format(tiny, name, tmp_path):
     folder_of(tiny, "qwen3_moe", tmp_path)
-    settled = {"dtype": "float32", "device": "cpu", "experts": "mogul"}
+    settled: dict[str, Any] = {"dtype": "float32", "device": "cpu", "experts": "mogul"}
     model = random_model(tmp_path, quantise=name, **settled)
     assert count(model, PackedExperts) == 2
     assert count(model, PackedLinear) == (8 if name == "fp8" else 0)

@@ -31,6 +31,7 @@ class PackedLinear(nn.Module):
 
     value: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, value: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()

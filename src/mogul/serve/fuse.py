@@ -57,9 +57,9 @@ class Next(nn.Module):
 
 def _join(parts: Sequence[nn.Module], sizes: list[int]) -> nn.Module:
     """One layer with the tensors of all, row after row; the parts keep views of them."""
-    joined = copy.copy(parts[0])
+    joined: Any = copy.copy(parts[0])
     joined._parameters, joined._buffers = dict(parts[0]._parameters), dict(parts[0]._buffers)
-    joined.out_features = sum(sizes)  # pyright: ignore[reportAttributeAccessIssue]
+    joined.out_features = sum(sizes)
     for name, first in _tensors(parts[0]):
         whole = _stack([getattr(part, name).data for part in parts])
         keep = (

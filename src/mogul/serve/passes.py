@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from mogul.kernels.triton import linear, topk
 
@@ -27,7 +27,7 @@ class FewRows(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Change the graph in place."""
         for node in graph.find_nodes(op="call_function", target=aten.topk.default):
-            if _is_short(*node.args):
+            if _is_short(*node.args):  # pyright: ignore[reportArgumentType]
                 _replace_topk(graph, node)
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             _replace_product(graph, node)
@@ -57,7 +57,7 @@ def _is_short(rows: Any, k: Any, dim: int = -1, largest: bool = True, *_: Any) -
     )
 
 
-def _replace_topk(graph: Graph, node: Node) -> None:
+def _replace_topk(graph: Graph, node: Any) -> None:
     rows, k = node.args[:2]
     values = next((user for user in node.users if user.args[1] == 0), None)
     logits = None if values is None else _before_softmax(rows)
@@ -85,7 +85,7 @@ def _like(value: Any, dtype: torch.dtype) -> Any:
     return value.new_empty(value.shape, dtype=dtype)
 
 
-def _before_softmax(node: Any) -> Node | None:
+def _before_softmax(node: Any) -> Any:
     """The logits whose softmax over the last dimension this is, before a cast to fp32."""
     if node.target is not aten.div.Tensor:
         return None
@@ -108,7 +108,7 @@ def _sums(node: Any, of: Any) -> bool:
     return target is aten.sum.dim_IntList and node.args[:2] == (of, [-1])
 
 
-def _behind(values: Node) -> tuple[Node, torch.dtype, bool]:
+def _behind(values: Any) -> tuple[Any, torch.dtype, bool]:
     """Who takes the values last in a chain: dividing them by their sum, a cast."""
     last, renormalise = values, False
     users = list(values.users)
@@ -123,7 +123,7 @@ def _behind(values: Node) -> tuple[Node, torch.dtype, bool]:
     return last, _value(last).dtype, renormalise
 
 
-def _replace_product(graph: Graph, node: Node) -> None:
+def _replace_product(graph: Graph, node: Any) -> None:
     """`x @ weight.T` of 16-bit numbers, also where both are cast to fp32 for it."""
     x, turned = node.args
     if getattr(turned, "target", None) is not aten.permute.default or turned.args[1] != [1, 0]:

@@ -32,6 +32,8 @@ for rows, columns, inner in ((1, 48, 64), (3, 80, 272), (70, 64, 256)):
     want = x.float() @ weight.float().T
     got = linear.linear_few(x[:, : inner // 2 * 2], weight, torch.float32)
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    got = linear.linear_narrow(x, weight, torch.float32)
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
 assert linear.linear_few(x[:0], weight, torch.float16).shape == (0, 64)
 for columns, k in ((128, 8), (60, 4)):
     logits = torch.randn(9, columns)

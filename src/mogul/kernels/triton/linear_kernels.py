@@ -1,4 +1,4 @@
-"""Triton kernel behind `linear.py`: few rows times a weight, bound by reading the weight."""
+"""Triton kernels behind `linear.py`: few rows times a weight, bound by reading the weight."""
 
 import triton
 import triton.language as tl
@@ -38,3 +38,27 @@ def linear_few(
     at = rows.to(tl.int64)[None, :] * N + cols[:, None]
     keep = live[None, :] & (cols < N)[:, None]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def linear_narrow(
+    x_ptr, w_ptr, out_ptr,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[row, some columns] of one row: plain sums, for few columns that many programs share."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    near = cols % N
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.static_range(0, K, BLOCK_K):
+        inside = k + ks < K
+        w = tl.load(w_ptr + near[:, None] * K + k + ks[None, :], mask=inside[None, :], other=0.0)
+        x = tl.load(x_ptr + row * K + k + ks, mask=inside, other=0.0)
+        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    out = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * N + cols, out, mask=cols < N)
