@@ -19,6 +19,7 @@ from mogul.kernels.quant_backends import MOE_QUANTISED
 from mogul.kernels.quant_format import FORMATS, ExpertFormat, expert_format
 from mogul.kernels.route import ROUTE, Routing, route
 from mogul.kernels.router_spec import RouterSpec
+from mogul.kernels.side_by_side import side_by_side
 
 __all__ = [
     "FORMATS",
@@ -39,4 +40,5 @@ __all__ = [
     "paged_attention",
     "quantise_experts",
     "route",
+    "side_by_side",
 ]

@@ -38,7 +38,7 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mogul.core.errors import BackendError
-from mogul.kernels import RouterSpec, Routing, route
+from mogul.kernels import RouterSpec, Routing, route, side_by_side
 from mogul.kernels.cpu.norm import rms_norm_cpu, takes_rms_norm
 from mogul.models.balance_loss import balance_loss, z_loss
 from mogul.models.moge.configuration_moge import MogeConfig, PanguProMoEConfig
@@ -228,10 +228,12 @@ class MogeSparseMoeBlock(nn.Module):
         """[B, L, D] to [B, L, D]."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, ids_TK = self.gate(x_TD)
-        out = self.experts(x_TD, ids_TK, weights_TK).reshape(hidden_states.shape)
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(hidden_states)
-        return out
+        if (shared := self.shared_expert) is None:
+            return self.experts(x_TD, ids_TK, weights_TK).reshape(hidden_states.shape)
+        out, more = side_by_side(
+            lambda: self.experts(x_TD, ids_TK, weights_TK), lambda: shared(x_TD), x_TD
+        )
+        return (out + more).reshape(hidden_states.shape)
 
 
 # -------------------------------------------------------------------------------- attention
