@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 BLOCK = 1024
 """Tokens of the vocabulary summed at once when drawing."""
 
-DRAW, ACCEPT, RESIDUAL, DRAFT = range(4)
-"""Streams of one request's random numbers: tokens, and three of speculation."""
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -49,11 +46,11 @@ class Sampled:
     top_logprobs: Tensor | None = None
 
 
-def uniform(seeds: Sequence[int], positions: Sequence[int], stream: int = DRAW) -> np.ndarray:
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
     """One number in [0, 1) for each (seed, position): a hash, so no state and no order."""
     with np.errstate(over="ignore"):
         seed = np.asarray(seeds, dtype=np.uint64)
-        key = _mix(_mix(seed + _GOLDEN) + np.uint64(stream + 1) * _GOLDEN)
+        key = _mix(_mix(seed + _GOLDEN) + _GOLDEN)
         bits = _mix(key + (np.asarray(positions, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -91,10 +88,10 @@ class SamplingBatch:
             num_logprobs=max(asked, default=None),
         )
 
-    def uniform(self, stream: int, device: torch.device) -> Tensor:
+    def uniform(self, device: torch.device) -> Tensor:
         """One number a row from the rows' own streams, float64 [S]."""
         seeds = [row.seed for row in self.rows]
-        return _upload(uniform(seeds, [len(row.output_ids) for row in self.rows], stream), device)
+        return _upload(uniform(seeds, [len(row.output_ids) for row in self.rows]), device)
 
 
 def _changes_logits(row: SamplingRow) -> bool:
@@ -118,7 +115,7 @@ class Sampler:
             score_SV = self.scores(logits_SV, batch)
             best_S, ids_S = score_SV.max(-1)
             if not all(row.params.is_greedy for row in batch.rows):
-                drawn_S = draw(score_SV.softmax(-1), batch.uniform(DRAW, logits_SV.device))
+                drawn_S = draw(score_SV.softmax(-1), batch.uniform(logits_SV.device))
                 greedy = [row.params.is_greedy for row in batch.rows]
                 ids_S = torch.where(_upload(np.array(greedy), drawn_S.device), ids_S, drawn_S)
         return with_logprobs(logits_SV, ids_S, best_S.isfinite(), batch.num_logprobs)

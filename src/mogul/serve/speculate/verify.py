@@ -35,8 +35,10 @@ def draft_rows(
     """
     if not drafts:
         return [row]
-    known = row.output_ids
-    is_read = row.params.has_penalties
+    known, params = row.output_ids, row.params
+    is_read = params.has_penalties
+    if params.is_greedy and not is_read and matcher is None and len(known) >= params.min_tokens:
+        return [row] * (len(drafts) + 1)  # nothing of a row depends on what was said before it
     rows, walked = [row], 0
     for i in range(1, len(drafts) + 1):
         said = [*known, *drafts[:i]] if is_read else range(len(known) + i)
