@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mogul.serve import SamplingParams
+from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0)
 MARK = 77
@@ -186,10 +187,12 @@ def test_any_life(tiny):
     )
 
 
-def soak(tiny, seconds: float) -> tuple[int, float]:
+def soak(tiny, seconds: float, speculator: Speculator | None = None) -> tuple[int, float]:
     """Add and abort at random; returns finished requests and MB/min of memory growth."""
     chance = random.Random(0)
-    engine = tiny.engine("moge", cache_tokens=600, max_sequences=8, max_length=200)
+    engine = tiny.engine(
+        "moge", cache_tokens=600, max_sequences=8, max_length=200, speculator=speculator
+    )
     running: list[int] = []
     done = 0
     start_s = time.perf_counter()
@@ -231,13 +234,20 @@ def resident_mb() -> float:
         return 0.0
 
 
-def test_a_short_soak_loses_nothing(tiny):
-    assert soak(tiny, 3.0)[0] > 10
+def guessing() -> Speculator:
+    return Speculator(NgramProposer(shortest=1), DraftLength(3, fixed=True))
+
+
+@pytest.mark.parametrize("speculator", [None, guessing()], ids=["plain", "guessing"])
+def test_a_short_soak_loses_nothing(tiny, speculator):
+    assert soak(tiny, 2.0, speculator)[0] > 5
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
-def test_ten_minutes_of_random_add_and_abort(tiny):
-    done, slope_mb = soak(tiny, 600.0)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("speculator", [None, guessing()], ids=["plain", "guessing"])
+def test_ten_minutes_of_random_add_and_abort(tiny, speculator):
+    done, slope_mb = soak(tiny, 600.0, speculator)
+    print(f"{done} requests done, memory grew by {slope_mb:.3f} MB/min")
     assert done > 1000
     assert slope_mb < 1.0
