@@ -284,7 +284,6 @@ def _tile_product(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    turn, PART: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a tile from row OFFSET on, WIDTH columns: all steps, then the epilogue."""
     wide: gl.constexpr = 2 * WIDTH if MODE == UP else WIDTH
@@ -312,7 +311,6 @@ def _tile_grad(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    turn, PART: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """_tile_product for DOWN_GRAD.
 
@@ -329,15 +327,10 @@ def _tile_grad(
     row = row.to(gl.int64)
     g = _fetch(pre_ptr, row, live, first, PIECE, N, 2 * N)
     u = _fetch(pre_ptr + N, row, live, first, PIECE, N, 2 * N)
-    if TURNS:  # also keeps the two from waiting for stages of different rounds
-        num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-        mbarrier.wait(turn.index(PART), (step // (2 * num_k) + 1 - PART) & 1)
     acc = _steps(
         ROWS, OFFSET, WIDTH, step, a_ring, b_ring, full, free, C, BLOCK_K, STAGES, GATHER,
         TRANSPOSED,
     )  # fmt: skip
-    if TURNS:
-        mbarrier.arrive(turn.index(1 - PART))
     pieces = _pieces(acc, PIECE)
     share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
     for i in gl.static_range(WIDTH // PIECE):
@@ -365,16 +358,15 @@ def _skip(step, full, free, C: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.c
 def _multiply(
     PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
     head_ptr, tiles_ptr,
-    a_ring, b_ring, full, free, turn,
+    a_ring, b_ring, full, free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    NARROW: gl.constexpr, TURNS: gl.constexpr,
+    NARROW: gl.constexpr,
 ):  # fmt: skip
-    """Multiplier PART (0 or 1): its half of the rows of every tile, or every other tile (TURNS)."""
+    """Multiplier PART (0 or 1): its half of the rows of every tile."""
     HALF: gl.constexpr = BLOCK_T // 2
-    ROWS: gl.constexpr = BLOCK_T if TURNS else HALF
-    OFFSET: gl.constexpr = 0 if TURNS else PART * HALF
+    OFFSET: gl.constexpr = PART * HALF
     LAST: gl.constexpr = last_width(N, BLOCK_N) if NARROW else BLOCK_N
     product: gl.constexpr = _tile_grad if MODE == DOWN_GRAD else _tile_product
     num_m = gl.load(head_ptr + E + 1)
@@ -384,35 +376,27 @@ def _multiply(
         if gl.program_id(0) == 0:
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
     num_tiles = num_m * NUM_N
-    begin = gl.program_id(0) + (gl.num_programs(0) * PART if TURNS else 0)
-    stride = gl.num_programs(0) * (2 if TURNS else 1)
-    step = 0 + (num_k * PART if TURNS else 0)
-    _, start, end, n = _tile_at(begin, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
-    for tile in range(begin, num_tiles, stride):
+    step = 0
+    _, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _, next_start, next_end, next_n = _tile_at(
-            tile + stride, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
+            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
         )
         if start + OFFSET >= end:
             _skip(step, full, free, C, BLOCK_K, STAGES)
         elif LAST < BLOCK_N and n == NUM_N - 1:
             product(
-                ROWS, OFFSET, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                HALF, OFFSET, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, turn, PART, TURNS,
-            )  # fmt: skip
-        elif TURNS and start + HALF >= end:
-            product(
-                HALF, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
-                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, turn, PART, TURNS,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         else:
             product(
-                ROWS, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
+                HALF, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
                 weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, turn, PART, TURNS,
+                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
-        step += num_k * (2 if TURNS else 1)
+        step += num_k
         start, end, n = next_start, next_end, next_n
 
 
@@ -424,7 +408,6 @@ def row_product(
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
     SYNC: gl.constexpr, SLACK: gl.constexpr, PATIENCE: gl.constexpr, NARROW: gl.constexpr,
-    TURNS: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
@@ -432,7 +415,6 @@ def row_product(
     Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
     SYNC > 0 keeps all programs but SLACK in step by a counter of the sort's head: wait_for_wave.
     NARROW computes only what is needed of a last column tile (64 or 128 columns).
-    TURNS gives each multiplier whole tiles in turn: one's epilogue runs under the other's product.
     """
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
@@ -443,12 +425,9 @@ def row_product(
     b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turn.index(0), 1)
-    mbarrier.init(turn.index(1), 1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
-        mbarrier.init(free.index(s), 1 if TURNS else 2)
+        mbarrier.init(free.index(s), 2)
     fence_async_shared()
     follow_the_last_launch()
     gl.warp_specialize(
@@ -456,14 +435,14 @@ def row_product(
             (_multiply, (
                 0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                 head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, turn, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, TURNS,
+                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
             )),
             (_multiply, (
                 1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                 head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, turn, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW, TURNS,
+                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
             )),
             (_load, (
                 a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,

@@ -448,7 +448,6 @@ class Layer:
             "SYNC": _COUNTER_OF[role] if tile.sync else 0,
             **_pace(tile),
             "NARROW": tile.narrow and not save,
-            "TURNS": tile.turns,
             **(_GATHER_ROLES if gathers else _TMA_ROLES),
         }
         return Launch(kernels.row_product, constants, pdl=self.pdl)

@@ -41,8 +41,6 @@ class Tile:
     narrow: bool = False
     """Split kernels compute only what is needed of a last column tile. Up that keeps its products
     for backward does not: there it was measured slower."""
-    turns: bool = False
-    """The two multipliers take whole tiles in turn (backward of down only)."""
     per_sm: int = 0
     """Programs a multiprocessor for a persistent grid; 0 = one program a tile."""
 
