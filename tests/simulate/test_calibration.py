@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mogul.simulate import curves, physics
-from mogul.simulate.calibration import Calibration, shipped
+from mogul.simulate.calibration import Calibration, many_rows_s, shipped
 from mogul.simulate.measurements import KernelTable, load_shipped, read_table
 from mogul.spec.hardware import hardware
 
@@ -64,6 +64,20 @@ def test_reference_tables_count_only_for_their_engine():
     assert asked.tier == "measured"
     at = (table.dims["m"] == 4096) & (table.dims["n"] == 5120)
     assert asked.seconds == pytest.approx(table.seconds[at][0], rel=0.05)
+
+
+def test_many_rows_run_like_a_plain_product_where_only_others_were_measured():
+    """mogul's own fp8 experts are measured; an engine without a table here may have better ones."""
+    dims = {"rows": 131072.0, "distinct": 9.0, "hidden": 7168, "width": 2048}
+    dims |= {"weight_bytes": 1.0, "input_bytes": 1.0}
+    plain_s = many_rows_s(dims, H100, "fp8_block")
+    assert shipped("sglang").estimate("moe", dims, H100, "fp8_block").seconds <= plain_s
+    few = {**dims, "distinct": 256.0}
+    assert many_rows_s(few, H100, "fp8_block") == float("inf")
+    table = next(t for t in load_shipped() if (t.kind, t.dtype) == ("moe", "fp8"))
+    last = {name: float(column[-1]) for name, column in table.dims.items()}
+    own = shipped("mogul").estimate("moe", last, H100, "fp8")
+    assert own.seconds == pytest.approx(table.seconds[-1], rel=0.05)
 
 
 def test_another_machine_borrows_from_the_engine_asked_for():

@@ -3,6 +3,7 @@ import pytest
 from mogul.core.errors import ConfigError
 from mogul.simulate.collectives import collective
 from mogul.simulate.engines import Engine, Overlap, engine
+from mogul.simulate.machine import shipped_collectives
 from mogul.simulate.memory import serving_memory, weight_bytes
 from mogul.simulate.operators import Layout, Step, step_operators
 from mogul.simulate.physics import demand
@@ -123,3 +124,19 @@ def test_what_binds():
     tiny = predict(Setting(model_spec(config("smollm2-135m")), H100), Workload(batch=1))
     assert tiny.decode.binding == "launches"
     assert sum(tiny.decode.limits().values()) == pytest.approx(sum(tiny.decode.parts().values()))
+
+
+def test_measured_collectives_count_where_the_engine_uses_them():
+    tables = shipped_collectives("h100")
+    assert tables is not None
+    assert {key[2] for key in tables.curves} == {2, 4}
+    device, size = H100, 2.0**20
+    two, four = (collective("all_reduce", n, size, device, tables) for n in (2, 4))
+    assert (two.tier, four.tier) == ("measured", "measured")
+    eight = collective("all_reduce", 8, size, device, tables)
+    assert eight.tier == "interpolated"
+    assert two.seconds < four.seconds < eight.seconds
+    for name, used in (("mogul", tables), ("vllm", None)):
+        setting = Setting(QWEN, device, Parallel(tp=2), engine=engine(name))
+        assert setting.step_model().collectives is used
+    assert shipped_collectives("mi300x") is None

@@ -26,6 +26,9 @@ from mogul.simulate.machine import Machine, read_machine
 
 __all__ = ["SMALL", "Grid", "calibrate", "calibrate_links_of"]
 
+REFERENCE = {("gemm", "torch", "fp8"), ("attention_decode", "torch", "bf16")}
+"""Tables of calls no server makes so: operands quantised beforehand, a cache in one piece."""
+
 Rows = dict[tuple[str, str, str], list[dict[str, float]]]
 """By kind, engine and format."""
 
@@ -132,7 +135,7 @@ def _write(
         "dtype": dtype,
         "source": source,
     }
-    if (kind, dtype) == ("gemm", "fp8"):
+    if (kind, engine, dtype) in REFERENCE:
         head |= {"role": "reference"}
     text.writelines(f"# {key} = {value}\n" for key, value in head.items())
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -1,8 +1,8 @@
 """The kernels `calibrate` measures: products, experts, attention, each as a call on rotated inputs.
 
-Experts in bf16 (or fp32) and fp8 are mogul's own kernels. One table is for reference, since no
-server calls it so: 8-bit products take operands that are quantised already. Decode runs on mogul's
-pages and on PyTorch's attention: the table says whose.
+Experts in bf16 (or fp32) and fp8 are mogul's own kernels. Two tables are for reference, since no
+server calls them so: 8-bit products take operands that are quantised already, and PyTorch's decode
+has each sequence's cache in one piece. Decode runs on mogul's pages too: the table says whose.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ class Calibration:
             base_s, curve.sigma, "guess" if curve.is_generic else "curve", (curve.source,)
         )
         found = self._rung(kind, device, dtype)
+        plain_s = many_rows_s(dims, device, dtype) if kind == "moe" else float("inf")
         if found is None:
-            plain_s = many_rows_s(dims, device, dtype) if kind == "moe" else base_s
             return replace(unmeasured, seconds=min(base_s, plain_s))
         rung, slices = found
         engines = {one.table.engine for one in slices}
@@ -110,7 +110,10 @@ class Calibration:
             _corrected(unmeasured, demand, [s for s in slices if s.table.engine == name], rung)
             for name in sorted(engines)
         ]
-        return min(candidates, key=lambda one: one.seconds)
+        best = min(candidates, key=lambda one: one.seconds)
+        if rung == "measured" or self.engine in engines:
+            return best
+        return replace(best, seconds=min(best.seconds, plain_s))
 
     def _rung(self, kind: str, device: Hardware, dtype: str) -> tuple[str, list[_Slice]] | None:
         same_dtype = self._slices.get((kind, dtype), [])

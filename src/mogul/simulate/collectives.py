@@ -1,5 +1,7 @@
 """What it costs to move data between devices: formulas by default, measured tables where given.
 
+A number of ranks that no table holds takes the formula times what the nearest one measured is off.
+
 n ranks, `num_bytes` the whole buffer of one rank (gathered size for a gather). Inside a domain
 the scale-up link counts, beyond it the network, in two stages. Sources of the formulas: ring and
 two-stage collectives as in NCCL; two-level all-to-all of arXiv 2206.03382.
@@ -20,6 +22,9 @@ REACHED = 0.8
 """Share of a link's bandwidth large messages reach (NCCL tables, H100: 0.75 to 0.99)."""
 
 FORMULA_SIGMA = 0.25
+NEAR_SIGMA = 0.15
+"""Of a number of ranks nobody measured, corrected by one that was."""
+
 TABLE_SIGMA = 0.1
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -42,6 +47,11 @@ class CollectiveTables:
             return float(times[-1] * num_bytes / sizes[-1])
         return float(np.exp(np.interp(np.log(max(num_bytes, 1)), np.log(sizes), np.log(times))))
 
+    def nearest_ranks(self, device: str, name: str, ranks: int) -> int | None:
+        """The measured number of ranks nearest to this one."""
+        known = [key[2] for key in self.curves if key[:2] == (device, name)]
+        return min(known, key=lambda one: abs(math.log(one / ranks)), default=None)
+
 
 def collective(
     name: str,
@@ -61,6 +71,11 @@ def collective(
         measured = tables.seconds(device.name, name, ranks, num_bytes)
         if measured is not None:
             return Estimate(measured, TABLE_SIGMA, "measured", (tables.source,))
+        if near := tables.nearest_ranks(device.name, name, ranks):
+            known = tables.seconds(device.name, name, near, num_bytes)
+            assert known is not None
+            plain, there = (_formula(name, n, num_bytes, device, None) for n in (ranks, near))
+            return Estimate(known * plain / there, NEAR_SIGMA, "interpolated", (tables.source,))
     return Estimate(
         _formula(name, ranks, num_bytes, device, far_bytes), FORMULA_SIGMA, "curve", ("formula",)
     )

@@ -55,6 +55,10 @@ class Engine(Spec):
     exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
     """How tokens reach experts on other ranks when attention is data-parallel."""
 
+    uses_nccl: bool = True
+    """Ranks talk by NCCL, so its measured times count; others have kernels of their own for small
+    sums, which the formula is nearer to."""
+
     sends_once: bool = True
     """A token goes once to every rank that needs it, not once a pick."""
 
@@ -74,9 +78,9 @@ class Engine(Spec):
 
 _ENGINES = {
     "mogul": Engine(kernels="mogul"),
-    "vllm": Engine(name="vllm", kernels="vllm", step_host_s=1.0e-3),
-    "sglang": Engine(name="sglang", kernels="sglang", step_host_s=5e-4),
-    "trtllm": Engine(name="trtllm", kernels="trtllm", step_host_s=5e-4),
+    "vllm": Engine(name="vllm", kernels="vllm", step_host_s=1.0e-3, uses_nccl=False),
+    "sglang": Engine(name="sglang", kernels="sglang", step_host_s=5e-4, uses_nccl=False),
+    "trtllm": Engine(name="trtllm", kernels="trtllm", step_host_s=5e-4, uses_nccl=False),
     "transformers": Engine(
         name="transformers",
         has_graphs=False,

@@ -46,7 +46,9 @@ class Setting:
         domain = self.device.link_devices
         layout = Layout(self.model, self.parallel, self.quant, self.engine, domain)
         calibration = self.calibration or shipped(self.engine.kernels)
-        collectives = self.collectives or shipped_collectives(self.device.name)
+        collectives = self.collectives
+        if collectives is None and self.engine.uses_nccl:
+            collectives = shipped_collectives(self.device.name)
         return StepModel(layout, self.device, self.routing, calibration, collectives)
 
 
