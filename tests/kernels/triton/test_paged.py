@@ -53,6 +53,7 @@ def test_kernels_equal_the_reference() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_kernels_equal_the_reference_on_many_shapes() -> None:
     check_all(interpreted(60))
 
