@@ -40,6 +40,7 @@ DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
 SAMPLED = 16_384  # held-out tokens whose picks are looked at
 POWER = 0.8
+TRIES = 2  # of a run whose process died, with --in-process
 
 
 def main() -> int:
@@ -93,7 +94,9 @@ def run_all(options: argparse.Namespace) -> int:
     """Start what is missing, `--jobs` at a time, seed after seed; what was begun comes first."""
     options.out.mkdir(parents=True, exist_ok=True)
     waiting = [(variant, seed) for seed in options.seeds for variant in options.variants]
-    waiting.sort(key=lambda key: not (options.out / run_name(options, *key)).exists())
+    waiting.sort(
+        key=lambda key: not (options.out / run_name(options, *key) / "checkpoints").exists()
+    )
     if options.in_process:
         return run_here(options, waiting)
     start_s, failed = time.monotonic(), 0
@@ -140,7 +143,9 @@ def run_here(options: argparse.Namespace, waiting: list[tuple[str, int]]) -> int
         if is_late or stopped.is_set() or (lock := claim(options, variant, seed)) is None:
             continue
         with lock:
+            print("begun", file=lock, flush=True)
             code = run_one(options, variant, seed)
+            print("ended", file=lock, flush=True)
         print(
             f"{time.monotonic() - start_s:.0f} s: {(variant, seed)} ended with {code}", flush=True
         )
@@ -157,15 +162,18 @@ def run_name(options: argparse.Namespace, variant: str, seed: int) -> str:
 
 
 def claim(options: argparse.Namespace, variant: str, seed: int) -> TextIO | None:
-    """A lock on a run that is missing; None where it is done or another process has it."""
-    lock = (options.out / f"{run_name(options, variant, seed)}.lock").open("a")
+    """A lock on a run that is missing; None where it is done, fails always, or another has it."""
+    lock = (options.out / f"{run_name(options, variant, seed)}.lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
+    lock.seek(0)
+    history = lock.read().split()
+    fails = history.count("begun") - history.count("ended") >= TRIES
     done = {(r["scale"], r["variant"], r["seed"]) for r in read_results(options.results)}
-    if (scale_name(options, variant), variant, seed) in done:
+    if fails or (scale_name(options, variant), variant, seed) in done:
         lock.close()
         return None
     return lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -59,11 +60,17 @@ def test_scales_become_changes(study):
     assert changes == ["run.tokens=5", "run.compile=false", 'model.a.b="x"']
 
 
-def test_finished_runs_are_not_run_again(study, tmp_path, monkeypatch):
-    import argparse
+def _options(folder, **more):
+    values = {
+        "results": folder / "study.jsonl", "out": folder, "seeds": [0, 1], "variants": ("moge2",),
+        "scale": None, "jobs": 1, "deadline_s": None, "stop_s": None, "in_process": False,
+    }  # fmt: skip
+    return argparse.Namespace(**values, **more)
 
-    results = tmp_path / "study.jsonl"
-    results.write_text('{"scale": "study", "variant": "moge2", "seed": 0}\n')
+
+def test_finished_runs_are_not_run_again(study, tmp_path, monkeypatch):
+    options = _options(tmp_path)
+    options.results.write_text('{"scale": "study", "variant": "moge2", "seed": 0}\n')
     started = []
 
     class Done:
@@ -71,12 +78,24 @@ def test_finished_runs_are_not_run_again(study, tmp_path, monkeypatch):
             return 0
 
     monkeypatch.setattr(study, "start", lambda _options, *key: started.append(key) or Done())
-    options = argparse.Namespace(
-        results=results, seeds=[0, 1], variants=("moge2",), scale=None, jobs=1,
-        deadline_s=None, stop_s=None,
-    )  # fmt: skip
     assert study.run_all(options) == 0
     assert started == [("moge2", 1)]
+
+
+def test_a_run_is_claimed_once_and_given_up_when_its_process_keeps_dying(study, tmp_path):
+    options = _options(tmp_path)
+    first = study.claim(options, "moge2", 1)
+    assert first is not None
+    assert study.claim(options, "moge2", 1) is None  # another worker has it
+    first.write("begun\n")
+    first.close()  # as when the process dies
+    second = study.claim(options, "moge2", 1)
+    second.write("begun\n")
+    second.close()
+    assert study.claim(options, "moge2", 1) is None
+    other = study.claim(options, "moge2", 0)
+    assert other is not None
+    other.close()
 
 
 def test_the_table_shows_dense_and_grouped_runs(study, capsys):
