@@ -20,6 +20,9 @@ from mogul.core.errors import ConfigError
 RUN = 8
 """Steps of one number of guesses in a row; the first is not measured."""
 
+PAUSE = 16
+"""Steps between two weighings: they take time themselves."""
+
 
 @dataclass(frozen=True)
 class SpeculationStats:
@@ -59,6 +62,9 @@ class _Bucket:
     chosen: int = 0
     left: int = RUN
     """Steps to go of a run that is being measured; it starts with plain decoding."""
+
+    until_thought: int = 0
+    """Steps until the numbers are weighed again."""
 
     spent_s: float = 0.0
     """Time of all steps."""
@@ -118,7 +124,10 @@ class DraftLength:
         return not self.fixed and bucket.chosen == 0 and bucket.left == 0
 
     def _bucket(self, batch: int) -> _Bucket:
-        return self._buckets.setdefault(batch.bit_length(), _Bucket())
+        bucket = self._buckets.get(batch.bit_length())
+        if bucket is None:
+            bucket = self._buckets[batch.bit_length()] = _Bucket()
+        return bucket
 
     def time(self, batch: int, asked: int, seconds: float) -> None:
         """Take in how long a step took in which each of so many requests asked for guesses."""
@@ -127,8 +136,11 @@ class DraftLength:
         bucket.times_s.setdefault(asked, deque(maxlen=self.memory)).append(seconds)
         bucket.measured_s[asked] = bucket.spent_s
         if not bucket.left:
-            bucket.chosen = self._best(bucket)
-            self._try_again(bucket)
+            bucket.until_thought -= 1
+            if bucket.until_thought <= 0:
+                bucket.until_thought = PAUSE
+                bucket.chosen = self._best(bucket)
+                self._try_again(bucket)
         elif asked == bucket.chosen:
             bucket.left -= 1
             if bucket.left == 1:  # the first step of the run was never timed
