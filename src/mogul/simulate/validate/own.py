@@ -12,7 +12,11 @@ from typing import Any
 from mogul.simulate.engines import engine
 from mogul.simulate.run import Prediction, Setting, predict
 from mogul.simulate.validate.published import load, model
+from mogul.spec import presets
+from mogul.spec.families import model_spec
 from mogul.spec.hardware import hardware
+from mogul.spec.model import ModelSpec
+from mogul.spec.parallel import Parallel
 from mogul.spec.quant import QuantScheme
 from mogul.spec.workload import Workload
 
@@ -46,12 +50,19 @@ def steps() -> list[Step]:
     return found
 
 
+def _model(run: dict[str, Any]) -> ModelSpec:
+    if "layers" not in run:
+        return model(run["model"])
+    return model_spec(presets.config(run["model"]) | {"num_hidden_layers": run["layers"]})
+
+
 def _predict(run: dict[str, Any], batch: int) -> Prediction:
     setting = Setting(
-        model(run["model"]),
+        _model(run),
         hardware(run["device"]),
-        quant=QuantScheme(**run["quant"]),
-        engine=engine("mogul"),
+        Parallel(**run.get("parallel", {})),
+        QuantScheme(**run["quant"]),
+        engine=engine("mogul").replace(**run.get("engine", {})),
     )
     load_ = Workload(
         input_tokens=run["input_tokens"],
