@@ -31,6 +31,7 @@ TINY_TOKENS = (16, 4096)
 TRAIN = {"layers": 4, "vocabulary": 32768, "sequences": 2, "length": 4096}
 WARM = "kernels_are_compiled"
 STEPS = ("alone", "static1", "static2", "static4", "all_to_all1")
+LAYOUTS = ("tp-window", "h2p-window", "tp", "tp-window-compiled", "h2p-window-compiled")
 PARTS = ("smoke", "layers", "training", "decode", "computing")
 
 
@@ -204,6 +205,7 @@ def layer(bench: Any, name: str, tokens: int, options: argparse.Namespace) -> No
         tokens=(tokens,),
         dtype="fp32" if tiny else "bf16",
         budget_s=0.02 if tiny else options.budget,
+        draws=options.draws,
         ways=ways,
         traced_tokens=(16, 4096),
     )
@@ -252,7 +254,7 @@ TINY_MODEL = {
 }  # fmt: skip
 
 
-def decoding(bench: Any, layout: str, wire: str | None, options: argparse.Namespace) -> None:
+def decoding(bench: Any, case: str, options: argparse.Namespace) -> None:
     """The whole Pangu Pro MoE (or its first layers), random weights, one graph a step."""
     import torch
 
@@ -264,6 +266,8 @@ def decoding(bench: Any, layout: str, wire: str | None, options: argparse.Namesp
     from mogul.spec.parallel import Parallel, h2p
 
     world, tiny = bench.world, options.tiny
+    layout, *words = case.split("-")
+    wire = "window" if "window" in words else None
     if wire == "window" and "moves" in bench.lost:
         return
     bench.kept.pop("model", None)
@@ -281,14 +285,15 @@ def decoding(bench: Any, layout: str, wire: str | None, options: argparse.Namesp
     request = DecodeRequest(
         config=values,
         parallel=whole if layout == "tp" else h2p(world.size),
-        wire=wire,  # type: ignore[arg-type]
+        wire=wire,
+        compiled="compiled" in words,
         dtype="fp32" if tiny else "bf16",
         context=32 if tiny else 1024,
         budget_s=0.4,
     )
     with torch.no_grad():
         model = bench.kept["model"] = build(world, request)
-    bench.put("built", {"layout": layout, "wire": wire})
+    bench.put("built", {"case": case})
     for batch in options.batches:
         row = measure_decode(world, model, request, batch, bench.kept["limits"].bytes_per_s)
         bench.put("decode", row)
@@ -336,9 +341,7 @@ def units_of(options: argparse.Namespace) -> list[Any]:
         ],
         "training": training_units,
         "decode": lambda: [
-            Unit(f"decode {layout} {wire}", 80, decoding, (layout, wire, options))
-            for layout in options.layouts
-            for wire in ((None,) if options.cpu else (None, "window"))
+            Unit(f"decode {case}", 80, decoding, (case, options)) for case in options.layouts
         ],
     }
     found = [unit for part in options.parts for unit in makers[part]()]
@@ -402,8 +405,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=_words, default=())
     parser.add_argument("--ways", type=_words, default=(), help="words of names of ways to keep")
     parser.add_argument("--budget", type=float, default=0.04, help="seconds for one number")
+    parser.add_argument("--draws", type=int, default=3, help="of every routing, averaged")
     parser.add_argument("--steps", type=_words, default=STEPS, help="training: alone, or by")
-    parser.add_argument("--layouts", type=_words, default=("tp", "h2p"), help="decode")
+    parser.add_argument("--layouts", type=_words, default=LAYOUTS, help="decode")
     parser.add_argument("--layers", type=int, default=0, help="decode: the first so many only")
     parser.add_argument("--batches", type=_words, default=("1", "64", "228"))
     options = parser.parse_args()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,7 @@ from mogul.bench.devices_cases import (
     dispatcher_of,
     local_weights,
     make_inputs,
+    seeds_of,
     sent_bytes,
 )
 from mogul.bench.devices_clock import Clock, Link, best_s, host_waits, measure_link
@@ -65,6 +67,8 @@ class Request:
     dtype: str = "bf16"
     budget_s: float = 0.1
     """Seconds of measuring for one number."""
+    draws: int = 1
+    """Draws of a routing whose results are averaged."""
     traced_tokens: tuple[int, ...] = ()
     """Numbers of tokens for which the phases of every rank are recorded, and waits for the host
     are counted."""
@@ -136,25 +140,50 @@ def _cell(setup: Setup, routing: str, way: Way, tokens: int) -> dict[str, Any]:
         "way": way.name,
     }  # fmt: skip
     try:
-        dispatcher, run = _dispatcher(setup, way, tokens)
+        _dispatcher(setup, way, tokens)
     except BackendError as refused:
         return {**row, "refused": str(refused)}
-    inputs = make_inputs(world, shape, way, routing, tokens, setup.dtype)
-
-    def call() -> Tensor:
-        return dispatcher(inputs.x, inputs.ids, inputs.weights, run)
-
-    budget = setup.request.budget_s
-    row |= best_s(clock, call, budget, graph=clock.on_gpu and way.fits_a_graph)
-    row["layer_s"] = row.get("graph_s") or row["called_s"]
-    own_s = _experts_s(setup, dispatcher, run, inputs, budget)
-    experts = clock.of_all(own_s)
-    row |= _verdict(setup, inputs, way, row["layer_s"], experts)
+    seeds = seeds_of(shape, routing, world.size, setup.request.draws)
+    drawn = [_draw(setup, way, routing, tokens, seed) for seed in seeds]
+    row |= _mean(drawn)
     if tokens in setup.request.traced_tokens and routing == setup.request.routings[-1]:
+        dispatcher, run = _dispatcher(setup, way, tokens)
+        middle = seeds[len(seeds) // 2]
+        inputs = make_inputs(world, shape, way, routing, tokens, setup.dtype, middle)
         if clock.on_gpu:
-            row |= host_waits(call, profiled=way.dispatch == "static" and way.chunks == 1)
+            profiled = way.dispatch == "static" and way.chunks == 1
+            call = partial(dispatcher, inputs.x, inputs.ids, inputs.weights, run)
+            row |= host_waits(call, profiled=profiled)
         setup.phases += record_phases(setup, dispatcher, run, inputs, row)
     return row
+
+
+def _draw(setup: Setup, way: Way, routing: str, tokens: int, seed: int) -> dict[str, Any]:
+    """One draw of the picks."""
+    world, shape, clock = setup.world, setup.request.shape, setup.clock
+    dispatcher, run = _dispatcher(setup, way, tokens)
+    inputs = make_inputs(world, shape, way, routing, tokens, setup.dtype, seed)
+    call = partial(dispatcher, inputs.x, inputs.ids, inputs.weights, run)
+    budget = setup.request.budget_s
+    row = best_s(clock, call, budget, graph=clock.on_gpu and way.fits_a_graph)
+    row["layer_s"] = row.get("graph_s") or row["called_s"]
+    experts = clock.of_all(_experts_s(setup, dispatcher, run, inputs, budget))
+    return row | _verdict(setup, inputs, way, row["layer_s"], experts)
+
+
+def _mean(drawn: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the draws; experts and waits slowest rank first, ratios of the means."""
+    found: dict[str, Any] = {"draws_s": [one["layer_s"] for one in drawn]}
+    for key, value in drawn[0].items():
+        values = [one.get(key, value) for one in drawn]
+        if isinstance(value, list):
+            ordered = [sorted(one, reverse=key == "experts_s") for one in values]
+            found[key] = [sum(one) / len(one) for one in zip(*ordered, strict=True)]
+        else:
+            found[key] = value if isinstance(value, str) else sum(values) / len(values)
+    found["exposed"] = found["exposed_s"] / found["layer_s"]
+    found["ratio"] = found["layer_s"] / found["floor_s"]
+    return found
 
 
 def _dispatcher(setup: Setup, way: Way, tokens: int) -> tuple[Any, Experts]:

@@ -2,7 +2,9 @@
 
 A case is (routing, dispatch, chunks). "grouped" picks group by group, "top-k" over all experts;
 "uniform" draws every expert alike, "skewed" by log-normal popularity (sigma 1, as a busy layer of a
-real trace). All ranks draw the same picks and take their own tokens.
+real trace). How uneven devices become is a matter of luck, so several draws are averaged; of skewed
+ones those at even quantiles of an ungrouped router's rho. All ranks draw the same picks and take
+their own tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from mogul.spec import balance
 from mogul.spec.grouping import Grouping
 
 SIGMA = {"uniform": 0.0, "skewed": 1.0}
+POPULARITIES, JUDGED_TOKENS = 32, 512
+"""Skewed draws to choose from, and how many tokens show the rho of one."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,26 @@ def local_weights(world: World, shape: LayerShape, dtype: torch.dtype) -> Weight
 
 
 @cache
-def draw_picks(shape: LayerShape, groups: int, routing: str, tokens: int) -> np.ndarray:
+def seeds_of(shape: LayerShape, routing: str, ranks: int, draws: int) -> tuple[int, ...]:
+    """The draws of a routing that are measured."""
+    if SIGMA[routing] == 0.0:
+        return tuple(range(draws))
+    device_E = np.arange(shape.experts) // (shape.experts // ranks)
+
+    def rho(seed: int) -> float:
+        ids_TK = draw_picks(shape, 1, routing, JUDGED_TOKENS, seed)
+        return balance.rho(balance.rows_per_device(ids_TK, device_E, ranks))
+
+    order = sorted(range(POPULARITIES), key=rho)
+    return tuple(order[int((n + 0.5) / draws * POPULARITIES)] for n in range(draws))
+
+
+@cache
+def draw_picks(
+    shape: LayerShape, groups: int, routing: str, tokens: int, seed: int = 0
+) -> np.ndarray:
     """Picks [T, K] by popularity, without replacement within a group."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     popularity_E = rng.normal(0.0, SIGMA[routing], shape.experts)
     score_TE = popularity_E + rng.gumbel(size=(tokens, shape.experts))
     score_TMJ = score_TE.reshape(tokens, groups, -1)
@@ -101,11 +122,17 @@ class Inputs:
 
 
 def make_inputs(
-    world: World, shape: LayerShape, way: Way, routing: str, tokens: int, dtype: torch.dtype
+    world: World,
+    shape: LayerShape,
+    way: Way,
+    routing: str,
+    tokens: int,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> Inputs:
     """Tokens shared evenly; the balance over contiguous devices."""
     groups = shape.groups if way.router == "grouped" else 1
-    ids_TK = draw_picks(shape, groups, routing, tokens)
+    ids_TK = draw_picks(shape, groups, routing, tokens, seed)
     device_of = np.arange(shape.experts) // (shape.experts // world.size)
     rows_D = balance.rows_per_device(ids_TK, device_of, world.size)
     distinct_D = balance.distinct_per_device(ids_TK, device_of, world.size)

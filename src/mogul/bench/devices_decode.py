@@ -34,6 +34,8 @@ class DecodeRequest:
     parallel: Parallel
     dispatch: str = "static"
     wire: Wire | None = None
+    compiled: bool = False
+    """Whether norms and the shared expert's activation are compiled to one kernel each."""
     context: int = 1024
     dtype: str = "bf16"
     budget_s: float = 1.0
@@ -58,7 +60,7 @@ def build(world: World, request: DecodeRequest) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from mogul.models import MogeConfig, MogeForCausalLM
-    from mogul.models.moge.modeling_moge import MogeRotaryEmbedding
+    from mogul.models.moge.modeling_moge import MogeMLP, MogeRMSNorm, MogeRotaryEmbedding
 
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, lambda *_args, **_kwargs: None)
@@ -85,6 +87,10 @@ def build(world: World, request: DecodeRequest) -> Any:
             module.group_of_expert.copy_(module._groups())
     model.config._attn_implementation = ATTENTION
     model.set_experts_implementation("mogul")
+    if request.compiled:
+        for module in model.modules():
+            if isinstance(module, (MogeRMSNorm, MogeMLP)):
+                module.forward = torch.compile(module.forward, dynamic=False)
     return model.eval()
 
 
@@ -145,6 +151,7 @@ def measure_decode(
         "layout": request.parallel.describe(),
         "dispatch": request.dispatch,
         "wire": request.wire or "collective",
+        "compiled": request.compiled,
         "batch": batch,
         "context": request.context,
         "layers": model.config.num_hidden_layers,

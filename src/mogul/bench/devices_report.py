@@ -180,7 +180,7 @@ def decode_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
         ledger.row(
             device,
             bench="devices",
-            case=f"decode {step['layout']} batch {step['batch']} context {step['context']}",
+            case=_decode_case(step),
             metric="time per output token",
             unit="s",
             value=step["step_s"],
@@ -191,6 +191,12 @@ def decode_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
         )
         for step in steps
     ]
+
+
+def _decode_case(step: Row) -> str:
+    how = step["wire"] + (" compiled" if step["compiled"] else "")
+    where = f"{step['layout']} {how} batch {step['batch']} context {step['context']}"
+    return f"decode {step['layers']} layers {where}"
 
 
 def busiest(row: Row) -> float:

@@ -108,7 +108,8 @@ class Window:
 
     def scatter(self, rows: Tensor, name: str, *, aside: bool = False) -> Landing:
         """Sums over the ranks of rows [ranks * T, ...], each rank its own part [T, ...]."""
-        words = _words(rows)
+        whole = rows.contiguous()
+        words = _words(whole)
         region = self._region(name, words.numel(), rows.device)
         shape = (self.size, rows.shape[0] // self.size, *rows.shape[1:])
 
@@ -116,7 +117,7 @@ class Window:
             self._push(region, [words], [0], apart=True, engine=aside)
             region.barrier()
             arrived = region.own[: words.numel()].view(rows.dtype).view(shape)
-            return [self._sum(region, rows.view(shape)[self.rank], arrived)]
+            return [self._sum(region, whole.view(shape)[self.rank], arrived)]
 
         return self._start(move, words, aside=aside)
 
