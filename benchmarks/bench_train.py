@@ -34,6 +34,7 @@ from mogul.spec.families import model_spec
 from mogul.train.balance import Balancer
 from mogul.train.balance_rules import BalanceSection
 from mogul.train.build import chosen_kernels
+from mogul.train.float8 import float8_products
 from mogul.train.layers import prepared_layers
 from mogul.train.metrics import peak_flop_per_s
 from mogul.train.objective import choose_objective
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], action="append")
     parser.add_argument("--attention", choices=["best", "auto", "cudnn"], default="best")
+    parser.add_argument("--float8", choices=["none", "tensorwise", "rowwise"], default="none")
     parser.add_argument("--peer", action="store_true", help="Trainer with grouped_mm as well")
     parser.add_argument("--peer-rows", type=int, default=8)
     parser.add_argument("--no-compile", action="store_true")
@@ -160,6 +162,7 @@ def bench_ours(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     compiles = not options.no_compile
     run = RunSection(steps=1, attention=options.attention)
     with ExitStack() as stack:
+        stack.enter_context(float8_products(model, options.float8, DEVICE))
         stack.enter_context(prepared_layers(model, compile=compiles))
         stack.enter_context(chosen_kernels(run, DEVICE))
         section = BalanceSection(loss="batch")
@@ -317,11 +320,12 @@ def record(
     rounded = {
         key: round(value, 4) if isinstance(value, float) else value for key, value in ours.items()
     }
+    precision = "bf16" if options.float8 == "none" else f"dense layers in float8 {options.float8}"
     case = f"{options.case}, {options.rows} x {LENGTH} tokens x {options.accumulation}"
     row = ledger.row(
         device=torch.cuda.get_device_name(DEVICE),
         bench="train",
-        case=f"{case}, bf16, {kind}",
+        case=f"{case}, {precision}, {kind}",
         metric="speed of whole steps",
         unit="tokens/s",
         value=round(ours["tokens_per_s"]),
