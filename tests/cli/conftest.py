@@ -70,6 +70,12 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def endless_checkpoint(tmp_path_factory) -> Path:
+    """A model that no sampled token ends."""
+    return write_checkpoint(tmp_path_factory.mktemp("endless"), eos_token_id=999)
+
+
+@pytest.fixture(scope="session")
 def base_checkpoint(tmp_path_factory) -> Path:
     """A model without a chat template and with a short context."""
     folder = tmp_path_factory.mktemp("base")

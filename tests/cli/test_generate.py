@@ -126,10 +126,10 @@ def test_a_missing_folder_is_a_clear_error(capsys, tmp_path):
     assert "does not exist" in err
 
 
-def test_words_arrive_as_they_are_said_and_ctrl_c_ends_cleanly(checkpoint):
+def test_words_arrive_as_they_are_said_and_ctrl_c_ends_cleanly(endless_checkpoint):
     command = [
-        *(sys.executable, "-m", "mogul.cli.main", "generate", str(checkpoint), "--prompt", "the"),
-        *("--max-new-tokens", "60000", "--temperature", "1.0", "--top-k", "0"),
+        *(sys.executable, "-m", "mogul.cli.main", "generate", str(endless_checkpoint)),
+        *("--prompt", "the", "--max-new-tokens", "60000", "--temperature", "1.0", "--top-k", "0"),
     ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
