@@ -27,6 +27,7 @@ from mogul.serve.kv_scales import KvScales, read_scales
 from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
+from mogul.serve.ranks import settle_options, settle_sizes, spread
 from mogul.serve.requests import Answer, Chunk, Live
 from mogul.serve.results import take
 from mogul.serve.runner import Runner
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mogul.serve.speculate import Speculator
+    from mogul.spec.parallel import Parallel
 
 Prompt = str | Sequence[int]
 
@@ -77,9 +79,14 @@ class Engine:
         name: str = "",
         speculator: Speculator | None = None,
         kv_scales: KvScales | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
+        self.parallel = parallel
+        if parallel is not None:
+            spread(model, parallel)
+            self.options = settle_options(self.options, model.device)
         fuse = self.options.fuse and model.device.type != "cpu"
         self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)
         try:
@@ -98,12 +105,14 @@ class Engine:
         scales: KvScales | None,
     ) -> None:
         self.sizes = sizes = choose_sizes(self.runner, self.options)
+        if self.parallel is not None:
+            self.sizes = sizes = settle_sizes(sizes, model.device)
         self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size, scales)
         self.pool = BlockPool(sizes.num_pages, sizes.page_size, reuse=self.options.reuse_prefix)
         self.room = PageRoom(self.pool, sizes.pages_a_table)
         limits = Limits(sizes.step_tokens, sizes.max_sequences, sizes.num_pages * sizes.page_size)
         self.scheduler: Scheduler[Live] = Scheduler(limits, self.room)
-        self.steps = Steps(self.runner)
+        self.steps = Steps(self.runner, divides=self.parallel is None)
         self.last_picks: Any = None
         """Picks of the last step read, where `record_experts` is on: a list of [T, layers, K] (or
         None), one for each part that was computed alone; only a failing step has more than one."""
@@ -142,6 +151,7 @@ class Engine:
         load: Load = "checkpoint",
         quantise: str | None = None,
         speculator: Speculator | None = None,
+        parallel: Parallel | None = None,
         **options: Any,
     ) -> Engine:
         """Open a checkpoint folder or hub id.
@@ -155,6 +165,7 @@ class Engine:
             quantise: fp8 (experts and linear layers), fp8-experts, int4-32, -64 or -128 (experts):
                 each layer is quantised while it is loaded. None keeps the weights as they are.
             speculator: guesses tokens that are verified together; None guesses nothing.
+            parallel: spread the model over this many ranks, each of which makes the same calls.
             options: fields of `EngineOptions`.
 
         Raises:
@@ -172,9 +183,8 @@ class Engine:
         )
         tokenizer = open_tokenizer(path)
         scales = read_scales(path) if settled.kv_dtype == "fp8" and load == "checkpoint" else None
-        return cls(
-            model, tokenizer, settled, name=str(path), speculator=speculator, kv_scales=scales
-        )
+        more = {"speculator": speculator, "kv_scales": scales, "parallel": parallel}
+        return cls(model, tokenizer, settled, name=str(path), **more)
 
     # ------------------------------------------------------------------------------ requests
 

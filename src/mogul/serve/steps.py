@@ -51,7 +51,7 @@ class Piece:
                 for entry in self.entries
                 if entry.draws
             ]
-            self.counts = count_tokens(self.sampled.ids, drafts).tolist()
+            self.counts = count_tokens(self.sampled.ids.tolist(), drafts)
 
 
 @dataclass
@@ -96,8 +96,11 @@ def entries_of(plan: StepPlan[Live]) -> list[Entry]:
 class Steps:
     """Launches steps on a runner."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, divides: bool = True) -> None:
         self.runner = runner
+        self.divides = divides
+        """Whether a failing step is cut in halves; ranks of one engine cannot each do so alone."""
+
         self.sampler = Sampler()
         self.observer: Callable[[Sequence[Entry]], None] | None = None
         """Told what was computed, while its results still lie on the device."""
@@ -127,6 +130,8 @@ class Steps:
             flight.pieces.append(self._compute(entries))
             return
         except Exception as error:  # whatever it is, the other requests go on
+            if not self.divides:
+                raise
             reason = f"{type(error).__name__}: {error}"
         if len(entries) == 1:
             log.error(f"request {entries[0].request.id} failed: {reason}")

@@ -1,0 +1,63 @@
+"""One engine over several devices: every rank runs the same engine on its share of the model.
+
+Nothing is sent to plan a step: ranks that are told the same, in the same order, plan alike, compute
+the same logits and draw the same tokens. What a rank could decide by itself (how many pages fit,
+the seed of seeds) is agreed on once. A step that fails on one rank ends the engine on all.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mogul.core.errors import ConfigError
+from mogul.models.quantise import PackedExperts
+from mogul.models.quantise_linears import PackedLinear
+from mogul.parallel import lay_out
+from mogul.serve.options import EngineOptions
+from mogul.serve.sizes import Sizes
+from mogul.spec.parallel import Parallel
+
+
+def spread(model: Any, parallel: Parallel) -> None:
+    """Cut a model over the ranks of this run; each keeps its heads, experts and pages.
+
+    Raises:
+        ConfigError: copies of the attention or stages, which would be engines of their own, no
+            ranks, or quantised weights.
+    """
+    if parallel.dp > 1 or parallel.pp > 1:
+        raise ConfigError(
+            f"an engine over dp={parallel.dp} copies or pp={parallel.pp} stages is not there",
+            fix=f"cut the attention instead: tp={parallel.devices}",
+        )
+    if not dist.is_initialized():
+        raise ConfigError(
+            f"an engine over {parallel.devices} devices needs as many processes",
+            fix="start them with torchrun and call mogul.parallel.start(), or use parallel.launch",
+        )
+    if any(isinstance(module, (PackedExperts, PackedLinear)) for module in model.modules()):
+        raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
+    lay_out(model, parallel)
+
+
+def settle_options(options: EngineOptions, device: torch.device) -> EngineOptions:
+    """One seed for all ranks; layers with exchanges in them are not compiled."""
+    seed = random.getrandbits(62) if options.seed is None else options.seed
+    agreed = torch.tensor([seed], dtype=torch.int64, device=device)
+    dist.broadcast(agreed, 0)
+    return replace(options, seed=int(agreed), compile=False, fuse=False)
+
+
+def settle_sizes(sizes: Sizes, device: torch.device) -> Sizes:
+    """As many pages as the fullest device has room for."""
+    fewest = torch.tensor([sizes.num_pages], dtype=torch.int64, device=device)
+    dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    pages = int(fewest)
+    return replace(
+        sizes, num_pages=pages, max_length=min(sizes.max_length, pages * sizes.page_size)
+    )

@@ -1,0 +1,42 @@
+"""What a rank of one engine does, importable by spawned processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "router_n_groups": 2, "shared_expert_intermediate_size": 24, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def answers(world: Any, layout: dict[str, int] | None) -> Any:
+    """Greedy and sampled answers of an engine over the ranks of `layout`, or over none."""
+    from mogul.models import MogeConfig, MogeForCausalLM
+    from mogul.serve import Engine, SamplingParams
+    from mogul.serve.options import EngineOptions
+    from mogul.spec.parallel import Parallel
+
+    torch.manual_seed(0)
+    model = MogeForCausalLM(MogeConfig(**SIZES)).eval()
+    model.config._experts_implementation = "mogul"
+    small = EngineOptions(max_sequences=4, step_tokens=24, cache_tokens=120, page_size=4)
+    parallel = Parallel(**layout) if layout else None
+    engine = Engine(model, None, small, parallel=parallel)
+    dice = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 120, (n,), generator=dice).tolist() for n in (5, 30, 11, 40)]
+    found = []
+    for params in (
+        SamplingParams(max_tokens=10, temperature=0, logprobs=0),
+        SamplingParams(max_tokens=10, seed=3, top_p=0.9, logprobs=0),
+        SamplingParams(max_tokens=10),  # seeds of its own
+    ):
+        found += engine.generate(prompts, params)
+    engine.check()
+    told = [(one.token_ids, [x.logprob for x in one.logprobs or ()]) for one in found]
+    return told, engine.runner.token_bytes, engine.stats.num_preemptions

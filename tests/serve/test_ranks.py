@@ -1,0 +1,36 @@
+"""One engine over two ranks says what one process says; what it cannot be is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mogul.core.errors import ConfigError
+from mogul.parallel import launch
+from mogul.serve import Engine
+from mogul.spec.parallel import Parallel
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that the ranks find what they run
+
+from rank_engine import answers  # noqa: E402
+
+
+def test_two_ranks_say_what_one_says():
+    alone, token_bytes, _ = answers(None, None)
+    ranks = launch(answers, 2, {"tp": 2, "ep": 2}, on_cpu=True, threads=1, timeout_s=200)
+    for told, share_bytes, preemptions in ranks:
+        assert told == ranks[0][0], "ranks draw alike, also from seeds nobody gave"
+        assert share_bytes == token_bytes // 2, "each keeps the pages of its own heads"
+        assert preemptions > 0, "the cache is too small for all, and ranks give way alike"
+    for (ids, logprobs), (want, expected) in zip(ranks[0][0][:8], alone[:8], strict=True):
+        assert ids == want
+        assert logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_no_single_engine_is_refused(tiny):
+    with pytest.raises(ConfigError, match="dp=2 copies"):
+        Engine(tiny.model("moge"), parallel=Parallel(dp=2))
+    with pytest.raises(ConfigError, match="needs as many processes"):
+        Engine(tiny.model("moge"), parallel=Parallel(tp=2))
