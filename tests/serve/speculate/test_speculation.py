@@ -88,7 +88,7 @@ def step(requests: list[Fake]) -> list[int]:
         rows += draft_rows(one.row(), one.draft_ids)
         logits += [model(one.tokens + one.draft_ids[:i]) for i in range(len(one.draft_ids) + 1)]
     sampled = SAMPLER.sample(torch.stack(logits), SamplingBatch.build(rows))
-    counts = count_tokens(sampled.ids, [one.draft_ids for one in requests]).tolist()
+    counts = count_tokens(sampled.ids.tolist(), [one.draft_ids for one in requests])
     at, gained = 0, []
     for one, count in zip(requests, counts, strict=True):
         one.tokens += sampled.ids[at : at + count].tolist()
@@ -197,7 +197,7 @@ def test_counts_are_leading_agreements(cases: list[tuple[list[int], int]]) -> No
         drawn = drafts[:agree] + [9] * (len(drafts) + 1 - agree)
         ids += drawn
         want.append(agree + 1)
-    assert count_tokens(torch.tensor(ids), [drafts for drafts, _ in cases]).tolist() == want
+    assert count_tokens(ids, [drafts for drafts, _ in cases]) == want
 
 
 def test_a_structure_is_walked_and_left_as_it_was() -> None:

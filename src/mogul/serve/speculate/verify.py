@@ -14,10 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     from mogul.serve.params import SamplingRow
     from mogul.serve.structured import Matcher
@@ -53,24 +49,17 @@ def draft_rows(
     return rows
 
 
-def count_tokens(ids_R: Tensor, drafts: Sequence[Sequence[int]]) -> Tensor:
-    """How many of each request's drawn tokens are its next tokens: [S], from 1 to 1 + K.
+def count_tokens(ids_R: Sequence[int], drafts: Sequence[Sequence[int]]) -> list[int]:
+    """How many of each request's drawn tokens are its next tokens: from 1 to 1 + K.
 
     Args:
         ids_R: tokens drawn, 1 + K rows for a request with K guesses, one request after the other.
         drafts: the guesses of each.
     """
-    most = max(map(len, drafts), default=0)
-    counts = np.array([len(one) for one in drafts], dtype=np.int64)
-    if most == 0:
-        return torch.ones(len(drafts), dtype=torch.int64, device=ids_R.device)
-    starts = np.cumsum(counts + 1) - counts - 1
-    guess_SK = np.full((len(drafts), most), -1, dtype=np.int64)
-    for guess_K, one in zip(guess_SK, drafts, strict=True):
-        guess_K[: len(one)] = one
-    row_SK = starts[:, None] + np.minimum(np.arange(most), counts[:, None])
-    table = torch.from_numpy(np.stack([guess_SK, row_SK]))
-    if ids_R.device.type != "cpu":
-        table = table.pin_memory().to(ids_R.device, non_blocking=True)
-    stands_SK = ids_R[table[1]] == table[0]
-    return 1 + stands_SK.to(torch.int64).cumprod(1).sum(1)
+    counts, at = [], 0
+    for guesses in drafts:
+        drawn = ids_R[at : at + len(guesses)]
+        falls = (i for i, pair in enumerate(zip(drawn, guesses, strict=True)) if pair[0] != pair[1])
+        counts.append(1 + next(falls, len(guesses)))
+        at += 1 + len(guesses)
+    return counts
