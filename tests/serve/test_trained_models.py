@@ -149,7 +149,8 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, way: str, guesses: 
     answers = list(run(engine, case, params))
     for index, answer in enumerate(answers):
         case.check(index, answer.token_ids)
-    assert (engine.stats.num_preemptions > 0) == (way == "giving way")
+    if not guesses:  # whose steps fit by chance
+        assert (engine.stats.num_preemptions > 0) == (way == "giving way")
     if way == "one by one":
         assert answers[-1].cached_tokens >= 48, "it begins like the first"
     if guesses:
