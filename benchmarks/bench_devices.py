@@ -297,6 +297,23 @@ def decoding(bench: Any, case: str, options: argparse.Namespace) -> None:
     for batch in options.batches:
         row = measure_decode(world, model, request, batch, bench.kept["limits"].bytes_per_s)
         bench.put("decode", row)
+    if not options.cpu:
+        bench.attempt("kernels", lambda: kernels(bench, model, request))
+
+
+def kernels(bench: Any, model: Any, request: Any) -> None:
+    """What one sequence's step spends its time in."""
+    import torch
+
+    from mogul.bench.devices_clock import Clock, kernels_of
+    from mogul.bench.devices_decode import Step
+
+    with torch.no_grad():
+        step = Step(model, bench.world, request, 1)
+        step()
+        with Clock(bench.world.device).captured(step) as replay:
+            replay()
+            bench.put("kernels", {"compiled": request.compiled, "found": kernels_of(replay)})
 
 
 def computing(bench: Any) -> None:

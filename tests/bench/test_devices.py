@@ -81,9 +81,16 @@ def test_the_timeline_has_a_bar_for_every_rank_and_chunk():
 
 
 def test_ledger_rows_hold_floor_and_ratio():
-    (row,) = ledger_rows([a_row(), {"refused": "no"}], FACTS, "two devices")
+    slower = a_row(way="top-k gather", layer_s=5e-4, rho=1.2)
+    slowest = a_row(way="grouped all_to_all", layer_s=9e-4)
+    (row,) = ledger_rows([slowest, a_row(), slower, {"refused": "no"}], FACTS, "two devices")
     assert row["bench"] == "devices"
     assert (row["value"], row["floor"], row["ratio"]) == (4e-4, 2e-4, 2.0)
+    assert (row["gain"], row["detail"]["top-k rho"], row["peers"]["top-k gather"]) == (
+        1.25,
+        1.2,
+        5e-4,
+    )
     steps = [
         {"ranks": r, "tokens_per_s": t, "step_s": 1.0, "dispatch": "static", "chunks": 1}
         for r, t in ((1, 100.0), (2, 190.0))

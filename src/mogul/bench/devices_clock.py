@@ -187,3 +187,17 @@ def _profiled(call: Call, calls: int) -> int:
         for _ in range(calls):
             call()
     return sum(event.count for event in profile.key_averages() if event.key in WAITS)
+
+
+def kernels_of(call: Call, most: int = 30) -> list[tuple[str, int, float]]:
+    """(name, launches, seconds) of the kernels of one call that take the longest together."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = [
+        (event.key[:90], event.count, event.self_device_time_total / 1e6)
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(found, key=lambda one: -one[2])[:most]

@@ -126,29 +126,55 @@ def write_page(folder: Path, tables: Iterable[Table], phases: Sequence[Row]) -> 
 
 
 def ledger_rows(rows: Iterable[Row], facts: Row, device: str) -> list[dict[str, Any]]:
-    """A ledger row for every measured cell."""
-    found = []
+    """A ledger row for every load: the best grouped static dispatch, all other ways as peers.
+
+    `gain` is the time of the best way of an ungrouped router over it.
+    """
+    loads: dict[str, list[Row]] = {}
     for row in rows:
-        if "refused" in row:
-            continue
-        case = f"{row['shape']} x{row['ranks']} {row['way']} {row['routing']} T{row['tokens']}"
-        measured = {k: v for k, v in row.items() if k not in ("shape", "ranks", "way", "layer_s")}
-        found.append(
-            ledger.row(
-                device,
-                bench="devices",
-                case=case,
-                metric="layer",
-                unit="s",
-                value=row["layer_s"],
-                runs=5,
-                floor=row["floor_s"],
-                ratio=row["ratio"],
-                detail=measured,
-                limits=dict(facts),
-            )
-        )
-    return found
+        if "refused" not in row:
+            case = f"{row['shape']} x{row['ranks']} {row['routing']} T{row['tokens']}"
+            loads.setdefault(case, []).append(row)
+    return [_load_row(case, ways, facts, device) for case, ways in loads.items()]
+
+
+def best_of(ways: Iterable[Row], *words: str) -> Row | None:
+    """The fastest way whose name begins with one of these words."""
+    found = [row for row in ways if row["way"].startswith(words)]
+    return min(found, key=lambda row: row["layer_s"]) if found else None
+
+
+def _load_row(case: str, ways: Sequence[Row], facts: Row, device: str) -> dict[str, Any]:
+    best = best_of(ways, "grouped static") or min(ways, key=lambda row: row["layer_s"])
+    other = best_of(ways, "top-k")
+    kept = ("way", "experts_s", "exposed", "rho", "delta", "sent_bytes", "host_waits", "draws_s")
+    detail = {key: _short(best[key]) for key in kept if key in best}
+    if other is not None:
+        detail |= {f"top-k {key}": _short(other[key]) for key in ("way", "exposed", "rho", "delta")}
+    return ledger.row(
+        device,
+        bench="devices",
+        case=case,
+        metric="layer",
+        unit="s",
+        value=_short(best["layer_s"]),
+        runs=5,
+        floor=_short(best["floor_s"]),
+        ratio=_short(best["ratio"]),
+        gain=None if other is None else _short(other["layer_s"] / best["layer_s"]),
+        peers={row["way"]: _short(row["layer_s"]) for row in ways},
+        detail=detail,
+        limits=_short(dict(facts)),
+    )
+
+
+def _short(value: Any) -> Any:
+    """Four digits are more than is known."""
+    if isinstance(value, dict):
+        return {key: _short(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def training_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
