@@ -14,7 +14,7 @@ from mogul.spec.parallel import Parallel
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the ranks find what they run
 
-from rank_engine import answers  # noqa: E402
+from rank_engine import answers
 
 
 def test_two_ranks_say_what_one_says():
