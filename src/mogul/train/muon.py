@@ -104,14 +104,24 @@ class Stack:
         state: State,
         gradients: Sequence[Tensor | None],
         rule: MuonRule,
+        numbers: Tensor,
     ) -> None:
-        """Move every weight that has a gradient; all together where none is missing."""
+        """Move every weight that has a gradient; all together where none is missing.
+
+        `numbers` is what `numbers_of` says, on the weights' device.
+        """
         if all(gradient is not None for gradient in gradients):
-            self._step(state, slice(0, len(gradients)), gradients, rule)
+            self._step(state, slice(0, len(gradients)), gradients, rule, numbers)
             return
         for place, gradient in enumerate(gradients):
             if gradient is not None:
-                self._step(state, slice(place, place + 1), [gradient], rule)
+                self._step(state, slice(place, place + 1), [gradient], rule, numbers)
+
+    def numbers_of(self, rule: MuonRule) -> tuple[float, float, float, float]:
+        """Factor of the gradients, share of the momentum, shrinking of the weights, step."""
+        shrink = 1 - rule.rate * rule.weight_decay
+        sides = self.slices.split(self.weights[0]).shape[-2:]
+        return rule.factor, 1 - rule.momentum, shrink, rule.rate * RMS_OF_ADAMW * max(sides) ** 0.5
 
     def _step(
         self,
@@ -119,6 +129,7 @@ class Stack:
         places: slice,
         gradients: Sequence[Any],
         rule: MuonRule,
+        numbers: Tensor,
     ) -> None:
         assert self._momentum is not None
         weights, momentum = self.weights[places], self._momentum[places]
@@ -127,24 +138,23 @@ class Stack:
         look = _kernel(_look, self.compiles)(
             torch.stack(list(gradients)).flatten(),
             momentum.flatten(),
-            _numbers((rule.factor, 1 - rule.momentum), wide, momentum.device),
+            numbers[:2],
             torch.bfloat16 if is_low else wide,
         )
         parts = self.slices.split(look.view(momentum.shape))
         turned = self.slices.join(orthogonalise(parts))
-        shrink = 1 - rule.rate * rule.weight_decay
-        reach = rule.rate * RMS_OF_ADAMW * max(parts.shape[-2:]) ** 0.5
         if self._low is not None:
             high = torch.stack([w.detach().view(torch.int16) for w in weights])
             _kernel(moved_halves, self.compiles)(
                 high.flatten(),
                 self._low[places].flatten(),
                 turned.contiguous().flatten(),
-                _numbers((shrink, reach), torch.float32, momentum.device),
+                numbers[2:],
             )
             targets = [w.detach().view(torch.int16) for w in weights]
             LISTS._foreach_copy_(targets, list(high.unbind()))
             return
+        _, _, shrink, reach = self.numbers_of(rule)
         masters = [state[w].get("master", w.detach()) for w in weights]
         LISTS._foreach_mul_(masters, shrink)
         LISTS._foreach_add_(masters, list(turned.to(wide).unbind()), alpha=-reach)
@@ -184,8 +194,16 @@ def _look(gradient: Tensor, momentum: Tensor, numbers: Tensor, dtype: torch.dtyp
     return (moved + (wide - moved) * share).to(dtype)
 
 
-def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+def numbers_on_device(stacks: Sequence[Stack], rule: MuonRule) -> list[Tensor]:
+    """The numbers of every stack in one copy, which is waited for.
+
+    An unpinned tensor must not be copied without waiting: where the device reads pageable memory
+    by itself, it may do so after the host has given the memory to something else.
+    """
+    first = stacks[0].weights[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    rows = torch.tensor([stack.numbers_of(rule) for stack in stacks], dtype=wide)
+    return list(rows.to(first.device).unbind())
 
 
 @cache

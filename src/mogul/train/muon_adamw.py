@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.train.halves import adamw_halves
-from mogul.train.muon import LISTS, LOW, MuonRule, Slices, Stack, stacks_of
+from mogul.train.muon import LISTS, LOW, MuonRule, Slices, Stack, numbers_on_device, stacks_of
 
 LARGE = 1 << 18
 """Elements from which a low-precision weight is kept in halves."""
@@ -141,9 +141,10 @@ class MuonAdamW(torch.optim.Optimizer):
         factor: float,
     ) -> None:
         rule = MuonRule(group["lr"], group["weight_decay"], self.momentum, factor)
-        for stack in stacks:
+        numbers = numbers_on_device(stacks, rule)
+        for stack, own in zip(stacks, numbers, strict=True):
             self._open(stack)
-            stack.step(self.state, [gradients[weight] for weight in stack.weights], rule)
+            stack.step(self.state, [gradients[weight] for weight in stack.weights], rule, own)
 
     def _open(self, stack: Stack) -> None:
         wide = _at_least_32(stack.weights[0].dtype)
