@@ -29,7 +29,8 @@ from statistics import NormalDist, mean, stdev
 from typing import Any, TextIO
 
 RESULTS = Path("benchmarks/study.jsonl")
-VARIANTS = ("topk-aux", "moge8", "moge4", "topk-bias", "moge2")
+VARIANTS = ("topk-aux", "topk-bias", "moge2", "moge4", "moge8")
+TURN = ("topk-aux", "moge8", "moge4", "topk-bias", "moge2")  # what matters most comes first
 # Upcycled against dense, continued: SmolLM2, or the dense model of recipes/study-dense.toml.
 SECOND = tuple(
     f"{origin}-{kind}"
@@ -47,7 +48,7 @@ def main() -> int:
     """Run, or show the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("run", "one", "table"))
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS + SECOND)
+    parser.add_argument("--variants", nargs="+", default=TURN, choices=VARIANTS + SECOND)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scale", type=Path, help="a recipe laid over every variant")
     parser.add_argument("--tokens", help="token folder; default: the recipe's")
@@ -59,12 +60,15 @@ def main() -> int:
     parser.add_argument("--in-process", action="store_true", help="one after the other, in here")
     parser.add_argument("--windows", type=int, help="held-out windows, evenly spread; all")
     parser.add_argument("--record", action="store_true", help="add the table to the ledger")
+    parser.add_argument("--picture", type=Path, help="PNG of the first question's runs")
     parser.add_argument("--deadline-s", type=float, help="begin no run after this many seconds")
     parser.add_argument("--stop-s", type=float, help="stop every run after this many seconds")
     options = parser.parse_args()
     if options.what == "table":
         results = read_results(options.results)
         show(results)
+        if options.picture:
+            draw(results, options.picture)
         if options.record:
             record(results)
         return 0
@@ -360,12 +364,56 @@ def show(results: list[dict[str, Any]]) -> None:
                 f"sd over seeds {spread[0]:.4f}; smallest detectable difference {spread[1]:.4f} "
                 f"bits a byte (5 %, power {POWER:.0%})"
             )
+        notes += differences(runs)
         columns = (
             *("variant", "seeds", "bits/byte", "sd", "MaxVio", "dead"),
             *("rho D8 T16", "rho D8 T512", "delta D8 T16", "tokens/s"),
         )
         rows = [summary(variant, found) for variant, found in by.items() if found]
         Table(title=scale, columns=columns, rows=rows, notes=notes).show()
+
+
+def differences(runs: list[dict[str, Any]]) -> list[str]:
+    """Each variant against the first, seed by seed: both saw the same batches."""
+    by: dict[str, dict[int, float]] = {}
+    for run in runs:
+        by.setdefault(run["variant"], {})[run["seed"]] = run["bits_per_byte"]
+    names = [name for name in (*VARIANTS, *SECOND) if name in by]
+    found = []
+    for name in names[1:]:
+        gaps = [by[name][s] - by[names[0]][s] for s in by[name] if s in by[names[0]]]
+        if gaps:
+            spread = f", sd {stdev(gaps):.4f}" if len(gaps) > 1 else ""
+            found.append(
+                f"{name} less {names[0]}: {mean(gaps):+.4f}{spread} ({len(gaps)} common seeds)"
+            )
+    return found
+
+
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """Every run of the largest scale of the first question as a dot."""
+    from mogul.draw.chart import Chart, Series
+    from mogul.draw.png import save_png
+
+    first = [r for r in results if r["variant"] in VARIANTS]
+    largest = max(first, key=lambda run: (run["parameters"], run["tokens"]))["scale"]
+    runs = [run for run in first if run["scale"] == largest]
+    names = [v for v in VARIANTS if any(run["variant"] == v for run in runs)]
+    series = []
+    for seed in sorted({run["seed"] for run in runs}):
+        bits = {run["variant"]: run["bits_per_byte"] for run in runs if run["seed"] == seed}
+        there = [name for name in names if name in bits]
+        dots = [bits[name] for name in there]
+        series.append(Series(name=f"seed {seed}", x=there, y=dots, kind="dots"))
+    size = f"{runs[0]['parameters'] / 1e6:.0f}M parameters, {runs[0]['tokens'] / 1e6:.0f}M tokens"
+    chart = Chart(
+        title="What grouping costs",
+        x_label=f"routing ({size})",
+        y_label="held-out bits per byte",
+        series=series,
+        caption="Every dot is a training; the same seed, the same batches.",
+    )
+    save_png(chart, file)
 
 
 def record(results: list[dict[str, Any]]) -> None:

@@ -118,3 +118,4 @@ def test_the_table_shows_dense_and_grouped_runs(study, capsys):
     assert "0.1414" in shown  # the sd of 1.1 and 1.3
     assert "smallest detectable difference" in shown
     assert "smollm2-dense" in shown
+    assert "smollm2-moge2 less smollm2-dense: +0.1000 (1 common seeds)" in shown
