@@ -375,6 +375,7 @@ def write(folder: Path) -> None:
         busiest_chart,
         busiest_rows,
         decode_rows,
+        gain_chart,
         ledger_rows,
         table,
         training_rows,
@@ -395,6 +396,8 @@ def write(folder: Path) -> None:
         if own:
             tables.append(table(own, limits))
             rows += ledger_rows(own, limits, device)
+    if measured := [row for row in parts.get("layer", []) if row["model"] in facts]:
+        save_png(gain_chart(measured, device), folder / "gain.png")
     rows += training_rows(parts.get("training", []), device)
     rows += decode_rows(parts.get("decode", []), device)
     if waits := parts.get("computing"):

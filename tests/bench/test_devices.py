@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from mogul.bench import devices
 from mogul.bench import devices_cases as cases
-from mogul.bench.devices_report import ledger_rows, table, timeline, training_rows
+from mogul.bench.devices_report import gain_chart, ledger_rows, table, timeline, training_rows
 from mogul.bench.kernels import LayerShape
+from mogul.spec import balance
 
 SHAPE = LayerShape(16, 4, 16, 8, 4)
 FACTS = {
@@ -96,6 +98,35 @@ def test_ledger_rows_hold_floor_and_ratio():
         for r, t in ((1, 100.0), (2, 190.0))
     ]
     assert [row["gain"] for row in training_rows(steps, "two devices")] == [1.0, 1.9]
+
+
+def test_the_chart_compares_with_the_best_static_way():
+    ways = {"grouped static": 5e-4, "grouped static window": 4e-4, "top-k gather": 6e-4}
+    rows = [a_row(way=way, layer_s=s, model="pangu-pro") for way, s in ways.items()]
+    (series,) = gain_chart(rows, "GPU").series
+    assert (series.name, list(series.x)) == ("gathered", ["pangu\n64"])
+    assert list(series.y) == [pytest.approx(1.5)]
+
+
+def test_the_means_of_draws_order_ranks_by_load():
+    one = {"layer_s": 3.0, "experts_s": [1.0, 2.0], "floor_s": 1.0, "exposed_s": 1.0, "rho": 1.0}
+    two = {**one, "layer_s": 5.0, "experts_s": [4.0, 1.0], "rho": 1.2}
+    found = devices._mean([one, two])
+    assert (found["layer_s"], found["experts_s"], found["ratio"]) == (4.0, [3.0, 1.0], 4.0)
+    assert found["exposed"] == 0.25
+    assert found["rho"] == pytest.approx(1.1)
+
+
+def test_skewed_draws_span_the_luck_of_an_ungrouped_router():
+    device_E = np.arange(SHAPE.experts) // 8
+
+    def rho(seed):
+        ids_TK = cases.draw_picks(SHAPE, 1, "skewed", cases.JUDGED_TOKENS, seed)
+        return balance.rho(balance.rows_per_device(ids_TK, device_E, 2))
+
+    low, middle, high = map(rho, cases.seeds_of(SHAPE, "skewed", 2, 3))
+    assert low < middle < high
+    assert cases.seeds_of(SHAPE, "uniform", 2, 2) == (0, 1)
 
 
 def test_it_runs_on_processes_of_the_processor(tmp_path, capfd):

@@ -267,3 +267,36 @@ def busiest_chart(rows: Sequence[Row]) -> Chart:
         caption="1 means that no rank waits for another's experts.",
         y_range=(0.0, 1.5),
     )
+
+
+RIVALS = {
+    "gathered": ("top-k gather",),
+    "all-to-all in a graph": ("top-k all_to_all fixed",),
+    "Transformers": ("top-k transformers",),
+}
+"""Ways of an ungrouped router that a chart shows -> the ways' first words."""
+
+
+def gain_chart(rows: Sequence[Row], device: str, routing: str = "skewed") -> Chart:
+    """Time of an ungrouped router's ways over the best grouped static one, by layer and load."""
+    loads: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["routing"] == routing and "layer_s" in row:
+            loads.setdefault(f"{row['model'].split('-')[0]}\n{row['tokens']}", []).append(row)
+    series = []
+    for name, words in RIVALS.items():
+        found = {
+            x: (best_of(ways, *words), best_of(ways, "grouped static")) for x, ways in loads.items()
+        }
+        both = {x: a["layer_s"] / b["layer_s"] for x, (a, b) in found.items() if a and b}
+        series.append(Series(name=name, x=list(both), y=list(both.values()), kind="bars"))
+    ranks = rows[0]["ranks"]
+    return Chart(
+        title=f"What an ungrouped router's layer takes on {ranks} x {device}",
+        x_label=f"layer, tokens of all devices ({routing} routing)",
+        y_label="time / grouped static",
+        series=[one for one in series if one.x],
+        caption="1 is the grouped router with static dispatch.",
+        y_range=(0.0, 3.6),
+        reference=(1.0, ""),
+    )

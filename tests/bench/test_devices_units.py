@@ -1,0 +1,35 @@
+"""Measurements that survive each other: one that hangs costs itself, the rest is measured."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import device_units
+import pytest
+
+from mogul.bench.devices_units import Unit, read_rows, run_units
+
+
+@pytest.mark.full
+def test_a_unit_that_hangs_on_one_rank_is_lost_and_the_others_are_measured(tmp_path, capfd):
+    units = [
+        Unit("first", 30, device_units.count),
+        Unit("stuck", 1, device_units.hang),
+        Unit("failing", 30, device_units.fail),
+        Unit("last", 30, device_units.count),
+        Unit("too long", 3000, device_units.count),
+    ]
+    start_s = time.monotonic()
+    run_units(units, 2, tmp_path, 120, on_cpu=True)
+    assert time.monotonic() - start_s < 110
+    rows = read_rows(tmp_path)
+    assert [row["ranks"] for row in rows if row["part"] == "counted"] == [2, 2]
+    assert [row["lost"] for row in rows if row["part"] == "counted"] == [[], ["stuck"]]
+    assert [row["unit"] for row in rows if row["part"] == "end"] == ["first", "failing", "last"]
+    assert [row["unit"] for row in rows if row["part"] == "skip"] == ["too long"]
+    assert "ValueError: broken" in next(row["failed"] for row in rows if "failed" in row)
+    assert "in hang" in capfd.readouterr().err  # where it stood
