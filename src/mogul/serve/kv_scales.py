@@ -6,8 +6,9 @@
 3. Nothing: scale 1. e4m3 keeps three bits from 2^-6 to 448, so only keys or values outside need
    another; what is larger than 448 times its scale is cut off.
 
-`measure_scales` finds the largest key and value of every head in a short text and leaves as much
-room again above it.
+`measure_scales` finds the largest key and value of every head in a short text and takes the power
+of two that leaves half as much room again above it, or more: numbers that scale 1 holds well are
+rounded just as with scale 1.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 FILE = "kv_scales.safetensors"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-ROOM = 2.0
-"""Times the largest number seen that still fits."""
+ROOM = 1.5
+"""Times the largest number seen that fits at least."""
 
 _NAME = re.compile(r"\.layers\.(\d+)\..*\b([kv])_scale$")
 
@@ -144,8 +145,11 @@ def measure_scales(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> Kv
         [cache.abs().amax((0, 1, 3)).float() for cache in (layer.key, layer.value)]
         for layer in engine.runner.caches
     ]
-    tiny = torch.finfo(torch.float32).tiny
-    keys, values = (
-        tuple((one[i] * ROOM / LARGEST).clamp(min=tiny).cpu() for one in largest) for i in (0, 1)
-    )
+    keys, values = (tuple(_scale(one[i]) for one in largest) for i in (0, 1))
     return KvScales(keys, values)
+
+
+def _scale(largest_N: Tensor) -> Tensor:
+    """The power of two for heads with these largest numbers; 1 for one that was always 0."""
+    scale_N = torch.exp2((largest_N * (ROOM / LARGEST)).log2().ceil())
+    return torch.where(largest_N > 0, scale_N, 1.0).cpu()
