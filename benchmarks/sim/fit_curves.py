@@ -52,7 +52,7 @@ def fit(tables: list[tuple[KernelTable, Hardware]]) -> tuple[float, float, float
             if (new := float(np.mean(np.abs(error(*trial))))) < loss:
                 best, loss = trial, new
     scatter = error(*best)
-    return (*best, float(np.median(np.abs(scatter)) * 1.48))
+    return best[0], best[1], best[2], float(np.median(np.abs(scatter)) * 1.48)
 
 
 def fastest(tables: list[tuple[KernelTable, Hardware]]) -> list[tuple[KernelTable, Hardware]]:

@@ -77,7 +77,8 @@ class Engine(Spec):
 
 
 _ENGINES = {
-    "mogul": Engine(kernels="mogul"),
+    # Its host prepares a step while the last one runs: 3.85 ms a step, 3.78 of kernels (H100).
+    "mogul": Engine(kernels="mogul", step_host_s=1e-4),
     "vllm": Engine(name="vllm", kernels="vllm", step_host_s=1.0e-3, uses_nccl=False),
     "sglang": Engine(name="sglang", kernels="sglang", step_host_s=5e-4, uses_nccl=False),
     "trtllm": Engine(name="trtllm", kernels="trtllm", step_host_s=5e-4, uses_nccl=False),

@@ -1,7 +1,7 @@
 """mogul's own engine: decode and prompt steps measured whole, predicted zero-shot.
 
-The kernels below a prediction were measured apart from the engine, in other runs; the engine's own
-times are no source of anything.
+The kernels below a prediction were measured apart from the engine, in other runs. Of the engine's
+own times one profile counts: how much of a step its host does not hide.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def steps() -> list[Step]:
         for batch, measured_ms in zip(run["batch"], run["step_ms"], strict=True):
             point = _predict(run, batch)
             name = f"{run['name']}, decode {batch}"
-            found.append(Step(name, measured_ms * 1e-3, point.tpot_s, point.tier))
+            note = "set the host's share" if batch in run.get("fitted", ()) else ""
+            found.append(Step(name, measured_ms * 1e-3, point.tpot_s, point.tier, note))
         for one in run.get("prompts", ()):
             point = _predict(run, one["batch"])
             tokens = one["batch"] * run["input_tokens"]
