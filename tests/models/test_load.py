@@ -179,3 +179,24 @@ def test_no_loading_bar_in_a_pipe(pangu_folder, capfd):
     load_model(pangu_folder())
     assert "Loading weights" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled()
+
+
+def test_kimi_k2_is_deepseek_v3(tmp_path):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=12, n_routed_experts=8,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    plain = DeepseekV3ForCausalLM(config).eval()
+    plain.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.X"}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    model = load_model(tmp_path)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)

@@ -8,12 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import mogul.models  # noqa: F401  (registers our architectures)
 from mogul.core.errors import BackendError, MogulError
+from mogul.models import MogeForCausalLM
+from mogul.models.convert_config import moge_config
 from mogul.observe.numbers import layer_numbers
 from mogul.observe.recorder import record_routing
 from mogul.observe.tracer import Batch, Tracer
-from mogul.spec.families import FAMILIES
+from mogul.spec import presets
+from mogul.spec.families import FAMILIES, family_of
 from mogul.spec.picks import trace_of_picks
 from mogul.spec.trace import load_trace, merge
 
@@ -68,9 +70,38 @@ def model():
     return tiny()
 
 
-@pytest.mark.parametrize("kind", TRACEABLE)
+def converted(name):
+    """A family that only mogul's own class runs."""
+    config = dict(presets.config(name))
+    config |= config.pop("text_config", {})
+    small = SMALL | {
+        "n_routed_experts": 16, "num_experts": 16, "num_experts_per_tok": 8, "head_dim": 8,
+        "first_k_dense_replace": 1, "qk_nope_dim": 4, "qk_rope_dim": 4, "v_channels": 6,
+        "param_sink_number": 3, "bos_token_id": 1, "eos_token_id": None, "n_shared_experts": 1,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    values = {key: small.get(key, value) for key, value in config.items()}
+    model = MogeForCausalLM(moge_config(values, exact=False)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+CONVERTED = ["intern-s1-pro", "openpangu-r-72b"]
+
+
+def test_no_family_is_left_out():
+    by_type = {kind: family.name for family in FAMILIES.values() for kind in family.model_types}
+    seen = {by_type[kind] for kind in TRACEABLE}
+    seen |= {family_of(presets.config(name)).name for name in CONVERTED}
+    assert seen == {family.name for family in FAMILIES.values() if family.is_moe}
+
+
+@pytest.mark.parametrize("kind", [*TRACEABLE, *CONVERTED])
 def test_every_family_is_counted_as_numpy_counts_it(kind):
-    model = tiny(kind)
+    model = converted(kind) if kind in CONVERTED else tiny(kind)
     with record_routing(model) as recording, Tracer(model) as tracer, torch.no_grad():
         model(IDS)
         model(IDS[:1, :40])

@@ -43,6 +43,8 @@ from mogul.spec.families import family_of
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 FOREIGN_QUANTISATION = "quant_model_description.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
+SAME_MODEL = {"kimi_k2": "deepseek_v3"}
+"""Model types that Transformers lacks, and its name for the same model with the same tensors."""
 
 
 def find_folder(path: str | Path) -> Path:
@@ -83,7 +85,8 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     if is_grouped_elsewhere(content):
         return _as_moge(file, content)
     model_type = content.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    as_type = SAME_MODEL.get(str(model_type), model_type)
+    if as_type not in CONFIG_MAPPING:
         raise ArtifactError(
             f"{file}: model type {model_type!r} is unknown here"
             + (", and code from the folder is never run" if "auto_map" in content else ""),
@@ -92,6 +95,9 @@ def load_config(path: str | Path) -> PreTrainedConfig:
             else "give the folder of a Transformers checkpoint",
         )
     try:
+        if as_type != model_type:
+            values = {k: v for k, v in content.items() if k not in ("model_type", "auto_map")}
+            return AutoConfig.for_model(as_type, **values)
         return AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
     except MogulError as error:
         error.add_note(f"in {file}")
