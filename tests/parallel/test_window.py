@@ -126,6 +126,14 @@ def test_only_dispatchers_that_gather_read_the_wire():
         make_dispatcher("all_to_all", plan)
 
 
+def test_a_window_carries_no_other_payload():
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    grouping = Grouping(num_experts=8, num_groups=4, top_k=4)
+    options = {"owners": contiguous(8, 2), "grouping": grouping, "wire": "window"}
+    with pytest.raises(ConfigError, match="as they are, not as int8"):
+        make_dispatcher("static", Plan(group=group, payload="int8", **options))  # type: ignore[arg-type]
+
+
 def test_ranks_without_common_memory_are_refused(monkeypatch):
     monkeypatch.setitem(windows._open, "processes", "their backend is gloo, not nccl")
     with pytest.raises(BackendError, match="share no memory: their backend is gloo"):

@@ -253,7 +253,8 @@ def _dispatch(
     own = batch.own
     rows = batch.rows if dispatcher.plan.rows == "equal" else dispatcher.plan.rows
     y = dispatcher(x[:own], ids[:own], weights[:own], experts, rows=rows)
-    return F.pad(y, (0, 0, 0, x.shape[0] - y.shape[0]))
+    missing = x.shape[0] - y.shape[0]
+    return F.pad(y, (0, 0, 0, missing)) if missing else y
 
 
 def _lay_out_shared(block: Any, groups: Groups, batch: _Batch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mogul.core.errors import ConfigError
 from mogul.parallel.dispatch import (
     DISPATCH,
     Dispatcher,
@@ -31,6 +32,11 @@ class Static(Dispatcher):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
+        if plan.wire == "window" and plan.payload != "same":
+            raise ConfigError(
+                f"a window carries tokens as they are, not as {plan.payload}",
+                fix="leave out wire or payload",
+            )
         self.window = open_window(plan.group) if plan.wire == "window" else None
         self.first = plan.expert_rank * self.owners.slots
         self.picks = self._columns()
@@ -43,7 +49,7 @@ class Static(Dispatcher):
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, chunks: int) -> Tensor:
         """One gather a chunk first, then experts and scatter chunk by chunk."""
         parts = list(zip(x.chunk(chunks), ids.chunk(chunks), weights.chunk(chunks), strict=True))
-        if self.window is not None and self.plan.payload == "same" and may_push(x):
+        if self.window is not None and may_push(x):
             return self._push(self.window, parts, experts)
         move, payload = Gather(self.group), self.plan.payload
         packed = is_worth_packing(x, weights)
