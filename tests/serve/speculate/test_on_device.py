@@ -1,4 +1,4 @@
-"""On a device: guesses that never leave it, captured, change nothing and stand as on a processor."""
+"""On a device: guesses that never leave it change nothing and stand as on a processor."""
 
 from __future__ import annotations
 
