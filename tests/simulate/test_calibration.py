@@ -3,7 +3,8 @@ import pytest
 
 from mogul.simulate import curves, physics
 from mogul.simulate.calibration import Calibration, many_rows_s, shipped
-from mogul.simulate.measurements import KernelTable, load_shipped, read_table
+from mogul.simulate.machine import read_machine
+from mogul.simulate.measurements import SHIPPED_DIR, KernelTable, load_shipped, read_table
 from mogul.spec.hardware import hardware
 
 H100 = hardware("h100")
@@ -21,7 +22,7 @@ def test_a_measured_call_comes_back_as_measured():
 def test_other_machines_borrow_from_their_architecture_then_from_curves():
     dims = {"rows": 512.0, "distinct": 63.988, **SHAPE}
     calibration = shipped("vllm")
-    assert calibration.estimate("moe", dims, hardware("h200"), "bf16").tier == "transferred"
+    assert calibration.estimate("moe", dims, hardware("h800"), "bf16").tier == "transferred"
     unknown = calibration.estimate("moe", dims, hardware("mi300x"), "bf16")
     assert (unknown.tier, unknown.sigma) == ("guess", 0.4)
 
@@ -58,6 +59,7 @@ def test_reference_tables_count_only_for_their_engine():
     dims = {"m": 4096.0, "n": 5120.0, "k": 5120.0, "weight_bytes": 1.0, "input_bytes": 1.0}
     table = next(t for t in load_shipped() if (t.kind, t.dtype) == ("gemm", "fp8"))
     assert table.is_reference
+    assert table.device == "h100"
     plain = shipped("vllm").estimate("gemm", dims, H100, "fp8")
     asked = shipped("torch").estimate("gemm", dims, H100, "fp8")
     assert plain.tier == "curve"
@@ -74,7 +76,8 @@ def test_many_rows_run_like_a_plain_product_where_only_others_were_measured():
     assert shipped("sglang").estimate("moe", dims, H100, "fp8_block").seconds <= plain_s
     few = {**dims, "distinct": 256.0}
     assert many_rows_s(few, H100, "fp8_block") == float("inf")
-    table = next(t for t in load_shipped() if (t.kind, t.dtype) == ("moe", "fp8"))
+    tables = (t for t in load_shipped() if (t.kind, t.dtype, t.device) == ("moe", "fp8", "h100"))
+    table = next(tables)
     last = {name: float(column[-1]) for name, column in table.dims.items()}
     own = shipped("mogul").estimate("moe", last, H100, "fp8")
     assert own.seconds == pytest.approx(table.seconds[-1], rel=0.05)
@@ -82,10 +85,30 @@ def test_many_rows_run_like_a_plain_product_where_only_others_were_measured():
 
 def test_another_machine_borrows_from_the_engine_asked_for():
     dims = {"rows": 4096.0, "distinct": 64.0, **SHAPE}
-    h200 = hardware("h200")
-    of = {name: shipped(name).estimate("moe", dims, h200, "bf16") for name in ("vllm", "mogul")}
+    h800 = hardware("h800")
+    of = {name: shipped(name).estimate("moe", dims, h800, "bf16") for name in ("vllm", "mogul")}
     assert all("vLLM 0.22.1 kernels" in source for source in of["vllm"].sources)
     assert not any("vLLM" in source for source in of["mogul"].sources)
+
+
+def test_both_machines_are_shipped_whole():
+    """The grid of `calibrate`: products, experts in two formats, decode, prompts; links beside."""
+    for device in ("h100", "h200"):
+        own = [t for t in load_shipped() if t.device == device and "without multicast" in t.source]
+        sizes = {(t.kind, t.engine, t.dtype): len(t) for t in own}
+        assert sizes == {
+            ("gemm", "torch", "bf16"): 56, ("gemm", "torch", "fp8"): 56,
+            ("moe", "mogul", "bf16"): 32, ("moe", "mogul", "fp8"): 32,
+            ("attention_decode", "mogul", "bf16"): 45, ("attention_decode", "torch", "bf16"): 45,
+            ("attention_prefill", "torch", "bf16"): 12,
+        }  # fmt: skip
+        machine = read_machine(SHIPPED_DIR / f"{device}-machine.json")
+        assert machine.device == device
+        assert machine.skipped == []
+        assert {"driver", "torch", "triton", "nccl", "cuda"} <= set(machine.versions)
+        assert {(one.name, one.ranks) for one in machine.collectives} >= {
+            (name, 2) for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        }
 
 
 def test_a_table_needs_its_head(tmp_path):
