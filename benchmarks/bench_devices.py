@@ -239,7 +239,9 @@ def training(bench: Any, alone: bool, dispatch: str, chunks: int, tiny: bool) ->
     if tiny:
         config |= TINY_MODEL
     slice_ = slice_config(config, TRAIN["layers"], 256 if tiny else TRAIN["vocabulary"])
-    sizes = small if tiny else {"sequences": TRAIN["sequences"], "length": TRAIN["length"]}
+    sizes: dict[str, Any] = (
+        small if tiny else {"sequences": TRAIN["sequences"], "length": TRAIN["length"]}
+    )
     if not tiny:
         sizes["budget_s"] = 1.0
     request = TrainRequest(config=slice_, dispatch=dispatch, chunks=chunks, **sizes)

@@ -74,7 +74,7 @@ def test_the_table_shows_waits_and_names_what_was_refused():
 
 
 def test_the_timeline_has_a_bar_for_every_rank_and_chunk():
-    one = {"tokens": 64, "routing": "skewed", "way": "grouped static x2"}
+    one = {"shape": "s", "tokens": 64, "routing": "skewed", "way": "grouped static x2"}
     marks = [0.0, 1e-4, 2e-4, 2.5e-4, 3e-4, 4e-4]
     svg = timeline([{**one, "rank": r, "marks_s": marks} for r in (0, 1)])
     assert svg.count("<rect") == 2 * (1 + 2)

@@ -25,7 +25,7 @@ COLUMNS = (
 NOTES = (
     "layer: the slowest rank's, in a graph where sizes are known, else called",
     "experts: the slowest rank's, alone (on a processor: computing time, not waiting)",
-    "waits: the rank with the fewest work waits so long for the slowest rank's experts",
+    "waits: the rank with the least work waits so long for the slowest rank's experts",
     "exposed: share of the layer that is not the slowest rank's experts",
     "floor: an even share of the work at this run's limits, or the bytes over this run's link",
     "rho, delta: rows and distinct experts on the busiest device over the mean",
@@ -73,7 +73,7 @@ def timeline(phases: Sequence[Row]) -> str:
     scale = (WIDTH - LEFT - 60) / longest
     parts, y, last = [], 4, ""
     for one in phases:
-        title = f"{one['tokens']} tokens, {one['routing']}, {one['way']}"
+        title = f"{one['shape']}, {one['tokens']} tokens, {one['routing']}, {one['way']}"
         if title != last:
             y += 18
             parts.append(f'<text x="0" y="{y}" font-size="12">{escape(title)}</text>')
@@ -120,7 +120,8 @@ def write_page(folder: Path, tables: Iterable[Table], phases: Sequence[Row]) -> 
         page.section("One call of every rank")
         page.drawing(
             timeline(phases),
-            "Dark: the rank's experts. Light: communication, and waiting for the other ranks.",
+            "Dark: the rank's experts. Light: communication, waiting for the other ranks, and (as "
+            "these are plain calls, in no graph) for the host.",
         )
     return page.write(folder / "devices.html")
 
