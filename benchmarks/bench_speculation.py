@@ -117,6 +117,7 @@ def compare(
     times: dict[str, list[float]] = {"plain": [], "guessing": []}
     said: dict[str, list[tuple[int, ...]]] = {}
     assert guessing.speculator is not None
+    before = guessing.speculator.stats
     for run in range(options.runs + 1):
         for kind, engine in (("plain", plain), ("guessing", guessing)):
             answers = engine.generate(prompts, params)
