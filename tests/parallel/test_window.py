@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_a_dispatcher_computes_the_same_through_a_window(name, monkeypatch):
     weights = torch.rand(ranks, tokens, picks, generator=generator)
     node = Node(ranks)
     own = [node.window(rank) for rank in range(ranks)]
-    monkeypatch.setattr("mogul.parallel.static.open_window", lambda group: own[group.rank()])
+    monkeypatch.setattr("mogul.parallel.static.open_window", lambda group, wire: own[group.rank()])
 
     def layer(rows, local, factors, matrices):
         whole = torch.cat([matrices, torch.zeros_like(matrices[:1])])
@@ -124,6 +126,7 @@ def test_only_dispatchers_that_gather_read_the_wire():
     plan = Plan(group=group, owners=contiguous(8, 2), grouping=grouping, wire="window")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="all_to_all does not read wire"):
         make_dispatcher("all_to_all", plan)
+    assert make_dispatcher("all_to_all", replace(plan, wire="auto")).plan.wire == "auto"
 
 
 def test_a_window_carries_no_other_payload():
@@ -136,8 +139,11 @@ def test_a_window_carries_no_other_payload():
 
 def test_ranks_without_common_memory_are_refused(monkeypatch):
     monkeypatch.setitem(windows._open, "processes", "their backend is gloo, not nccl")
+    group: Any = SimpleNamespace(group_name="processes")
     with pytest.raises(BackendError, match="share no memory: their backend is gloo"):
-        open_window(SimpleNamespace(group_name="processes"))  # type: ignore[arg-type]
+        open_window(group)
+    assert open_window(group, "auto") is None
+    assert open_window(group, "collective") is None
 
 
 KERNEL = """

@@ -34,9 +34,9 @@ Rows = int | Literal["equal", "agree"]
 """Rows each rank hands in: a number known to all, the own one ("equal": all have the same), or the
 largest, asked for at every call on the host ("agree": for ranks with unequal batches)."""
 
-Wire = Literal["collective", "window"]
+Wire = Literal["collective", "window", "auto"]
 """What moves rows: NCCL's (or Gloo's) collectives, or, without gradients, stores into the memory of
-the other GPUs of a node (`mogul.parallel.window`)."""
+the other GPUs of a node (`mogul.parallel.window`); "auto" takes the latter where it works."""
 
 DEBUG = os.environ.get("MOGUL_DEBUG", "0") not in ("", "0")
 
@@ -182,7 +182,7 @@ def make_dispatcher(name: str, plan: Plan) -> Dispatcher:
     unread = [
         word
         for field, word in OPTIONS.items()
-        if getattr(plan, field) is not None and field not in dispatcher.reads
+        if getattr(plan, field) not in (None, "auto") and field not in dispatcher.reads
     ]
     if unread:
         raise ConfigError(

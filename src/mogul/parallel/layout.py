@@ -113,8 +113,7 @@ def lay_out(
     base = _decoder_of(model)
     _check_model(model, parallel, dispatch)
     groups = make_groups(parallel)
-    is_pushed = wire == "window" and groups.tp.size() > 1
-    batch = _Batch(groups.tp, open_window(groups.tp) if is_pushed else None)
+    batch = _Batch(groups.tp, open_window(groups.tp, wire) if groups.tp.size() > 1 else None)
     spread = ExpertSpread(
         dispatch=dispatch,
         moe_tp=parallel.expert_tp,

@@ -37,7 +37,7 @@ class Static(Dispatcher):
                 f"a window carries tokens as they are, not as {plan.payload}",
                 fix="leave out wire or payload",
             )
-        self.window = open_window(plan.group) if plan.wire == "window" else None
+        self.window = open_window(plan.group, plan.wire) if plan.payload == "same" else None
         self.first = plan.expert_rank * self.owners.slots
         self.picks = self._columns()
         """Columns of the picks that stand on this rank."""

@@ -221,18 +221,24 @@ _open: dict[str, Window | str] = {}
 """Name of a group -> its window, or why there is none."""
 
 
-def open_window(group: dist.ProcessGroup) -> Window:
-    """The window of a group, opened at the first call; every rank of it must call.
+def open_window(group: dist.ProcessGroup, wire: str | None = "window") -> Window | None:
+    """The window of a group, tried at the first call; every rank of it must call.
+
+    None where `wire` wants none, or is "auto" and there can be none.
 
     Raises:
-        BackendError: These ranks cannot have one.
+        BackendError: `wire` is "window", and these ranks cannot have one.
     """
+    if wire not in ("window", "auto"):
+        return None
     name = group.group_name
     if name not in _open:
         _open[name] = _try(group)
     found = _open[name]
     if isinstance(found, Window):
         return found
+    if wire == "auto":
+        return None
     raise BackendError(
         f"these ranks share no memory: {found}", fix="leave wire at its default, collectives"
     )
