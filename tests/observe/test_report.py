@@ -14,11 +14,11 @@ from mogul.observe import numbers
 from mogul.observe.compare import comparison
 from mogul.observe.report import (
     default_devices,
-    device_table,
     page_of,
     placements,
     with_given,
 )
+from mogul.observe.report_devices import device_table, each_device_table
 from mogul.observe.uniform import imbalance_chart
 from mogul.place.solve import Wish, place
 from mogul.spec.picks import trace_of_picks
@@ -120,6 +120,25 @@ def test_placement_lowers_rho_in_the_table():
     trace = made_trace()
     for _, before, _, after, *_ in device_table(trace, placements(trace, (2, 4))).rows:
         assert after < before
+
+
+def test_every_device_is_counted_in_the_worst_layer():
+    trace = made_trace()
+    placement = placements(trace, (4,))[4]
+    table = each_device_table(trace, 4, placement)
+    rows_LD = trace.count.reshape(3, 4, 4).sum(2)
+    worst = int((rows_LD.max(1) / rows_LD.mean(1)).argmax())
+    assert f"layer {worst}," in table.title
+    assert [row[1] for row in table.rows] == rows_LD[worst].tolist()
+    slots_DS = placement.slots_of(worst)
+    assert [row[3] for row in table.rows] == trace.count[worst][slots_DS].sum(1).tolist()
+    ids_SK = trace.arrays["sample_ids"][:, worst]
+    uniform = 16 * (1 - 0.75**16)  # distinct experts of 16 tokens with equal chances
+    for column in (2, 4):
+        distinct = sum(row[column] for row in table.rows)
+        assert len(np.unique(ids_SK)) >= distinct > 0.7 * uniform
+        assert all(row[column] <= 4 for row in table.rows)
+    assert len(each_device_table(trace, 4, None).rows[0]) == 3
 
 
 def test_page_has_every_section_once():

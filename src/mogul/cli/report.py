@@ -60,25 +60,32 @@ def run(options: Options) -> int:
 
 def _report(options: Options, trace: Trace) -> int:
     from mogul.observe.numbers import summary
-    from mogul.observe.report import default_devices, device_table, page_of, with_given
+    from mogul.observe.report import default_devices, page_of, with_given
+    from mogul.observe.report_devices import device_table, each_device_table
     from mogul.spec.placement import load_placement
 
     given = [load_placement(path) for path in options.placement]
     devices = options.devices or (() if given else default_devices(trace))
     found = with_given(trace, devices, given)
     table, by_device = summary(trace), device_table(trace, found)
+    each = [each_device_table(trace, *one) for one in found.items()]
+    numbers = {
+        "summary": table.as_data(),
+        "devices": by_device.as_data(),
+        "every_device": [one.as_data() for one in each],
+        **_layers(trace),
+    }
     if options.format == "json":
         from mogul.core.table import Table
 
-        data = {"summary": table.as_data(), "devices": by_device.as_data(), **_layers(trace)}
-        Table(table.title, (), (), data=data).show("json")
+        Table(table.title, (), (), data=numbers).show("json")
     else:
         table.show(options.format)
         by_device.show(options.format)
+        if len(each) == 1:
+            each[0].show(options.format)
     if not options.no_html:
-        page = page_of(trace, found)
-        numbers = {"summary": table.as_data(), "devices": by_device.as_data(), **_layers(trace)}
-        _write(page, options, numbers)
+        _write(page_of(trace, found), options, numbers)
     return 0
 
 

@@ -62,6 +62,9 @@ def _chart(chart: Chart) -> go.Figure:
     )
     figure.update_xaxes(**_AXIS, title_text=chart.x_label)
     figure.update_yaxes(**_AXIS, title_text=chart.y_label)
+    places = {x for series in chart.series for x in series.x}
+    if len(places) <= 12 and all(isinstance(x, int) for x in places):
+        figure.update_xaxes(dtick=1)  # no half layers
     if chart.categories:
         figure.update_layout(scattermode="group")
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=chart.categories)
@@ -137,7 +140,7 @@ def _heat_map(heat: HeatMap) -> go.Figure:
                 "title": {"text": heat.value_label, "side": "top"},
                 "orientation": "h",
                 "thickness": 10,
-                "y": -66 / height,
+                "y": -66 / (height - 130),  # of the plot, without its margins
                 "yanchor": "top",
             },
         },

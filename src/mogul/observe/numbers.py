@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mogul.core.table import Table
-from mogul.place.predict import BatchBalance, balance_of, draw_counts
-from mogul.place.problem import Problem, contiguous
+from mogul.place.predict import BatchBalance, balance_of, by_device, draw_counts
+from mogul.place.problem import Problem, contiguous, device_load
 from mogul.spec import balance
 from mogul.spec.placement import Placement
 from mogul.spec.trace import Trace
@@ -103,16 +103,10 @@ def device_balance(
     placement: Placement | None = None,
 ) -> BatchBalance:
     """rho, delta and IS of batches, mean over layers; contiguous without a placement."""
-    ids = trace.get("sample_ids")
-    model = trace.meta.model
-    slots = -(-model.num_experts // num_devices)
-    plain = contiguous(Problem(np.ones(model.num_experts), num_devices, slots))
     found = []
-    for index, layer in enumerate(trace.meta.layers):
-        slots_DS = placement.slots_of(layer) if placement else plain
-        counts_NE = draw_counts(
-            ids[:, index], model.num_experts, batch_tokens=batch_tokens, draws=DRAWS, seed=index
-        )
+    for index in range(len(trace.meta.layers)):
+        slots_DS = slots_on(trace, index, num_devices, placement)
+        counts_NE = _drawn(trace, index, batch_tokens)
         found.append(balance_of(counts_NE, slots_DS, batch_tokens=batch_tokens))
     return BatchBalance(
         *(float(np.mean([getattr(one, n) for one in found])) for n in ("rho", "delta", "imbalance"))
@@ -142,6 +136,34 @@ def worst_layer(trace: Trace, num_devices: int) -> tuple[int, np.ndarray]:
     rows = [np.bincount(plain, weights=row_E, minlength=num_devices) for row_E in trace.count]
     worst = int(np.argmax([balance.rho(rows_D) for rows_D in rows]))
     return worst, rows[worst]
+
+
+def of_every_device(
+    trace: Trace,
+    index: int,
+    num_devices: int,
+    batch_tokens: int,
+    placement: Placement | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One layer's rows of every device over all tokens, and its distinct experts in a batch [D]."""
+    slots_DS = slots_on(trace, index, num_devices, placement)
+    counts_NE = _drawn(trace, index, batch_tokens)
+    return device_load(slots_DS, trace.count[index]), by_device(counts_NE, slots_DS)[1].mean(0)
+
+
+def slots_on(trace: Trace, index: int, num_devices: int, placement: Placement | None) -> np.ndarray:
+    """The slots [D, S] of one layer: the placement's, or contiguous ones."""
+    if placement is not None:
+        return placement.slots_of(trace.meta.layers[index])
+    experts = trace.meta.model.num_experts
+    return contiguous(Problem(np.ones(experts), num_devices, -(-experts // num_devices)))
+
+
+def _drawn(trace: Trace, index: int, batch_tokens: int) -> np.ndarray:
+    ids_SK = trace.get("sample_ids")[:, index]
+    return draw_counts(
+        ids_SK, trace.meta.model.num_experts, batch_tokens=batch_tokens, draws=DRAWS, seed=index
+    )
 
 
 def pair_probability(trace: Trace, index: int) -> np.ndarray:

@@ -7,50 +7,30 @@ do experts specialise (arXiv 2505.21411, figures 7 to 10).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from mogul.core.errors import ConfigError
 from mogul.core.table import Table
-from mogul.draw.chart import BLUE, GREY, ORANGE, Chart, HeatMap, Series
+from mogul.draw.chart import BLUE, GREY, Chart, HeatMap, Series
 from mogul.draw.page import Page
 from mogul.observe import numbers
+from mogul.observe.report_devices import (
+    Placements,
+    device_charts,
+    device_table,
+    each_device_table,
+    rows_chart,
+)
 from mogul.observe.report_pairs import pairs_map, recall_chart, shown_layers, transition_map
 from mogul.observe.uniform import imbalance_chart
-from mogul.place.problem import device_load
 from mogul.place.solve import Wish, place
 from mogul.spec.placement import Placement
 from mogul.spec.trace import Trace
 
-BATCHES = (1, 4, 16, 64, 256)
 _MAX_EXPERTS_SHOWN = 32
 _MAX_TASKS_SHOWN = 6
-
-_DEVICE_NOTE = (
-    "rho: rows on the busiest device over the mean (whole trace). delta: the same for distinct "
-    "experts, which decide the time of small batches. IS: (max - min rows) / tokens. Means over "
-    "layers; 1, 1 and 0 are perfect."
-)
-_STUCK = 1.05
-_STUCK_NOTE = (
-    "On {} devices some expert alone has more than a device's even share: no placement without "
-    "replicas gets lower (`mogul place --replicas N`)."
-)
-_BALANCES = {
-    "rho": ("Rows", "Rows on the busiest device over the mean: the time of large batches."),
-    "delta": (
-        "Distinct experts",
-        (
-            "Distinct experts on the busiest device over the mean: the time of small batches, "
-            "where reading weights decides. Grouping evens it, but not to 1."
-        ),
-    ),
-    "imbalance": ("Imbalance score IS", "(max - min rows) / tokens, as the MoGE paper counts."),
-}
-
-Placements = Mapping[int, Placement | None]
-"""Device count -> the placement beside the contiguous one; None: there is none."""
 
 
 def placements(trace: Trace, devices: Sequence[int]) -> dict[int, Placement | None]:
@@ -91,38 +71,6 @@ def default_devices(trace: Trace) -> tuple[int, ...]:
     return tuple(d for d in wanted if d <= model.num_experts // 8)[-3:] or (2,)
 
 
-def device_table(trace: Trace, found: Placements) -> Table:
-    """Tabulate rho over the whole trace, delta and IS of small batches, before and after."""
-    rows = []
-    stuck = []
-    for devices, placement in found.items():
-        if placement and np.mean([one.rho_bound for one in placement.layers]) > _STUCK:
-            stuck.append(str(devices))
-        before, worst = numbers.whole_rho(trace, devices)
-        after = numbers.whole_rho(trace, devices, placement)[0] if placement else None
-        small = numbers.device_balance(trace, devices, 16)
-        small_after = numbers.device_balance(trace, devices, 16, placement) if placement else None
-        rows.append(
-            (
-                devices,
-                round(before, 3),
-                round(worst, 3),
-                round(after, 3) if after else None,
-                round(small.delta, 3),
-                round(small_after.delta, 3) if small_after else None,
-                round(small.imbalance, 3),
-                round(small_after.imbalance, 3) if small_after else None,
-            )
-        )
-    return Table(
-        "Devices",
-        ("devices", "rho", "worst layer", "rho placed", "delta, batch 16", "delta placed",
-         "IS, batch 16", "IS placed"),
-        rows,
-        (_DEVICE_NOTE, *([_STUCK_NOTE.format(" and ".join(stuck))] if stuck else [])),
-    )  # fmt: skip
-
-
 def page_of(trace: Trace, found: Placements) -> Page:
     """Build the page."""
     model = trace.meta.model
@@ -139,8 +87,9 @@ def page_of(trace: Trace, found: Placements) -> Page:
     page.figure(_busiest_chart(trace))
     page.section("What do devices wait for?")
     page.table(device_table(trace, found))
-    page.figure(_rows_chart(trace, found))
-    for figure in _device_charts(trace, found):
+    page.figure(rows_chart(trace, found))
+    page.table(each_device_table(trace, *list(found.items())[-1]))
+    for figure in device_charts(trace, found):
         page.figure(figure)
     page.figure(_distinct_chart(trace))
     if figure := _uniform_chart(trace, list(found)[-1]):
@@ -224,57 +173,6 @@ def _busiest_chart(trace: Trace) -> Chart:
         reference=(1.0, "even"),
         y_from_zero=True,
         caption="With one expert a device, the whole layer waits this many times the mean.",
-    )
-
-
-def _device_charts(trace: Trace, found: Placements) -> list[Chart]:
-    devices, placement = list(found.items())[-1]
-    plain = [numbers.device_balance(trace, devices, size) for size in BATCHES]
-    sides = [("contiguous", plain, ORANGE)]
-    if placement:
-        placed = [numbers.device_balance(trace, devices, size, placement) for size in BATCHES]
-        sides.append(("placed", placed, BLUE))
-    names = [str(size) for size in BATCHES]
-    charts = []
-    for value, (title, caption) in _BALANCES.items():
-        charts.append(
-            Chart(
-                title=f"{title} by batch size, {devices} devices",
-                x_label="tokens in the batch",
-                y_label={"imbalance": "IS"}.get(value, value),
-                series=[
-                    Series(name=name, x=names, y=[getattr(one, value) for one in side], color=color)
-                    for name, side, color in sides
-                ],
-                reference=(0.0, "balanced") if value == "imbalance" else (1.0, "balanced"),
-                y_from_zero=True,
-                caption=caption,
-            )
-        )
-    return charts
-
-
-def _rows_chart(trace: Trace, found: Placements) -> Chart:
-    """Rows of every device in the layer that is worst without a placement."""
-    devices, placement = list(found.items())[-1]
-    worst, rows_D = numbers.worst_layer(trace, devices)
-    names = [str(device) for device in range(devices)]
-    sides = [("contiguous", rows_D, ORANGE)]
-    if placement:
-        slots_DS = placement.slots_of(trace.meta.layers[worst])
-        sides.append(("placed", device_load(slots_DS, trace.count[worst]), BLUE))
-    return Chart(
-        title=f"Rows of every device, layer {trace.meta.layers[worst]}, {devices} devices",
-        x_label="device",
-        y_label="rows over the mean",
-        series=[
-            Series(name=name, x=names, y=(rows / rows_D.mean()).tolist(), color=color, kind="bars")
-            for name, rows, color in sides
-        ],
-        reference=(1.0, "even"),
-        y_from_zero=True,
-        caption="The layer that is most uneven without a placement. All devices wait for the "
-        "tallest bar.",
     )
 
 

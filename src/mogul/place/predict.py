@@ -49,7 +49,7 @@ def balance_of(
     count_NE: Int[np.ndarray, "N E"], slots_DS: Int[np.ndarray, "D S"], *, batch_tokens: int
 ) -> BatchBalance:
     """Mean rho, delta and IS of batches on a placement; replicas share rows round-robin."""
-    rows_ND, distinct_ND = _by_device(count_NE, slots_DS)
+    rows_ND, distinct_ND = by_device(count_NE, slots_DS)
     return BatchBalance(
         rho=float(np.mean([balance.rho(rows_D) for rows_D in rows_ND])),
         delta=float(np.mean([balance.delta(distinct_D) for distinct_D in distinct_ND])),
@@ -59,7 +59,7 @@ def balance_of(
     )
 
 
-def _by_device(count_NE: np.ndarray, slots_DS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_device(count_NE: np.ndarray, slots_DS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows and distinct experts of every device [N, D]."""
     replicas_E = np.maximum(replica_counts(slots_DS, count_NE.shape[1]), 1)
     rank_DS = _rank_of_replica(slots_DS)
