@@ -280,14 +280,14 @@ def floor_ms(engine: Engine, batch: int, options: Any, bandwidth: float) -> floa
 def find_most(engine: Engine, options: Any, bandwidth: float) -> None:
     """The highest decode throughput of the given batches whose step stays below `--most` ms.
 
-    Steps are timed with caches of this many requests of `--input` tokens that are not computed
-    first: pages hold what they hold, so that large batches cost seconds and no prefill.
+    Steps are timed with pages of random numbers in place of computed prompts, so that large batches
+    cost seconds and no prefill.
     """
     best: dict[str, Any] = {}
     for cache in engine.runner.caches:  # numbers of text's size: zeros would flatter the clocks
         for pages in (cache.key, cache.value):
             if pages.itemsize == 1:
-                pages.view(torch.uint8).random_(0, 64)
+                pages.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # within 2, both signs
             else:
                 pages.normal_()
     for batch in sorted(options.batches):

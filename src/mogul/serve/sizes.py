@@ -48,6 +48,8 @@ def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
         HardwareError: the weights leave no room for a cache.
     """
     on_cpu = runner.device.type == "cpu"
+    if not on_cpu:
+        torch.accelerator.empty_cache()  # what loading and quantising left behind is free again
     context = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
     length = options.max_length or context or DEFAULT_LENGTH
     step_tokens = options.step_tokens or (CPU_STEP_TOKENS if on_cpu else STEP_TOKENS)
