@@ -86,9 +86,8 @@ def _own() -> Score:
     scored = [off for one, off in zip(steps, error, strict=True) if not one.note]
     columns = ("step", "measured ms", "predicted ms", "error", "known by", "note")
     bar = Bar("own", "median error", _median(scored), 0.15)
-    ratios = tuple((one.name, 1 + off) for one, off in zip(steps, error, strict=True))
     pairs = tuple((one.measured_s, one.predicted_s) for one in steps if not one.note)
-    return Score(Table("mogul's own engine", columns, rows), (bar,), ratios, pairs)
+    return Score(Table("mogul's own engine", columns, rows), (bar,), pairs=pairs)
 
 
 def _vllm() -> Score:
