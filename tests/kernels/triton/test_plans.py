@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from mogul.core.errors import BackendError
 from mogul.kernels import choose_backend
 from mogul.kernels.triton import why_not_triton
+from mogul.kernels.triton.layer import tell_of_rule
 from mogul.kernels.triton.plans import Shape, few_plan, last_width, plan_for, table
 
 PANGU = Shape(experts=64, picks=8, width=5120, inner=1344)
@@ -23,6 +24,13 @@ def test_known_shapes_come_from_the_table() -> None:
     assert plan_for(PANGU, 64).up.swap
     assert plan_for(PANGU, 16384).up.split
     assert few_plan(PANGU).up_k == 1024
+
+
+def test_an_unknown_shape_says_once_why_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    for shape in (PANGU, Shape(9, 3, 640, 328), Shape(9, 3, 640, 328)):
+        tell_of_rule(shape)
+    assert caplog.text.count("no measured tiles") == 1
+    assert "9 experts of 640 x 328" in caplog.text
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogul.core.log import log
 from mogul.kernels.triton import row_kernels, sort_kernels, token_kernels, weight_kernels
 from mogul.kernels.triton.launch import (
     INTERPRETED,
@@ -23,7 +24,15 @@ from mogul.kernels.triton.launch import (
     next_power_of_2,
     split_descriptor,
 )
-from mogul.kernels.triton.plans import Plan, Shape, Tile, few_plan, last_width, plan_for
+from mogul.kernels.triton.plans import (
+    Plan,
+    Shape,
+    Tile,
+    few_plan,
+    is_measured,
+    last_width,
+    plan_for,
+)
 from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_size, sorted_views
 
 _COUNTER_OF = {
@@ -476,6 +485,17 @@ def _flags(tile: Tile) -> dict[str, bool]:
 
 
 @cache
+def tell_of_rule(shape: Shape) -> None:
+    """Say once why the first calls of a shape wait and may be slower than they could."""
+    if not is_measured(shape):
+        log.warning(
+            f"{shape.experts} experts of {shape.width} x {shape.inner}, {shape.picks} picks a "
+            "token: no measured tiles for this GPU; the first calls compile tiles by rule, some "
+            "seconds each (`mogul bench kernels --tune` measures better ones)"
+        )
+
+
+@cache
 def layer_of(
     experts: int, picks: int, width: int, inner: int, dtypes: tuple[torch.dtype, ...], device: int
 ) -> Layer:
@@ -486,4 +506,5 @@ def layer_of(
     capability = properties.major * 10 + properties.minor
     sms = properties.multi_processor_count
     shape = Shape(experts, picks, width, inner, capability, sms)
+    tell_of_rule(shape)
     return Layer(shape, device, pdl=capability >= 90)

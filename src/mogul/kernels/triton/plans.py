@@ -192,6 +192,11 @@ def _entries(shape: Shape) -> list[Entry]:
     return own.get(key, []) + table(shape.capability).get(key, [])
 
 
+def is_measured(shape: Shape) -> bool:
+    """Whether the table, or the user's own, knows this shape."""
+    return bool(_entries(shape))
+
+
 @cache
 def few_plan(shape: Shape) -> FewPlan:
     """Block sizes of the sort-free path."""
