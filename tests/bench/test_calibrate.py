@@ -109,4 +109,5 @@ def test_own_tables_push_shipped_ones_aside(tmp_path):
     row = "rows,distinct,hidden,width,seconds\n8,8,5120,1344,0.5\n"
     (tmp_path / "t.csv").write_text(head + row)
     mine = with_measured(tmp_path)
-    assert [t.source for t in mine.tables if (t.kind, t.dtype) == ("moe", "bf16")] == ["mine"]
+    key = ("moe", "h100", "bf16")
+    assert [t.source for t in mine.tables if (t.kind, t.device, t.dtype) == key] == ["mine"]
