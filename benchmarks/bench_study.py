@@ -448,11 +448,11 @@ def summary(variant: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
     speeds = [run["tokens_per_s"] for run in found if run["tokens_per_s"]]
     spread = f"{stdev(bits):.4f}" if len(bits) > 1 else None
     balance: tuple[str | None, ...] = (None,) * 5  # a dense model has none
-    if "rho" in found[0]:
-        vio = f"{mean(run['max_vio'] for run in found):.2f}"
-        dead = f"{mean(run['dead_experts'] for run in found):.1f}"
-        rhos = (f"{mean(run['rho'][key] for run in found):.3f}" for key in ("D8 T16", "D8 T512"))
-        delta = f"{mean(run['delta']['D8 T16'] for run in found):.3f}"
+    if seen := [run for run in found if "rho" in run]:  # lacks where a run was cut off at its end
+        vio = f"{mean(run['max_vio'] for run in seen):.2f}"
+        dead = f"{mean(run['dead_experts'] for run in seen):.1f}"
+        rhos = (f"{mean(run['rho'][key] for run in seen):.3f}" for key in ("D8 T16", "D8 T512"))
+        delta = f"{mean(run['delta']['D8 T16'] for run in seen):.3f}"
         balance = (vio, dead, *rhos, delta)
     speed = round(mean(speeds)) if speeds else None
     return (variant, len(found), f"{mean(bits):.4f}", spread, *balance, speed)

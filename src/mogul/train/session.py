@@ -309,8 +309,9 @@ class Session:
                     losses.clear()
                 if self._after_step(is_last):
                     meter.start()
-            self._finish(stop.is_set)
-        return not stop.is_set
+            is_done = self.step == self.num_steps  # a signal after the last step stops nothing
+            self._finish(is_stopped=not is_done)
+        return is_done
 
     def _line(
         self, losses: list[float], gradients: Gradients, meter: Speedometer, log: MetricsLog
@@ -348,7 +349,7 @@ class Session:
         self.saver.save(state.take(self))
         return True
 
-    def _finish(self, is_stopped: bool) -> None:
+    def _finish(self, *, is_stopped: bool) -> None:
         if self.saver.last_step != self.step and self.step > 0:
             self.saver.save(state.take(self))
         self.saver.wait()
