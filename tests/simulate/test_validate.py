@@ -117,7 +117,7 @@ def test_the_own_engine_is_predicted_from_kernels_alone(monkeypatch):
     plain = own.steps()
     (score,) = scores(("own",))
     assert score.bars[0].holds
-    assert [one.name.split(", ")[-1] for one in plain if one.note] == ["decode 1", "prompts 1024"]
+    assert [one.name.split(", ")[-1] for one in plain if one.note] == ["decode 1"]
     data = own.load("own")
     for run in data["run"]:
         run["step_ms"] = [3 * value for value in run["step_ms"]]
