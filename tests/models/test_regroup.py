@@ -9,11 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mogul.core.errors import ConfigError
 from mogul.models.heal import BestRouters, Healing, routers_of
-from mogul.models.load import load_model
+from mogul.models.load import load_model, load_tokenizer
 from mogul.models.regroup import find_groups, order_of, regroup, regroup_checkpoint
 from mogul.observe.agreement import agreement, kept_of_layer
+from mogul.observe.hooks import watch
 from mogul.observe.recorder import record_routing
 from mogul.observe.tracer import Tracer
+from mogul.train.data import shipped_text
 from mogul.train.loop import train
 from mogul.train.optimizer import TrainSettings
 
@@ -119,21 +121,20 @@ def test_kept_mass_by_hand():
     assert float(mass) == pytest.approx((0.5 + 0.2 + 0.4 + 0.6) / 2.0)
 
 
-def test_mass_beats_random_and_contiguous_groups_on_20_of_20_seeds(trained, trace):
-    plain = {layer: np.arange(16) // 4 for layer in (0, 1)}
+def check_20_seeds(model, trace, held_out):
+    """Mass kept on unseen tokens, above random groups of the seed and contiguous ones."""
+    layers, experts = trace.meta.layers, trace.meta.model.num_experts
+    plain = {layer: np.arange(experts) * 4 // experts for layer in layers}
     seen = {}
-    with torch.no_grad():
-        from mogul.observe.hooks import watch
-
-        with watch(trained, lambda picks: seen.update({picks.layer: picks})):
-            trained(HELD_OUT)
+    with torch.no_grad(), watch(model, lambda picks: seen.update({picks.layer: picks})):
+        model(held_out)
 
     def mass(groups):
         found = [
             kept_of_layer(seen[i].ids, seen[i].weights, torch.from_numpy(groups[i]), 4)[1]
-            for i in (0, 1)
+            for i in layers
         ]
-        return float(sum(found)) / 2
+        return float(sum(found)) / len(layers)
 
     contiguous = mass(plain)
     for seed in range(20):
@@ -142,6 +143,22 @@ def test_mass_beats_random_and_contiguous_groups_on_20_of_20_seeds(trained, trac
         found = mass(find_groups(trace, 4, seed=seed))
         assert found > mass(shuffled)
         assert found > contiguous
+
+
+def test_mass_beats_random_and_contiguous_groups_on_20_of_20_seeds(trained, trace):
+    check_20_seeds(trained, trace, HELD_OUT)
+
+
+def test_mass_of_the_carried_top_k_model_on_20_of_20_seeds():
+    model, tokenizer, text = load_model("nano-topk"), load_tokenizer("nano-topk"), shipped_text()
+
+    def ids(texts, rows):
+        found = tokenizer("\n".join(texts)[: 3000 * rows])["input_ids"][: 256 * rows]
+        return torch.tensor(found).view(rows, 256)
+
+    with Tracer(model) as tracer, torch.no_grad():
+        model(ids(text.train, 8))
+    check_20_seeds(model, tracer.trace(), ids(text.held_out, 4))
 
 
 def heal(grouped, original, steps, seed):
