@@ -53,7 +53,7 @@ def main() -> None:
     ids = tokenizer(text)["input_ids"]
     if len(ids) < options.prompt * max(options.batches):
         parser.error(f"the text has {len(ids)} tokens, too few for these prompts")
-    rows, entries = [], []
+    rows = []
     settings = EngineOptions(
         max_sequences=max(options.batches),
         max_length=options.prompt + options.new + 8,
@@ -76,8 +76,9 @@ def main() -> None:
             prompts = [ids[i * options.prompt : (i + 1) * options.prompt] for i in range(batch)]
             row, entry = compare(name, batch, plain, guessing, prompts, options)
             rows.append(row)
-            entries.append(entry)
             print(json.dumps(entry), flush=True)
+            if options.record:
+                ledger.append([entry], Path(options.record))
         guessing.close()
         plain.close()
     Table(
@@ -95,8 +96,6 @@ def main() -> None:
         ),
         rows,
     ).show()
-    if options.record:
-        ledger.append(entries, Path(options.record))
 
 
 def compare(
