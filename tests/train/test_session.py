@@ -17,6 +17,7 @@ from mogul.core.errors import ArtifactError, ConfigError, MogulError
 from mogul.models import load_model
 from mogul.spec.trace import load_trace
 from mogul.train import checkpoint, state
+from mogul.train import session as session_module
 from mogul.train.session import CHECKPOINTS, MODEL, Session
 
 
@@ -106,6 +107,19 @@ def test_sigterm_saves_and_stops(recipe, tmp_path, monkeypatch):
     resumed = _run(rare, tmp_path / "part", resume=True)
     assert _same(resumed, _run(rare, tmp_path / "whole"))
     assert [line["step"] for line in _lines(tmp_path / "part")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_after_the_last_step_stops_nothing(recipe, tmp_path, monkeypatch):
+    real = session_module.export
+
+    def killed_meanwhile(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(session_module, "export", killed_meanwhile)
+    with Session(recipe(), tmp_path) as session:
+        assert session.run() is True
+    assert (tmp_path / MODEL).exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, capsys):
