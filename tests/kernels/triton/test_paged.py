@@ -55,7 +55,7 @@ def test_kernels_equal_the_reference() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_kernels_equal_the_reference_on_many_shapes() -> None:
-    check_all(interpreted(60))
+    check_all(interpreted(30))
 
 
 @pytest.mark.gpu
