@@ -51,6 +51,7 @@ def ask(row: dict[str, str], layout: dict[str, int], *, with_formats: bool) -> d
         )
         return {"tpot_ms": round(float(found.tpot), 4), "ttft_ms": round(float(found.ttft), 3)}
     except (Exception, SystemExit) as error:
+        signal.alarm(0)
         return {"error": f"{type(error).__name__}: {str(error)[:100]}"}
     finally:
         signal.alarm(0)
