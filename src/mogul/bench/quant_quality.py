@@ -24,7 +24,7 @@ from mogul.kernels import FORMATS
 from mogul.models import upcycle
 from mogul.models.expert_inputs import expert_inputs
 from mogul.models.quantise import quantise_model
-from mogul.models.quantise_linears import quantise_linears
+from mogul.models.quantise_linears import linear_inputs, quantise_linears
 from mogul.observe.hooks import Picks, watch
 from mogul.spec.grouping import Grouping
 from mogul.train.data import Windows
@@ -185,7 +185,11 @@ def qualities(
     before = _look(model, subject.held_out, has_router=subject.has_router)
     yield Quality(subject.name, "none", False, before.bits_per_byte, 0.0, 1.0,
                   1.0 if subject.has_router else None, 32.0)  # fmt: skip
-    importance = expert_inputs(model, _batches(subject.calibration, 4)) if any(calibrated) else None
+    importance, linears = {}, {}
+    if any(calibrated):
+        importance = expert_inputs(model, _batches(subject.calibration, 4))
+        if any(name.endswith(LINEARS) for name in formats):
+            linears = linear_inputs(model, _batches(subject.calibration, 4))
     del model
     for name in formats:
         for is_calibrated in calibrated:
@@ -196,7 +200,7 @@ def qualities(
                 importance=importance if is_calibrated else None,
             )
             if name.endswith(LINEARS):
-                quantise_linears(quantised)
+                quantise_linears(quantised, linears if is_calibrated else None)
             after = _look(quantised, subject.held_out, has_router=subject.has_router)
             yield Quality(
                 subject.name,

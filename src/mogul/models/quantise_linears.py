@@ -7,7 +7,7 @@ and the output head keep their dtype. Experts are `quantise.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,10 +41,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> PackedLinear:
-        """The quantised twin of a linear layer."""
+    def of(cls, linear: nn.Linear, importance: Tensor | None = None) -> PackedLinear:
+        """The quantised twin of a linear layer; `importance` [C] are mean squares of its input."""
         with torch.no_grad():
-            value, scale = quantise_fp8_weight(linear.weight.detach())
+            value, scale = quantise_fp8_weight(linear.weight.detach(), importance)
         return cls(value, scale, None if linear.bias is None else linear.bias.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -86,13 +86,47 @@ def linears_of(block: nn.Module, start: str = "") -> Iterator[tuple[str, nn.Line
             yield f"{start}.{name}" if start else name, module
 
 
-def quantise_linears(model: nn.Module) -> int:
-    """Replace the linear layers of all decoder blocks, one by one; returns how many."""
+@torch.no_grad()
+def linear_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Run batches of token ids [B, L]; mean squares of what each linear layer multiplies, [C]."""
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_TC = args[0].detach().flatten(0, -2).float()
+            sums[name] = sums.get(name, 0) + x_TC.square().sum(0)
+            rows[name] = rows.get(name, 0) + len(x_TC)
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name)) for name, module in linear_modules(model)
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        for ids_BL in batches:
+            model(input_ids=ids_BL, use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return {name: total / rows[name] for name, total in sums.items()}
+
+
+def quantise_linears(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> int:
+    """Replace the linear layers of all decoder blocks, one by one; returns how many.
+
+    Args:
+        model: any whose blocks Transformers names.
+        importance: from `linear_inputs`; weights that large inputs meet are then rounded better.
+    """
     before = after = 0
     found = list(linear_modules(model))
     for name, module in found:
         before += module.weight.nbytes
-        packed = PackedLinear.of(module)
+        packed = PackedLinear.of(module, (importance or {}).get(name))
         after += packed.value.nbytes + packed.scale.nbytes
         replace_module(model, name, packed)
         module.weight = None  # type: ignore[assignment]  # let it go

@@ -56,7 +56,7 @@ def load_quantised(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    importance: Mapping[str, Importance] | None = None,
+    importance: Mapping[str, Importance | Tensor] | None = None,
     linears: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint and quantise its experts, and its linear layers, on the way.
@@ -66,7 +66,7 @@ def load_quantised(
         format: of the experts: fp8, int4-32, int4-64 or int4-128.
         dtype: of everything else; "auto" is as stored.
         device: where the model goes; each layer is quantised there. None is the CPU.
-        importance: from `expert_inputs` of the unquantised model.
+        importance: from `expert_inputs`, and `linear_inputs`, of the unquantised model.
         linears: make linear layers of the decoder blocks fp8; a dense model then needs no experts.
 
     Raises:
@@ -102,11 +102,12 @@ def load_quantised(
 
 
 def _packed(
-    module: nn.Module, format: ExpertFormat, importance: Importance | None = None
+    module: nn.Module, format: ExpertFormat, importance: Importance | Tensor | None = None
 ) -> nn.Module:
+    is_linear = isinstance(importance, Tensor)
     if isinstance(module, nn.Linear):
-        return PackedLinear.of(module)
-    return quantise_module(module, format, importance)
+        return PackedLinear.of(module, importance if is_linear else None)
+    return quantise_module(module, format, None if is_linear else importance)
 
 
 @contextmanager
