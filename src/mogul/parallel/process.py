@@ -64,14 +64,17 @@ def start(*, patience_s: float = 40.0) -> World:
         index = int(os.environ.get("LOCAL_RANK", rank)) % torch.accelerator.device_count()
         device = torch.device(accelerator.type, index)
         torch.accelerator.set_device_index(index)
+    wait = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=wait))
+    watch = Watch(rank, size, patience_s, store) if size > 1 else None  # joining can hang, too
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
+        store=dist.PrefixStore("mogul", store),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        timeout=wait,
         device_id=device if device.type != "cpu" else None,
     )
-    watch = Watch(rank, size, patience_s) if size > 1 else None
     return World(rank, size, device, watch)
 
 
