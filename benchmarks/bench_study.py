@@ -424,6 +424,8 @@ def record(results: list[dict[str, Any]]) -> None:
     for scale, variant in dict.fromkeys((r["scale"], r["variant"]) for r in results):
         runs = [r for r in results if (r["scale"], r["variant"]) == (scale, variant)]
         bits = [run["bits_per_byte"] for run in runs]
+        is_laid = scale != "study" and variant not in SECOND
+        laid = f" --scale recipes/{scale}.toml" if is_laid else ""
         rows.append(
             row(
                 **{key: runs[-1][key] for key in ("device", "date", "commit", "versions")},
@@ -435,8 +437,7 @@ def record(results: list[dict[str, Any]]) -> None:
                 spread=[round(min(bits), 5), round(max(bits), 5)],
                 runs=len(runs),
                 max_vio=[round(run["max_vio"], 3) for run in runs if "max_vio" in run],
-                command="python benchmarks/bench_study.py run --scale recipes/"
-                f"{scale}.toml --variants {variant}",
+                command=f"python benchmarks/bench_study.py run{laid} --variants {variant}",
             )
         )
     append(rows)
