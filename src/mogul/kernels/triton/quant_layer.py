@@ -1,6 +1,6 @@
 """One quantised experts layer on one device: sort, round, up, round, down, ordered sum.
 
-Very few tokens take two launches without a sort, as unquantised. Uses the sort and the sum of the
+Very few tokens take two launches without a sort in int4. Uses the sort and the sum of the
 unquantised `Layer`. Nothing here waits for the device, so a call can be captured in a CUDA graph;
 everything is also the operator `mogul::moe_quantised`.
 """
@@ -21,7 +21,7 @@ from mogul.kernels.triton.launch import Launch, cdiv, descriptor, next_power_of_
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.ops import _aligned
 from mogul.kernels.triton.plans import Plan, Tile
-from mogul.kernels.triton.quant_plans import quant_few_plan, quant_plan_for
+from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for
 from mogul.kernels.triton.sorting import Sorted, max_tiles
 
 SILU, CLAMPED = 0, 1
@@ -70,7 +70,7 @@ class QuantLayer:
     def forward(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
         """Output [T, D]."""
         layer, slots = self.layer, ids.numel()
-        if layer.shape.uses_few(x.shape[0]):
+        if self.group and layer.shape.uses_few(x.shape[0]):
             return self._few(x, weights, ids, factors)
         plan = quant_plan_for(layer.shape, x.shape[0], self.group)
         sort = layer.sort(ids, plan.rows)
@@ -83,9 +83,9 @@ class QuantLayer:
         return layer.sum(plan, y, ids, factors, weighted=True)
 
     def _few(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
-        """Two launches: each slot reads its expert on its own; rows are not rounded."""
+        """Two launches: each slot reads its expert on its own."""
         shape, device, pdl = self.layer.shape, self.layer.device, self.layer.pdl
-        plan, tokens, slots = quant_few_plan(self.group), x.shape[0], ids.numel()
+        plan, tokens, slots = INT4_FEW, x.shape[0], ids.numel()
         act = torch.empty((slots, shape.inner), dtype=torch.float32, device=x.device)
         out = torch.empty_like(x)
         dims = {"D": shape.width, "F": shape.inner, "K": shape.picks, "E": shape.experts}
@@ -99,7 +99,7 @@ class QuantLayer:
                 key, None, lambda: Launch(kernel, constants, warps=plan.warps, pdl=pdl)
             )
 
-        kind = dict(zip(("ACT", "ALPHA", "LIMIT"), self.act, strict=True))
+        kind: dict[str, Any] = dict(zip(("ACT", "ALPHA", "LIMIT"), self.act, strict=True))
         bias = weights.gate_up_bias
         up = launch("up_tokens_quantised", bias, plan.up_n, plan.up_k, kind)
         scale = _words(weights.gate_up_scale, self.group)
