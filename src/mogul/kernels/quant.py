@@ -236,8 +236,7 @@ def moe_forward_quantised(
     """`moe_forward` with quantised experts, in the dtype of x; no gradient.
 
     fp8 multiplies e4m3 activations, scaled token by token while it runs, with e4m3 weights; int4
-    multiplies x with the dequantised weights, and so does fp8 on a GPU for the one or few tokens
-    that need no sort. A slot whose id is no expert has no row.
+    multiplies x with the dequantised weights. A slot whose id is no expert has no row.
 
     Raises:
         ConfigError: shapes or devices that do not belong together, or a wanted gradient.

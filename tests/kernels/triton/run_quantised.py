@@ -84,7 +84,7 @@ def operator_error() -> float:
 
 
 def few_error(format_name: str, activation: str) -> float:
-    """One token without a sort, with a null pick and with one pick; rows are not rounded."""
+    """One token without a sort, with a null pick and with one pick."""
     experts, width, inner = 16, 96, 80
     layout = ExpertLayout(activation=activation)
     clamped = activation == "clamped_swiglu"

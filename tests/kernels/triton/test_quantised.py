@@ -21,7 +21,7 @@ from mogul.kernels import ExpertFormat, ExpertLayout  # noqa: E402
 from mogul.kernels.triton import quant_kernels, quant_token_kernels  # noqa: E402
 from mogul.kernels.triton.plans import Shape  # noqa: E402
 from mogul.kernels.triton.quant import why_not_triton_quantised  # noqa: E402
-from mogul.kernels.triton.quant_plans import quant_few_plan, quant_plan_for  # noqa: E402
+from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for  # noqa: E402
 
 CASES = {
     "rounding": 1e-5,
@@ -32,8 +32,6 @@ CASES = {
     "int4-64 half": 2e-3,
     "int4-128 short group": 2e-6,
     "int4-128 clamped with biases": 2e-6,
-    "few fp8": 2e-6,
-    "few fp8 clamped with biases": 2e-6,
     "few int4-32": 2e-6,
     "few int4-64 clamped with biases": 2e-6,
     "operator": 1e-9,
@@ -59,7 +57,7 @@ def test_kernels_equal_the_reference(found: dict[str, float], case: str) -> None
 def compiled(group: int, arch: int, dtype: str = "bf16", few: str = "", **changes: Any) -> Any:
     """The up product for sm_`arch`; `few` names a kernel without a sort."""
     kernel = getattr(quant_token_kernels, few) if few else quant_kernels.up_quantised
-    value, rows = ("u8", dtype) if group else ("fp8e4nv", dtype if few else "fp8e4nv")
+    value, rows = ("u8", dtype) if group else ("fp8e4nv", "fp8e4nv")
     types = {
         "x_ptr": f"*{rows}",
         "x_scale_ptr": f"*{rows}" if group else "*fp32",
@@ -92,13 +90,11 @@ def compiled(group: int, arch: int, dtype: str = "bf16", few: str = "", **change
 @pytest.mark.parametrize("name", ["up_tokens_quantised", "down_tokens_quantised"])
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_few_tokens_compile(name: str, arch: int) -> None:
-    for group in (0, 64) if arch >= 89 else (64,):
-        plan = quant_few_plan(group)
-        up = name.startswith("up")
-        blocks = {"BLOCK_N": plan.up_n if up else plan.down_n}
-        blocks["BLOCK_K"] = plan.up_k if up else plan.down_k
-        done = compiled(group, arch, few=name, STAGES=plan.stages, PDL=arch >= 90, **blocks)
-        assert done.metadata.shared < 100_000
+    plan, up = INT4_FEW, name.startswith("up")
+    blocks = {"BLOCK_N": plan.up_n if up else plan.down_n}
+    blocks["BLOCK_K"] = plan.up_k if up else plan.down_k
+    done = compiled(64, arch, few=name, STAGES=plan.stages, PDL=arch >= 90, **blocks)
+    assert done.metadata.shared < 100_000
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])

@@ -37,12 +37,8 @@ def rule(shape: Shape, tokens: int, group: int) -> Plan:
     return Plan(rows=rows, up=tile, down=replace(tile, n=256))
 
 
-@cache
-def quant_few_plan(group: int) -> FewPlan:
-    """Block sizes of the sort-free path."""
-    if group:
-        return FewPlan(up_n=8, up_k=512, down_n=8, down_k=256, stages=1)
-    return FewPlan(up_n=4, up_k=1024, down_n=8, down_k=256, stages=1)
+INT4_FEW = FewPlan(up_n=8, up_k=512, down_n=8, down_k=256, stages=1)
+"""Block sizes of int4's sort-free path."""
 
 
 @cache
