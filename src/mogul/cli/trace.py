@@ -101,7 +101,7 @@ def _trace(options: Options) -> TraceRun:
     from mogul.spec.fingerprint import stamp_of_folder
 
     folder = find_folder(options.model)
-    stamp = stamp_of_folder(folder).replace(name=options.model)
+    stamp = stamp_of_folder(folder).replace(name=str(options.model))
     if options.per_token:
         from mogul.observe.tokens import require_pyarrow
 

@@ -1,4 +1,4 @@
-"""The root-mean-square norm without autograd, in five operators that make one large tensor.
+"""The root-mean-square norm without autograd, in few operators and tensors.
 
 torch's own is a chain of operators on the processor, with a fresh tensor each: 12 us for one token
 and, at 512, pages that come new from the system.
@@ -9,16 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_eps: dict[tuple[float, torch.dtype], Tensor] = {}
-
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, both of one dtype."""
-    if (eps_1 := _eps.get((eps, x.dtype))) is None:
-        with torch.inference_mode(False):
-            eps_1 = _eps[eps, x.dtype] = torch.full((1,), eps, dtype=x.dtype)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse = torch.addcmul(eps_1, length, length, value=1 / x.shape[-1]).rsqrt_()
+    # A mean sums more exactly than `vector_norm`, which would take 7 in place of 10 us.
+    inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x * inverse).mul_(weight)
 
 
