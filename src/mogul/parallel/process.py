@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mogul.core.errors import ConfigError, MogulError
 from mogul.parallel.watch import Watch
@@ -65,11 +67,11 @@ def start(*, patience_s: float = 40.0) -> World:
         device = torch.device(accelerator.type, index)
         torch.accelerator.set_device_index(index)
     wait = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=wait))
+    store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
     watch = Watch(rank, size, patience_s, store) if size > 1 else None  # joining can hang, too
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        store=dist.PrefixStore("mogul", store),
+        store=PrefixStore("mogul", store),
         rank=rank,
         world_size=size,
         timeout=wait,

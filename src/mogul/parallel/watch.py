@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 EXIT_CODE = 70
 BEATS_A_PATIENCE = 8
@@ -22,9 +22,9 @@ BEATS_A_PATIENCE = 8
 class Watch:
     """The heartbeat of one rank and its eye on the others."""
 
-    def __init__(self, rank: int, size: int, patience_s: float, common: dist.Store) -> None:
+    def __init__(self, rank: int, size: int, patience_s: float, common: Store) -> None:
         self.rank, self.size, self.patience_s = rank, size, patience_s
-        store: Any = dist.PrefixStore("mogul_watch", common)
+        store: Any = PrefixStore("mogul_watch", common)
         # A connection of its own where torch can make one: a thread may wait in the other.
         self._store = store.clone() if hasattr(store, "clone") else store
         self._stopped = threading.Event()
