@@ -33,7 +33,7 @@ class TokenSample:
         chosen = np.arange(num_tokens) if bound is None else np.flatnonzero(key_T < bound)
         if not len(chosen):
             return
-        index = torch.from_numpy(chosen).to(ids.device, non_blocking=True)
+        index = torch.from_numpy(chosen).to(ids.device)
         self._ids.append(ids.index_select(1, index).transpose(0, 1).to(torch.int16))
         self._keys = np.concatenate([self._keys, key_T[chosen]])
         tasks = np.zeros(len(chosen), np.int64) if task is None else task[chosen]

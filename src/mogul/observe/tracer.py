@@ -164,9 +164,9 @@ class Tracer:
         weights, logits = (_stacked([getattr(p, n) for p in seen]) for n in ("weights", "logits"))
         task_N = task = None
         if batch is not None:
-            row_N = torch.from_numpy(batch.order).to(ids.device, non_blocking=True)
+            row_N = torch.from_numpy(batch.order).to(ids.device)
             task_N = batch.task
-            task = torch.from_numpy(task_N).to(ids.device, non_blocking=True)
+            task = torch.from_numpy(task_N).to(ids.device)
             ids, weights, logits = (
                 None if one is None else one.index_select(1, row_N)
                 for one in (ids, weights, logits)

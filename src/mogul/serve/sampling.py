@@ -194,7 +194,7 @@ def _forbid(score_SV: Tensor, rows: Sequence[SamplingRow]) -> None:
     early = []
     for s, row in enumerate(rows):
         if row.allowed_V is not None:
-            allowed_V = row.allowed_V.to(score_SV.device, non_blocking=True)
+            allowed_V = row.allowed_V.to(score_SV.device)
             score_SV[s, : len(allowed_V)].masked_fill_(~allowed_V, float("-inf"))
             score_SV[s, len(allowed_V) :] = float("-inf")
         elif len(row.output_ids) < row.params.min_tokens:
