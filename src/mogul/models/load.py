@@ -95,7 +95,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
             else "give the folder of a Transformers checkpoint",
         )
     try:
-        if as_type != model_type:
+        if as_type is not None and as_type != model_type:
             values = {k: v for k, v in content.items() if k not in ("model_type", "auto_map")}
             return AutoConfig.for_model(as_type, **values)
         return AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
