@@ -298,6 +298,6 @@ def gain_chart(rows: Sequence[Row], device: str, routing: str = "skewed") -> Cha
         y_label="time / grouped static",
         series=[one for one in series if one.x],
         caption="1 is the grouped router with static dispatch.",
-        y_range=(0.0, 3.6),
+        y_from_zero=True,
         reference=(1.0, ""),
     )

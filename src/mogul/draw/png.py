@@ -65,7 +65,8 @@ def _chart(chart: Chart) -> Canvas:
     if len(chart.series) > 1:
         # More columns of long names than fit would squeeze the axes.
         columns = 2 if max(len(series.name) for series in chart.series) > 24 else 3
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
+        below = -0.23 if any("\n" in name for name in chart.categories or ()) else -0.16
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns, frameon=False)
     return canvas
 
 
