@@ -228,6 +228,16 @@ def test_ids_of_any_integer_dtype_and_tensors_of_any_stride(ids_dtype):
     torch.testing.assert_close(case.run("cpu", gate_up=weight_view), expected)
 
 
+def test_weights_of_any_stride_get_their_gradient():
+    case = make_case(10)
+    strided = case.weights.T.contiguous().T.requires_grad_()
+    assert not strided.is_contiguous()
+    case.run("cpu", weights=strided).sum().backward()
+    plain = case.weights.clone().requires_grad_()
+    case.run("cpu", weights=plain).sum().backward()
+    assert torch.equal(strided.grad, plain.grad)
+
+
 def test_same_bits_every_time():
     case = make_case(200, dtype=torch.float32, num_experts=5)
     first, grads = case.run("cpu"), case.gradients("cpu")

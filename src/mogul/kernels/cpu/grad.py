@@ -108,12 +108,8 @@ def _weight_grad(
     if down_bias_ED is not None:
         for expert, start, stop in order.blocks:
             grad_R[start:stop] += (grad_RD[start:stop] @ down_bias_ED[expert]).to(grad_R.dtype)
-    return (
-        torch.zeros_like(weights_TK)
-        .view(-1)
-        .index_copy_(0, order.slot_R, grad_R)
-        .view_as(weights_TK)
-    )
+    grad_S = grad_R.new_zeros(weights_TK.numel()).index_copy_(0, order.slot_R, grad_R)
+    return grad_S.view(weights_TK.shape)
 
 
 def _expert_grad(
