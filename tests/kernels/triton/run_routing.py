@@ -86,6 +86,15 @@ def compare(spec: RouterSpec, seed: int, *, ties: bool, biased: bool) -> dict[st
     return found
 
 
+def wrong_picks_of_no_number(spec: RouterSpec) -> int:
+    """Ids of tokens whose logits are no number that are not torch's."""
+    logits = torch.zeros(3, spec.num_columns)
+    logits[1] = float("nan")
+    return int(
+        (route_counted(logits, spec)[0] != route_reference(logits, spec, None, None)[0]).sum()
+    )
+
+
 def compiled_gradient_error() -> float:
     """Gradients of a compiled graph against those of eager mode."""
     spec = RouterSpec(**RULES["grouped, two each"])
@@ -105,6 +114,7 @@ def main() -> None:
     print(json.dumps({"case": "compiled", "error": compiled_gradient_error()}))
     for name in sys.argv[1:]:
         spec = RouterSpec(**RULES[name])
+        print(json.dumps({"case": f"{name}, no number", "wrong": wrong_picks_of_no_number(spec)}))
         for ties in (False, True):
             for biased in (False, True):
                 found = compare(spec, 5, ties=ties, biased=biased)

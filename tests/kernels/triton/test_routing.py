@@ -55,6 +55,14 @@ def test_equal_to_the_reference(found: list[dict[str, Any]], rule: str) -> None:
         assert "dlogits" in case
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_logits_that_are_no_number_leave_ids_those_of_experts(
+    found: list[dict[str, Any]], rule: str
+) -> None:
+    (case,) = (case for case in found if case["case"] == f"{rule}, no number")
+    assert case["wrong"] == 0
+
+
 def test_a_compiled_graph_has_the_same_gradients(found: list[dict[str, Any]]) -> None:
     (case,) = (case for case in found if case["case"] == "compiled")
     assert case["error"] < 1e-6

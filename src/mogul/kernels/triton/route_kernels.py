@@ -112,6 +112,8 @@ def route_tokens(
     choice = scores
     if NUM_BIAS > 0:
         choice += tl.load(bias_ptr + cols, mask=cols < NUM_BIAS, other=0.0).to(tl.float32)[None, :]
+    # not a number is the largest, as in torch's own picks: else no column wins and ids leave [0, E]
+    choice = tl.where(choice == choice, choice, float("inf"))
 
     if ONE_EACH:
         ids, log_K, score_K, taken = _best_of_each(choice, log, scores, cols, M)
