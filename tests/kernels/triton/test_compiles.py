@@ -139,6 +139,21 @@ def test_backward_of_down_fits_hopper() -> None:
     assert "m64n64k16" in done.asm["ptx"]
 
 
+@pytest.mark.parametrize(
+    ("boxes", "changes"),
+    [((None, [128, 64]), {"MODE": 0}), ((None, [64, 128]), {"MODE": 2, "TRANSPOSED": True})],
+    ids=["up", "backward of down"],
+)
+def test_a_last_step_that_is_not_full_reads_no_further_than_its_rows(
+    boxes: tuple[None, list[int]], changes: dict[str, Any]
+) -> None:
+    whole, rest = (split_product("bf16", boxes, C=c, **changes).asm["ptx"] for c in (512, 488))
+    compares = re.compile(r"setp\.\w+\.\w+\s+%p\d+, %\w+, 488;")
+    assert compares.search(rest)  # columns against the width
+    copies = re.compile(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10, %r\d+;")
+    assert len(copies.findall(rest)) == len(copies.findall(whole)) > 0  # still 16 bytes each
+
+
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
 def test_split_weight_gradient_fits_hopper(element: str) -> None:
     types = {

@@ -14,8 +14,14 @@ from mogul.kernels import choose_backend, moe_forward
 
 pytestmark = pytest.mark.gpu
 
-SIZES = {"small": (256, 200, 8, 2), "wide": (512, 320, 16, 4), "one": (128, 64, 4, 4)}
-"""Width, inner, experts, picks; 200 and 320 leave a narrow last column tile."""
+SIZES = {
+    "small": (256, 200, 8, 2),
+    "wide": (512, 320, 16, 4),
+    "one": (128, 64, 4, 4),
+    "odd": (488, 328, 16, 4),
+}
+"""Width, inner, experts, picks; 200 and 320 leave a narrow last column tile, 488 and 328 a last
+step of each product that is not full."""
 LIMIT = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
@@ -65,6 +71,7 @@ CASES = [
     *itertools.product(("wide",), (3000,), ("random", "skewed", "empty", "null")),
     ("one", 5, "random"),
     ("one", 2500, "null"),
+    ("odd", 3000, "null"),
 ]
 
 

@@ -125,6 +125,9 @@ def _load(
             at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
             keep = live[:, None] & (cols >= 0)[None, :]
         for k in range(0, C, BLOCK_K):
+            if GATHER and C % BLOCK_K != 0:
+                # behind a row lies the next one, which would meet the next expert's weights
+                keep = live[:, None] & (k + cols < C)[None, :]
             s = step % STAGES
             mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
             ready = full.index(s)
