@@ -443,6 +443,7 @@ def main() -> None:
     """Measure, write."""
     options = parsed()
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / WARM).unlink(missing_ok=True)  # of another run in this folder
     from mogul.bench.devices_units import run_units
 
     workers = start_warming(options)

@@ -11,7 +11,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 import device_units
 import pytest
 
+from mogul.bench import devices_units
 from mogul.bench.devices_units import Unit, read_rows, run_units
+from mogul.core.errors import MogulError
+
+
+def test_rows_of_another_run_in_the_folder_count_for_nothing(tmp_path, monkeypatch):
+    begin, end = '{"part": "begin", "unit": "%s"}\n', '{"part": "end", "unit": "%s"}\n'
+    rows = tmp_path / devices_units.ROWS
+    rows.write_text(begin % "a" + end % "a" + begin % "b" + begin % "c")
+    told = []
+
+    def launch(_function, _ranks, left, _folder, _began_s, _end_s, lost, **_options):
+        told.append(([unit.name for unit in left], sorted(lost)))
+        if len(told) == 1:
+            with rows.open("a") as file:
+                file.write(begin % "a")
+            raise MogulError("the ranks died")
+
+    monkeypatch.setattr(devices_units, "launch", launch)
+    units = [Unit(name, 1, device_units.count) for name in "abc"]
+    run_units(units, 2, tmp_path, 60, on_cpu=True)
+    assert told == [(["a", "b", "c"], []), (["b", "c"], ["a"])]
 
 
 @pytest.mark.full

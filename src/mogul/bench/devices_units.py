@@ -79,9 +79,10 @@ def run_units(
     began_s = time.time()
     end_s = began_s + seconds
     left = list(units)
+    earlier = len(read_rows(folder))  # of another run in this folder
     while left and time.time() < end_s - 5:
-        before = set(_names(folder, "begin"))
-        lost = frozenset(before - set(_names(folder, "end")))
+        before = _names(folder, "begin", earlier)
+        lost = frozenset(before - _names(folder, "end", earlier))
         try:
             launch(
                 _run_on_rank, ranks, left, str(folder), began_s, end_s, lost,
@@ -91,7 +92,7 @@ def run_units(
             return
         except MogulError as error:
             _say(began_s, str(error))
-        begun = set(_names(folder, "begin"))
+        begun = _names(folder, "begin", earlier)
         if begun == before:
             return  # not even the first unit: starting again would not help
         left = [unit for unit in left if unit.name not in begun]
@@ -102,8 +103,8 @@ def _say(began_s: float, text: str) -> None:
     sys.stdout.flush()
 
 
-def _names(folder: Path, part: str) -> list[str]:
-    return [row["unit"] for row in read_rows(folder) if row["part"] == part]
+def _names(folder: Path, part: str, earlier: int) -> set[str]:
+    return {row["unit"] for row in read_rows(folder)[earlier:] if row["part"] == part}
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
