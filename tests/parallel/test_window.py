@@ -138,12 +138,24 @@ def test_a_window_carries_no_other_payload():
 
 
 def test_ranks_without_common_memory_are_refused(monkeypatch):
-    monkeypatch.setitem(windows._open, "processes", "their backend is gloo, not nccl")
     group: Any = SimpleNamespace(group_name="processes")
+    known = (group, "their backend is gloo, not nccl")
+    monkeypatch.setitem(windows._open, "processes", known)
     with pytest.raises(BackendError, match="share no memory: their backend is gloo"):
         open_window(group)
     assert open_window(group, "auto") is None
     assert open_window(group, "collective") is None
+
+
+def test_a_new_group_of_a_known_name_is_tried_anew(monkeypatch):
+    first, second = (SimpleNamespace(group_name="again") for _ in range(2))
+    monkeypatch.setattr(windows, "_open", {})
+    tried: list[Any] = []
+    monkeypatch.setattr(windows, "_try", lambda group: tried.append(group) or Window(0, 2, group))
+    window = open_window(first)  # type: ignore[arg-type]
+    assert open_window(first) is window  # type: ignore[arg-type]
+    assert open_window(second) is not window  # type: ignore[arg-type]
+    assert tried == [first, second]
 
 
 KERNEL = """
@@ -173,6 +185,10 @@ for ranks, rows in ((2, 3), (4, 1500)):
         summed = Window(rank, ranks)._sum(Region(arrived, [], None, addresses), own, arrived)
         parts = [own if r == rank else arrived[r] for r in range(ranks)]
         assert torch.equal(summed, sum(parts))
+        wide = [part.double() + 1e-12 * n for n, part in enumerate((own, arrived))]
+        region = Region(wide[1], [], None, addresses)
+        parts = [wide[0] if r == rank else wide[1][r] for r in range(ranks)]
+        assert torch.equal(Window(rank, ranks)._sum(region, *wide), sum(parts))
 print("pushed")
 """
 

@@ -217,8 +217,8 @@ def _round_up(words: int) -> int:
     return -(-words // step) * step
 
 
-_open: dict[str, Window | str] = {}
-"""Name of a group -> its window, or why there is none."""
+_open: dict[str, tuple[dist.ProcessGroup, Window | str]] = {}
+"""Name of a group -> the group, as names come again, and its window or why there is none."""
 
 
 def open_window(group: dist.ProcessGroup, wire: str | None = "window") -> Window | None:
@@ -232,9 +232,9 @@ def open_window(group: dist.ProcessGroup, wire: str | None = "window") -> Window
     if wire not in ("window", "auto"):
         return None
     name = group.group_name
-    if name not in _open:
-        _open[name] = _try(group)
-    found = _open[name]
+    if name not in _open or _open[name][0] is not group:
+        _open[name] = group, _try(group)
+    found = _open[name][1]
     if isinstance(found, Window):
         return found
     if wire == "auto":

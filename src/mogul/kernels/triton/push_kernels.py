@@ -52,11 +52,13 @@ def sum_arrived(
     """Sum over ranks of what arrived from them [ranks, count]; this rank's part is `own`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    total = tl.zeros((BLOCK,), tl.float32)
+    is_double: tl.constexpr = own_ptr.dtype.element_ty == tl.float64
+    wide: tl.constexpr = tl.float64 if is_double else tl.float32
+    total = tl.zeros((BLOCK,), wide)
     for source in tl.static_range(RANKS):
         if source == rank:
             part = tl.load(own_ptr + at, mask=inside)
         else:
             part = tl.load(arrived_ptr + source * count.to(tl.int64) + at, mask=inside)
-        total += part.to(tl.float32)
+        total += part.to(wide)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
