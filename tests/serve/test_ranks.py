@@ -10,6 +10,7 @@ import pytest
 from mogul.core.errors import ConfigError
 from mogul.parallel import launch
 from mogul.serve import Engine
+from mogul.serve.speculate import make_speculator
 from mogul.spec.parallel import Parallel
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the ranks find what they run
@@ -34,3 +35,10 @@ def test_what_is_no_single_engine_is_refused(tiny):
         Engine(tiny.model("moge"), parallel=Parallel(dp=2))
     with pytest.raises(ConfigError, match="needs as many processes"):
         Engine(tiny.model("moge"), parallel=Parallel(tp=2))
+    for name, fixed, words in (
+        ("ngram", False, "different numbers of guesses"),
+        ("mtp", True, "multi-token-prediction layer cannot guess"),
+    ):
+        speculator = make_speculator(name, fixed=fixed)
+        with pytest.raises(ConfigError, match=words):
+            Engine(tiny.model("moge"), parallel=Parallel(tp=2), speculator=speculator)

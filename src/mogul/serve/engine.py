@@ -85,7 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.parallel = parallel
         if parallel is not None:
-            spread(model, parallel)
+            spread(model, parallel, speculator)
             self.options = settle_options(self.options, model.device)
         fuse = self.options.fuse and model.device.type != "cpu"
         self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,19 +22,24 @@ from mogul.serve.options import EngineOptions
 from mogul.serve.sizes import Sizes
 from mogul.spec.parallel import Parallel
 
+if TYPE_CHECKING:
+    from mogul.serve.speculate import Speculator
 
-def spread(model: Any, parallel: Parallel) -> None:
+
+def spread(model: Any, parallel: Parallel, speculator: Speculator | None = None) -> None:
     """Cut a model over the ranks of this run; each keeps its heads, experts and pages.
 
     Raises:
         ConfigError: copies of the attention or stages, which would be engines of their own, no
-            ranks, or quantised weights.
+            ranks, quantised weights, or guesses that ranks would not make alike.
     """
     if parallel.dp > 1 or parallel.pp > 1:
         raise ConfigError(
             f"an engine over dp={parallel.dp} copies or pp={parallel.pp} stages is not there",
             fix=f"cut the attention instead: tp={parallel.devices}",
         )
+    if speculator is not None:
+        _check_guesses(speculator)
     if not dist.is_initialized():
         raise ConfigError(
             f"an engine over {parallel.devices} devices needs as many processes",
@@ -43,6 +48,23 @@ def spread(model: Any, parallel: Parallel) -> None:
     if any(isinstance(module, (PackedExperts, PackedLinear)) for module in model.modules()):
         raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
     lay_out(model, parallel)
+
+
+def _check_guesses(speculator: Speculator) -> None:
+    """Refuse guesses that ranks would not make alike."""
+    from mogul.serve.speculate.mtp import MtpProposer
+
+    if isinstance(speculator.proposer, MtpProposer):
+        raise ConfigError(
+            "the multi-token-prediction layer cannot guess for a model cut over devices",
+            fix="guess by n-gram or a draft model, or nothing",
+        )
+    if not speculator.length.fixed:
+        raise ConfigError(
+            "ranks that time their steps would ask for different numbers of guesses and wait for "
+            "each other forever",
+            fix="guess a fixed number: make_speculator(..., fixed=True), or nothing",
+        )
 
 
 def settle_options(options: EngineOptions, device: torch.device) -> EngineOptions:
