@@ -140,3 +140,10 @@ def test_scales_are_measured_on_a_plain_cache_with_room(tiny):
         measure_scales(engine, [[1, 2]])
     with pytest.raises(ConfigError, match="too small for these prompts"):
         measure_scales(tiny.engine("llama"), tiny.prompts(200, 200))
+
+
+def test_scales_without_fp8_pages_are_refused(tiny):
+    one = torch.ones(1)
+    scales = KvScales((one, one), (one, one))
+    with pytest.raises(ConfigError, match="cache of the model's own dtype"):
+        Engine(tiny.model("llama"), None, EngineOptions(**SMALL), kv_scales=scales)

@@ -65,7 +65,16 @@ class Runner:
     def make_room(
         self, limits: Layout, num_pages: int, page_size: int, scales: KvScales | None = None
     ) -> None:
-        """Allocate the pages, fp8 ones with scales, and the arenas of steps up to `limits`."""
+        """Allocate the pages, fp8 ones with scales, and the arenas of steps up to `limits`.
+
+        Raises:
+            ConfigError: scales of another model, or for pages that are not fp8.
+        """
+        if scales is not None and self.kv_dtype is None:
+            raise ConfigError(
+                "scales are given for a cache of the model's own dtype",
+                fix='open it with kv_dtype="fp8", or leave them out',
+            )
         self.page_size = page_size
         self.arena = Arena(limits, self.device)
         self.last_ids = torch.zeros(limits.rows, dtype=torch.int64, device=self.device)
