@@ -215,11 +215,14 @@ def _timed(
         for workload in workloads:
             short = replace(workload, output_tokens=min(8, workload.output_tokens), rate=None)
             drive(engine, replace(short, requests=min(8, workload.requests)))
+            before = speculator.stats if speculator is not None else None
             runs = tuple(
                 drive(engine, replace(workload, seed=workload.seed + run))
                 for run in range(request.runs)
             )
-            acceptance = speculator.stats.acceptance if speculator is not None else ()
+            acceptance: tuple[float, ...] = ()
+            if speculator is not None and before is not None:
+                acceptance = speculator.stats.since(before).acceptance
             yield runs, acceptance, engine.runner.token_bytes
     finally:
         engine.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -172,6 +174,19 @@ def test_an_engine_that_fails_to_open_gives_back_what_the_guesser_took(
             Engine(broken, None, speculator=Speculator(proposer, DraftLength(2)))
     assert not broken.model.norm._forward_hooks
     assert small.config._attn_implementation == broken.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_closing_gives_the_pages_of_the_layer_back(model: Any, follow: bool) -> None:
+    proposer = MtpProposer(follow=follow)
+    speculator = Speculator(proposer, DraftLength(2, fixed=True))
+    options = EngineOptions(max_sequences=2, step_tokens=24, cache_tokens=100, page_size=4)
+    engine = Engine(copy.deepcopy(model), None, options, speculator=speculator)
+    engine.generate(prompts(2), KINDS[0])
+    pages = weakref.ref(proposer._cache.key)
+    engine.close()
+    gc.collect()
+    assert pages() is None
 
 
 def test_another_vocabulary_is_refused(model: Any) -> None:

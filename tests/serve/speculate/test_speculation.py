@@ -312,6 +312,10 @@ def test_acceptance_is_told_by_position() -> None:
     assert found.accepted == (1, 1, 0)
     assert found.acceptance == (0.5, 0.5, 0.0)
     assert found.tokens_a_step == 2
+    length.record([3], [3], [4])
+    later = length.stats.since(found)
+    assert later.acceptance == (1.0, 1.0, 1.0)
+    assert later.tokens_a_step == 4
 
 
 def test_no_guess_goes_past_the_last_token() -> None:

@@ -40,6 +40,15 @@ class SpeculationStats:
     accepted: tuple[int, ...]
     """Guesses at each position that stood."""
 
+    def since(self, earlier: SpeculationStats) -> SpeculationStats:
+        """What guessing gave after these counts were taken, of the same guesser."""
+        return SpeculationStats(
+            self.num_steps - earlier.num_steps,
+            self.num_tokens - earlier.num_tokens,
+            tuple(now - was for now, was in zip(self.drafted, earlier.drafted, strict=True)),
+            tuple(now - was for now, was in zip(self.accepted, earlier.accepted, strict=True)),
+        )
+
     @property
     def acceptance(self) -> tuple[float, ...]:
         """Share of guesses at each position that stood."""

@@ -308,10 +308,15 @@ class MtpProposer(Proposer):
         self._pending.pop(request_id, None)
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was, and give pages, hidden states and captured calls back."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        self.skip()
+        self._pending.clear()
+        self._chain = self._told = self._verified = None
+        for name in ("_cache", "_arena", "_hidden_TD"):
+            vars(self).pop(name, None)
 
 
 class _Zeros(dict[int, int]):
