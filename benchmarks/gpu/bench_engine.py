@@ -17,6 +17,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mogul.bench import ledger
 from mogul.bench.serve_floor import weights_of
@@ -120,6 +122,23 @@ def uncompile(engine: Engine) -> Any:
     return engine.runner.model
 
 
+def plain_attention(options: Any) -> str:
+    """Transformers' attention; over keys and values rounded as fp8 pages of scale 1 hold them."""
+    if options.kv_dtype != "fp8":
+        return "sdpa"
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
+
+    def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **more: Any) -> Any:
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return plain(module, query, rounded(key), rounded(value), *args, **more)
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa_fp8", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_fp8", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return "sdpa_fp8"
+
+
 def check(engine: Engine, options: Any) -> None:
     """Compare compiled, captured, paged answers with one plain forward of Transformers."""
     params = SamplingParams(max_tokens=24, temperature=0, logprobs=0, ignore_eos=True)
@@ -128,7 +147,7 @@ def check(engine: Engine, options: Any) -> None:
     answers = engine.generate(prompts, params)
     engine.check()
     model = uncompile(engine)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(plain_attention(options))
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = torch.tensor([[*prompt, *answer.token_ids]], device="cuda")
         with torch.inference_mode():

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.serve import Engine, SamplingParams
@@ -147,3 +149,27 @@ def test_scales_without_fp8_pages_are_refused(tiny):
     scales = KvScales((one, one), (one, one))
     with pytest.raises(ConfigError, match="cache of the model's own dtype"):
         Engine(tiny.model("llama"), None, EngineOptions(**SMALL), kv_scales=scales)
+
+
+def test_fp8_pages_are_plain_attention_over_rounded_keys_and_values(tiny):
+    model = copy.deepcopy(tiny.model("llama"))
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+    def attend(module, query, key, value, *args, **more):
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return plain(module, query, rounded(key), rounded(value), *args, **more)
+
+    ALL_ATTENTION_FUNCTIONS.register("rounded", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("rounded", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    prompt = list(range(3, 40))
+    found = logprobs(model, prompt, "fp8")
+    want = {}
+    for name in ("sdpa", "rounded"):
+        model.set_attn_implementation(name)
+        with torch.inference_mode():
+            every = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        want[name] = every.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    assert (found - want["rounded"]).abs().max() < 1e-4
+    assert (found - want["sdpa"]).abs().max() > 1e-3, "rounding is seen"
