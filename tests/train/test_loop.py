@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from mogul.train.data import Windows, batches
 from mogul.train.evaluate import held_out_loss
 from mogul.train.loop import train
 from mogul.train.optimizer import TrainSettings, build_optimizer, holds_parameters_of
+from mogul.train.step import Stepper
 
 VOCAB = 17
 
@@ -71,6 +73,23 @@ def test_record_counts_steps_and_tokens():
     assert record.tokens_per_s == pytest.approx(record.tokens / record.seconds)
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_of_a_step_do_not_outlive_it(monkeypatch):
+    kept: list[weakref.ref] = []
+    alive: list[int] = []
+    plain = Stepper.gradients
+
+    def watched(self, micro_batches):
+        alive.append(sum(one() is not None for one in kept))
+        found = plain(self, micro_batches)
+        kept.extend(weakref.ref(tensor) for tensor in found.tensors if tensor is not None)
+        return found
+
+    monkeypatch.setattr(Stepper, "gradients", watched)
+    _train(TinyLM(), max_steps=3)
+    assert kept
+    assert alive == [0, 0, 0]
 
 
 def test_seconds_stop_it():

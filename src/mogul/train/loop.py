@@ -105,10 +105,11 @@ def _run(
         stepper.update(gradients, settings.lr_at(step))
         losses.append(gradients.loss)
         norms.append(gradients.norm)
+        del gradients  # its tensors would lie beside those of the next step
         tokens += batch.numel()
         seconds = time.perf_counter() - start_s
         done = seconds if settings.max_seconds is not None else len(losses)
-        note = f"step {len(losses)}, loss {gradients.loss:.3f}, {tokens / seconds:.0f} tokens/s"
+        note = f"step {len(losses)}, loss {losses[-1]:.3f}, {tokens / seconds:.0f} tokens/s"
         bar.update(min(done, bar.total or done), note)
     return TrainRecord(
         steps=len(losses),
