@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.triton.any_layer import Call, Form, layer_for
-from mogul.kernels.triton.ops import _aligned
+from mogul.kernels.triton.launch import aligned
 from mogul.kernels.triton.sorting import sorted_size
 
 _TENSORS = (
@@ -32,8 +32,8 @@ _LIB.define(
 
 def _call(tensors: tuple[Any, ...]) -> Call:
     """Contiguous tensors on 16-byte addresses, as the compiled kernels assume."""
-    aligned: Any = (None if tensor is None else _aligned(tensor) for tensor in tensors)
-    return Call(*aligned)
+    whole: Any = (None if tensor is None else aligned(tensor) for tensor in tensors)
+    return Call(*whole)
 
 
 def _forward(tensors: tuple[Any, ...], form: Form, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +64,7 @@ def moe_any_grad(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         biases = (none if b is None else zeros(b) for b in (call.gate_up_bias, call.down_bias))
         return *(zeros(t) for t in (call.x, call.gate_up, call.down, call.weights)), *biases
     with torch.cuda.device(call.x.device if call.x.is_cuda else -1):
-        return layer_for(call, form).backward(_aligned(dout), call, pre, sort)
+        return layer_for(call, form).backward(aligned(dout), call, pre, sort)
 
 
 for _name, _function in (

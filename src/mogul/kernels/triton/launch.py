@@ -106,6 +106,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and on a 16-byte address, as the compiled kernels assume."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two >= n."""
     return 1 << max(0, n - 1).bit_length()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
-from mogul.kernels.triton.launch import INTERPRETED, Launch, cdiv, next_power_of_2
+from mogul.kernels.triton.launch import INTERPRETED, Launch, aligned, cdiv, next_power_of_2
 
 BLOCK_ROWS = 64
 """Rows that one program multiplies at most."""
@@ -114,7 +114,7 @@ def _on_device(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def linear_narrow(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """One program four columns of one row."""
     columns, inner = weight.shape
-    x, weight = _aligned(x), _aligned(weight)
+    x, weight = aligned(x), aligned(weight)
     out = torch.empty((len(x), columns), dtype=dtype, device=x.device)
     if len(x):
         device = x.device.index if x.is_cuda else -1
@@ -128,7 +128,7 @@ def linear_few(
 ) -> Tensor:
     """One program a block of columns; all rows of a block of rows at once."""
     count, (columns, inner) = len(rows), weight.shape
-    rows, weight = _aligned(rows), _aligned(weight)
+    rows, weight = aligned(rows), aligned(weight)
     out = torch.empty((count, columns), dtype=dtype, device=rows.device)
     if not count:
         return out
@@ -142,12 +142,6 @@ def linear_few(
         rows, row_scale, weight, weight_scale, out, count,
     )  # fmt: skip
     return out
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Rows in one piece, on a 16-byte address."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def tile_of(columns: int, block_t: int, item_bytes: int) -> Tile:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
+from mogul.kernels.triton.launch import aligned
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.sorting import sorted_size
 
@@ -34,12 +35,6 @@ def _layer(x: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Layer:
     device = x.device.index if x.is_cuda else -1
     dtypes = (x.dtype, ids.dtype, weights.dtype)
     return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], dtypes, device)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and on a 16-byte address, as the compiled kernels assume."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _check_weights(gate_up: Tensor, down: Tensor) -> None:
@@ -72,7 +67,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
     if x.shape[0] == 0:
         return torch.empty_like(x)
     layer = _layer(x, down, ids, weights)
-    x, ids, weights = _aligned(x), _aligned(ids), _aligned(weights)
+    x, ids, weights = aligned(x), aligned(ids), aligned(weights)
     if layer.shape.uses_few(x.shape[0]):
         return layer.few(x, gate_up, down, ids, weights)
     return layer.forward(x, gate_up, down, ids, weights)[0]
@@ -91,7 +86,7 @@ def moe_train(
             ids.new_empty(0, dtype=torch.int32),
         )
     layer = _layer(x, down, ids, weights)
-    return layer.forward(_aligned(x), gate_up, down, _aligned(ids), _aligned(weights), save=True)
+    return layer.forward(aligned(x), gate_up, down, aligned(ids), aligned(weights), save=True)
 
 
 @_on_its_device
@@ -113,12 +108,12 @@ def moe_grad(
         grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)
         return torch.zeros_like(x) if need_input else none, *grads, torch.zeros_like(weights)
     return _layer(x, down, ids, weights).backward(
-        _aligned(dout),
-        _aligned(x),
+        aligned(dout),
+        aligned(x),
         gate_up,
         down,
-        _aligned(ids),
-        _aligned(weights),
+        aligned(ids),
+        aligned(weights),
         pre,
         sort,
         need_input=need_input,

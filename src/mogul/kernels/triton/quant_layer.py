@@ -17,9 +17,8 @@ from torch import Tensor
 
 from mogul.core.errors import BackendError
 from mogul.kernels.triton import quant_kernels, quant_token_kernels
-from mogul.kernels.triton.launch import Launch, cdiv, descriptor, next_power_of_2
+from mogul.kernels.triton.launch import Launch, aligned, cdiv, descriptor, next_power_of_2
 from mogul.kernels.triton.layer import Layer, layer_of
-from mogul.kernels.triton.ops import _aligned
 from mogul.kernels.triton.plans import Plan, Tile
 from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for
 from mogul.kernels.triton.sorting import Sorted, max_tiles
@@ -223,7 +222,7 @@ def run_quantised(x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> 
     if x.shape[0] == 0:
         return torch.empty_like(x)
     _check(weights)
-    x, ids, factors = _aligned(x), _aligned(ids), _aligned(factors)
+    x, ids, factors = aligned(x), aligned(ids), aligned(factors)
     device = x.device.index if x.is_cuda else -1
     dtypes = (x.dtype, ids.dtype, factors.dtype)
     experts, width, _ = weights.down.shape
