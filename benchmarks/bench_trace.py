@@ -22,6 +22,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import mogul.models  # noqa: F401  (registers the experts implementation)
 from mogul.bench import ledger
 from mogul.core.table import Table
+from mogul.models.load import default_device
 from mogul.observe.tracer import Level, Tracer
 from mogul.spec.picks import trace_of_picks
 from mogul.spec.trace import ModelStamp
@@ -86,8 +87,7 @@ def trace_bytes() -> int:
 
 def main() -> int:
     """Measure; `--record` adds rows to the ledger."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = found or torch.device("cpu")
+    device = torch.device(default_device())
     model, ids = build(device)
     runs = 9 if device.type == "cpu" else 30
     levels: tuple[Level, ...] = ("routing", "activations")

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from mogul.cli.generation import TORCH_NAMES, Dtype, Quantise
+
 EXAMPLES = """
 examples:
   mogul bench serve ./moge                                1, 8 and 64 requests at once
@@ -49,7 +51,7 @@ class Options:
     load: Literal["checkpoint", "random"] = "checkpoint"
     """Weights of the checkpoint, or random ones of its shape."""
 
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Dtype = "auto"
     """Compute in this dtype."""
 
     device: str | None = None
@@ -58,7 +60,7 @@ class Options:
     experts: str = "mogul"
     """Implementation of the experts."""
 
-    quantise: Literal["no", "fp8", "fp8-experts", "int4-32", "int4-64", "int4-128"] = "no"
+    quantise: Quantise = "no"
     """Quantise while loading: fp8 experts and linear layers, or experts alone."""
 
     set: tuple[str, ...] = ()
@@ -87,13 +89,12 @@ def run(options: Options) -> int:
     from mogul.bench import ledger
     from mogul.bench.serve import ledger_rows, open_and_measure, table
 
-    names = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     with TemporaryDirectory() as folder:
         result = open_and_measure(
             _path(options, Path(folder)),
             _request(options),
             load=options.load,
-            dtype=names[options.dtype],
+            dtype=TORCH_NAMES[options.dtype],
             device=options.device,
             experts=options.experts,
             name=options.model,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Quantise = Literal["no", "fp8", "fp8-experts", "int4-32", "int4-64", "int4-128"]
-_TORCH_NAMES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TORCH_NAMES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def open_speaker(
     loaded = open_model(
         model,
         load="checkpoint",
-        dtype=_TORCH_NAMES[dtype],
+        dtype=TORCH_NAMES[dtype],
         device=device,
         experts=experts,
         quantise=None if quantise == "no" else quantise,
