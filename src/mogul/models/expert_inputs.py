@@ -6,12 +6,13 @@ weight of `PRIOR_ROWS` rows. Rounding errors of int4 weights are weighed by thes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mogul.core.log import progress
 from mogul.models.experts import layout_of
@@ -49,11 +50,19 @@ def expert_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Impo
         module.register_forward_pre_hook(_watch(name, module, sums), with_kwargs=True)
         for name, module in experts_modules(model)
     ]
+    run_watched(model, batches, hooks, "measuring the inputs of experts")
+    return {name: layer.importance() for name, layer in sums.items()}
+
+
+def run_watched(
+    model: nn.Module, batches: Iterable[Tensor], hooks: Sequence[RemovableHandle], what: str
+) -> None:
+    """Run batches of token ids [B, L] through a model in evaluation mode; then take hooks away."""
     was_training = model.training
     model.eval()
     todo = list(batches)
     try:
-        with progress("measuring the inputs of experts", len(todo)) as bar:
+        with progress(what, len(todo)) as bar:
             for ids_BL in todo:
                 run: Any = model
                 run(input_ids=ids_BL, use_cache=False)
@@ -62,7 +71,6 @@ def expert_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Impo
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return {name: layer.importance() for name, layer in sums.items()}
 
 
 def _watch(name: str, module: Any, sums: dict[str, _Sums]) -> Any:

@@ -34,7 +34,21 @@ class Importance(NamedTuple):
     down: Float[Tensor, "E F"]
 
 
-class PackedExperts(nn.Module):
+class Packed(nn.Module):
+    """Quantised weights as buffers; what ends in "bias" is not quantised."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Follow the model to devices; a cast must not turn packed numbers into others."""
+        dtypes = {name: tensor.dtype for name, tensor in self.named_buffers()}
+        kept = {name: tensor.detach() for name, tensor in self.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, tensor in self.named_buffers():
+            if tensor.dtype != dtypes[name] and not name.endswith("bias"):
+                setattr(self, name, kept[name].to(tensor.device))
+        return self
+
+
+class PackedExperts(Packed):
     """Stands where a Transformers experts module stood, with its call."""
 
     def __init__(self, experts: QuantisedExperts) -> None:
@@ -49,16 +63,6 @@ class PackedExperts(nn.Module):
     def experts(self) -> QuantisedExperts:
         """The weights as a record, wherever the buffers have moved."""
         return QuantisedExperts.of_tensors(dict(self._buffers), self.format, self.layout)  # type: ignore[arg-type]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Follow the model to devices; a cast must not turn packed numbers into others."""
-        dtypes = {name: tensor.dtype for name, tensor in self.named_buffers()}
-        kept = {name: tensor.detach() for name, tensor in self.named_buffers()}
-        super()._apply(fn, recurse)
-        for name, tensor in self.named_buffers():
-            if tensor.dtype != dtypes[name] and not name.endswith("bias"):
-                setattr(self, name, kept[name].to(tensor.device))
-        return self
 
     def forward(
         self,
@@ -124,8 +128,7 @@ def quantise_model(
             before += sum(tensor.nbytes for tensor in module.parameters())
             quantised = quantise_module(module, chosen, (importance or {}).get(name))
             after += quantised.experts.num_bytes
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, quantised)
+            model.set_submodule(name, quantised)
             bar.advance()
     say(f"experts in {chosen.name}: {show_bytes(before)} became {show_bytes(after)}")
     return model

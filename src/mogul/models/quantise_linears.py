@@ -18,12 +18,14 @@ from mogul.core.log import say
 from mogul.core.units import show_bytes
 from mogul.kernels.quant_format import quantise_fp8_weight, quantise_rows
 from mogul.kernels.triton.linear import linear_fp8
+from mogul.models.expert_inputs import run_watched
+from mogul.models.quantise import Packed
 
 _STEP = 16
 _ROUTERS = ("gate", "router")
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Packed):
     """Stands where an `nn.Linear` stood: e4m3 weights [N, C] with one fp32 scale a row.
 
     Rows of the input are rounded to e4m3 with a scale each, as fp8 experts do.
@@ -46,15 +48,6 @@ class PackedLinear(nn.Module):
         with torch.no_grad():
             value, scale = quantise_fp8_weight(linear.weight.detach(), importance)
         return cls(value, scale, None if linear.bias is None else linear.bias.detach())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Follow the model to devices; a cast must not turn packed numbers into others."""
-        kept = {"value": self.value, "scale": self.scale}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            if getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        return self
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B N"]:
         """As the layer it replaced."""
@@ -103,15 +96,7 @@ def linear_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tens
     hooks = [
         module.register_forward_pre_hook(watch(name)) for name, module in linear_modules(model)
     ]
-    was_training = model.training
-    model.eval()
-    try:
-        for ids_BL in batches:
-            model(input_ids=ids_BL, use_cache=False)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    run_watched(model, batches, hooks, "measuring the inputs of linear layers")
     return {name: total / rows[name] for name, total in sums.items()}
 
 
@@ -128,13 +113,7 @@ def quantise_linears(model: nn.Module, importance: Mapping[str, Tensor] | None =
         before += module.weight.nbytes
         packed = PackedLinear.of(module, (importance or {}).get(name))
         after += packed.value.nbytes + packed.scale.nbytes
-        replace_module(model, name, packed)
+        model.set_submodule(name, packed)
         module.weight = None  # type: ignore[assignment]  # let it go
     say(f"{len(found)} linear layers in fp8: {show_bytes(before)} became {show_bytes(after)}")
     return len(found)
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another stands."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

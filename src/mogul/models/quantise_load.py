@@ -30,7 +30,6 @@ from mogul.models.quantise_linears import (
     PackedLinear,
     linear_modules,
     linears_of,
-    replace_module,
 )
 from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
 
@@ -94,7 +93,7 @@ def load_quantised(
                 weight = _fused(folder, places, names, getattr(module, parameter).shape)
                 kept = weight.to(target, model.dtype)
                 setattr(module, parameter, nn.Parameter(kept, requires_grad=False))
-            replace_module(model, name, _packed(module, chosen, (importance or {}).get(name)))
+            model.set_submodule(name, _packed(module, chosen, (importance or {}).get(name)))
             for parameter in pieces[name]:
                 setattr(module, parameter, None)  # let the unquantised layer go
             bar.advance()
@@ -119,7 +118,7 @@ def _without(model_class: type[PreTrainedModel], names: list[str]) -> Iterator[N
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         for name in names:
-            replace_module(self, name, nn.Identity())
+            self.set_submodule(name, nn.Identity())
 
     model_class.__init__ = init  # type: ignore[method-assign]
     patterns = [re.escape(name) for name in names]
@@ -153,7 +152,7 @@ def quantised_as_built(
                 with torch.no_grad():
                     for parameter in module.parameters():
                         parameter.normal_(0.0, std)
-                replace_module(self, name, _packed(module, format))
+                self.set_submodule(name, _packed(module, format))
 
         return init
 
