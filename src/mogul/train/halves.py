@@ -6,6 +6,9 @@ The weight that the model uses is the float32 rounded to bfloat16 (half up); the
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from jaxtyping import BFloat16, Float32, Int16, Int32
 from torch import Tensor
@@ -58,6 +61,12 @@ def moved_halves(
     new_high, new_low = _parts(w.view(torch.int32))
     high.copy_(new_high)
     low.copy_(new_low)
+
+
+@cache
+def compiled(function: Any, compiles: bool) -> Any:
+    """An elementwise update of any length, as one kernel where asked; compiled once."""
+    return torch.compile(function, dynamic=True) if compiles else function
 
 
 def _joined(high: Tensor, low: Tensor) -> Tensor:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mogul.train.halves import moved_halves
+from mogul.train.halves import compiled, moved_halves
 from mogul.train.newton_schulz import orthogonalise
 
 RMS_OF_ADAMW = 0.2
@@ -135,7 +134,7 @@ class Stack:
         weights, momentum = self.weights[places], self._momentum[places]
         is_low = weights[0].dtype in LOW
         wide = torch.promote_types(weights[0].dtype, torch.float32)
-        look = _kernel(_look, self.compiles)(
+        look = compiled(_look, self.compiles)(
             torch.stack(list(gradients)).flatten(),
             momentum.flatten(),
             numbers[:2],
@@ -145,7 +144,7 @@ class Stack:
         turned = self.slices.join(orthogonalise(parts))
         if self._low is not None:
             high = torch.stack([w.detach().view(torch.int16) for w in weights])
-            _kernel(moved_halves, self.compiles)(
+            compiled(moved_halves, self.compiles)(
                 high.flatten(),
                 self._low[places].flatten(),
                 turned.contiguous().flatten(),
@@ -204,8 +203,3 @@ def numbers_on_device(stacks: Sequence[Stack], rule: MuonRule) -> list[Tensor]:
     wide = torch.promote_types(first.dtype, torch.float32)
     rows = torch.tensor([stack.numbers_of(rule) for stack in stacks], dtype=wide)
     return list(rows.to(first.device).unbind())
-
-
-@cache
-def _kernel(function: Any, compiles: bool) -> Any:
-    return torch.compile(function, dynamic=True) if compiles else function

@@ -8,7 +8,6 @@ of its own. State is plain tensors and one step count: checkpoints need no pickl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.train.halves import adamw_halves
+from mogul.train.halves import adamw_halves, compiled
 from mogul.train.muon import LISTS, LOW, MuonRule, Slices, Stack, numbers_on_device, stacks_of
 
 LARGE = 1 << 18
@@ -124,7 +123,7 @@ class MuonAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         # One small copy to the device a group, not one a weight: each may wait for the host.
         on_device = torch.tensor(numbers, dtype=torch.float32).to(pairs[0][0].device)
-        kernel = _halves_kernel(self.compiles)
+        kernel = compiled(adamw_halves, self.compiles)
         for parameter, gradient in pairs:
             state = self._state(parameter)
             tensors = (gradient, state["exp_avg"], state["exp_avg_sq"])
@@ -220,8 +219,3 @@ def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     wide = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     LISTS._foreach_copy_(wide, tensors)
     return wide
-
-
-@cache
-def _halves_kernel(compiles: bool) -> Any:
-    return torch.compile(adamw_halves, dynamic=True) if compiles else adamw_halves
