@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from mogul.core.log import log
-from mogul.kernels.triton import row_kernels, sort_kernels, token_kernels, weight_kernels
+from mogul.kernels.triton import row_kernels, token_kernels, weight_kernels
 from mogul.kernels.triton.launch import (
     INTERPRETED,
     Launch,
     cdiv,
     descriptor,
     even_block,
-    next_power_of_2,
     split_descriptor,
 )
 from mogul.kernels.triton.plans import (
@@ -33,7 +32,8 @@ from mogul.kernels.triton.plans import (
     last_width,
     plan_for,
 )
-from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_size, sorted_views
+from mogul.kernels.triton.sorter import Sorter
+from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_views
 
 _COUNTER_OF = {
     "UP": 1,
@@ -44,9 +44,6 @@ _COUNTER_OF = {
     "DOWN_WEIGHT": 6,
 }
 """Counter of the sort's head that keeps the programs of a product in step."""
-_ONE_LAUNCH_SLOTS = 8192
-"""Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
-_SORT_BLOCK = 256
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
@@ -61,7 +58,7 @@ class Layer:
         self.pdl = pdl
         self._launches: dict[Any, Launch] = {}
         self._plans: list[Plan] = []
-        self._bins = max(32, next_power_of_2(shape.experts + 1))
+        self.sort = Sorter(shape.experts, device, pdl=pdl)
 
     def _launch(self, key: Any, plan: Plan | None, build: Callable[[], Launch]) -> Launch:
         """The launch of a key and plan. Plans are told apart by identity: hashing one is slow."""
@@ -83,53 +80,6 @@ class Layer:
     def _row_grid(self, plan: Plan, tile: Tile, slots: int, width: int) -> tuple[int, int]:
         tiles = max_tiles(slots, self.shape.experts, plan.rows)
         return self._grid(tile, tiles * cdiv(width, tile.n))
-
-    # ---- sort
-
-    def sort(self, ids: Tensor, rows: int) -> Sorted:
-        """Sort the slots of ids [T, K] by expert, with row tiles of `rows`."""
-        slots, experts = ids.numel(), self.shape.experts
-        size = sorted_size(slots, experts)
-        buffer = torch.empty(size, dtype=torch.int32, device=ids.device)
-        result = sorted_views(buffer, slots, experts)
-        if slots > _ONE_LAUNCH_SLOTS:
-            self._sort_in_three(ids, result, rows)
-            return result
-        block = min(4096, max(64, next_power_of_2(slots)))
-        warps = 4 if block <= 512 else 8 if block <= 2048 else 16
-        launch = self._launch(
-            ("sort", rows, block),
-            None,
-            lambda: self._sort_launch(sort_kernels.sort_in_one, block, warps, BLOCK_T=rows),
-        )
-        launch((experts, 1), self.device, ids, result.order, result.head, result.tiles, slots)
-        return result
-
-    def _sort_launch(self, kernel: Any, block: int, warps: int = 4, **more: int) -> Launch:
-        constants = {"E": self.shape.experts, "BINS": self._bins, "BLOCK_S": block, "PDL": self.pdl}
-        return Launch(kernel, {**constants, **more}, warps=warps, pdl=self.pdl)
-
-    def _sort_in_three(self, ids: Tensor, result: Sorted, rows: int) -> None:
-        slots = ids.numel()
-        blocks = cdiv(slots, _SORT_BLOCK)
-        scratch = torch.empty((2 * blocks + 1, self._bins), dtype=torch.int32, device=ids.device)
-        count, before, total = scratch, scratch[blocks:], scratch[2 * blocks :]
-        first = self._launch(
-            "count", None, lambda: self._sort_launch(sort_kernels.count_blocks, _SORT_BLOCK)
-        )
-        scan_constants = {"BINS": self._bins, "BLOCK": 1024, "PDL": self.pdl}
-        scan = self._launch(
-            "scan", None, lambda: Launch(sort_kernels.scan_blocks, scan_constants, pdl=self.pdl)
-        )
-        place = self._launch(
-            ("place", rows),
-            None,
-            lambda: self._sort_launch(sort_kernels.place_slots, _SORT_BLOCK, BLOCK_T=rows),
-        )
-        first((blocks, 1), self.device, ids, count, slots)
-        scan((self.shape.experts, 1), self.device, count, before, total, blocks)
-        tables = (result.order, result.head, result.tiles)
-        place((blocks, 1), self.device, ids, before, total, *tables, slots)
 
     # ---- forward
 
