@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from mogul.bench.devices import WAYS, Request, check_exact, prepare
 from mogul.bench.devices_cases import Way, dispatcher_of, make_inputs
 from mogul.bench.devices_clock import Clock, host_waits
 from mogul.bench.kernels import LayerShape
-from mogul.parallel import World
+from mogul.parallel import World, static
+from mogul.parallel import window as windows
 
 SHAPE = LayerShape(16, 4, 256, 128, 4)
 
@@ -21,7 +24,10 @@ def errors_by_way(world: World) -> dict[str, float]:
     """Relative error of every way against all experts on one device, forward and backward."""
     setup = prepare(world, Request(shape=SHAPE, budget_s=0.01))
     ways = [way for way in WAYS if way.dispatch != "transformers"]
-    return {way.name: check_exact(setup, way, 96) for way in ways}
+    found = {way.name: check_exact(setup, way, 96) for way in ways}
+    static.EARLY_BYTES = 0  # picks before their tokens, as for long moves
+    early = {f"{way.name}, picks first": check_exact(setup, way, 96) for way in ways if way.wire}
+    return found | early
 
 
 @torch.no_grad()
@@ -53,12 +59,35 @@ def replay(world: World, wire: str | None) -> dict[str, object]:
     return {"error": max(errors), **host_waits(call)}
 
 
-def dies(world: World) -> None:
-    """Rank 1 vanishes while the other waits for it in a collective on the device."""
-    x = torch.ones(8, device=world.device)
-    dist.all_reduce(x)
+def dies(world: World, through: str) -> None:
+    """Rank 1 vanishes while the other waits for it, in a collective or at a window's barrier."""
+    move = _move(world, through)
+    move()
     torch.accelerator.synchronize()
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    dist.all_reduce(x)
+    move()
     torch.accelerator.synchronize()
+
+
+def comes_late(world: World) -> None:
+    """Rank 1 lives, but does something else, while the other waits at a window's barrier."""
+    windows.WAIT_LIMIT_S = 3.0
+    move = _move(world, "window")
+    move()
+    torch.accelerator.synchronize()
+    if world.rank == 1:
+        time.sleep(30)
+    move()
+    torch.accelerator.synchronize()
+
+
+def _move(world: World, through: str) -> Callable[[], object]:
+    x = torch.ones(2, 8, device=world.device)
+    if through == "collective":
+        return lambda: dist.all_reduce(x)
+    group = dist.group.WORLD
+    assert group is not None
+    window = windows.open_window(group)
+    assert window is not None
+    return lambda: window.gather((x,), "rows").end()

@@ -12,6 +12,7 @@ import device_ranks
 import pytest
 import torch
 
+from mogul.core.errors import MogulError
 from mogul.parallel import launch
 from mogul.parallel.process import free_port
 from mogul.parallel.watch import EXIT_CODE
@@ -41,17 +42,18 @@ def test_layers_replay_in_one_graph_and_nothing_waits_for_the_host(wire):
 ALONE = """
 from mogul.parallel import start
 import device_ranks
-device_ranks.dies(start(patience_s=6.0))
+device_ranks.dies(start(patience_s=6.0), "{through}")
 """
 
 
-def test_a_rank_stuck_in_a_collective_ends_when_the_other_is_gone():
+@pytest.mark.parametrize("through", ["collective", "window"])
+def test_a_rank_that_waits_on_its_device_ends_when_the_other_is_gone(through):
     """Nobody watches from outside."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     start_s = time.monotonic()
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", ALONE],
+            [sys.executable, "-c", ALONE.format(through=through)],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parent,
             stderr=subprocess.PIPE,
@@ -63,4 +65,11 @@ def test_a_rank_stuck_in_a_collective_ends_when_the_other_is_gone():
     started[1].communicate(timeout=60)
     assert started[0].returncode == EXIT_CODE, told
     assert "mogul: rank 0 ends: rank 1 shows no sign of life" in told
+    assert time.monotonic() - start_s < 60
+
+
+def test_a_rank_that_does_not_come_to_a_barrier_is_missed():
+    start_s = time.monotonic()
+    with pytest.raises(MogulError, match=r"barrier of the ranks' common memory within 3 s"):
+        launch(device_ranks.comes_late, 2, timeout_s=60)
     assert time.monotonic() - start_s < 60

@@ -38,7 +38,7 @@ class Node:
                 node.line.wait()
                 peers = list(node.made)
                 node.line.wait()
-                handle = SimpleNamespace(barrier=lambda channel: node.line.wait())
+                handle = SimpleNamespace(barrier=lambda channel, timeout_ms: node.line.wait())
                 return Region(peers[rank], peers, handle)
 
         return OnNode(rank, self.size)
@@ -203,3 +203,19 @@ def test_the_kernel_writes_what_the_copies_write():
         timeout=100,
     )
     assert done.stdout.endswith("pushed\n"), done.stderr
+
+
+def test_a_barrier_waits_as_long_as_a_collective_and_no_longer(monkeypatch):
+    waits = []
+    handle = SimpleNamespace(barrier=lambda channel, timeout_ms: waits.append(timeout_ms))
+    Region(torch.zeros(1), [], handle, limit_s=Window(0, 2).limit_s).barrier()
+    assert waits == [600_000]
+    known = (SimpleNamespace(group_name="g"), Window(0, 2, limit_s=7.0))
+    monkeypatch.setattr(windows, "_open", {"g": known})
+    told = windows.why_lost(RuntimeError("CUDA error: unspecified launch failure"))
+    assert told is not None
+    assert "did something else" in told
+    assert "within 7 s" in told
+    assert windows.why_lost(RuntimeError("shapes do not match")) is None
+    monkeypatch.setattr(windows, "_open", {})
+    assert windows.why_lost(RuntimeError("unspecified launch failure")) is None

@@ -21,6 +21,7 @@ from mogul.bench.kernels import LayerShape
 from mogul.kernels import moe_forward
 from mogul.parallel import Dispatcher, Plan, World, contiguous, make_dispatcher
 from mogul.parallel.dispatch import Wire
+from mogul.parallel.local import LocalExperts
 from mogul.spec import balance
 from mogul.spec.grouping import Grouping
 
@@ -60,9 +61,14 @@ class Weights:
     gate_up: Tensor
     down: Tensor
 
-    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    @property
+    def run(self) -> LocalExperts:
         """The local experts."""
-        return moe_forward(x, self.gate_up, self.down, ids, weights)
+
+        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return moe_forward(x, self.gate_up, self.down, ids, weights)
+
+        return LocalExperts(run, lambda: (self.gate_up, self.down))
 
 
 def local_weights(world: World, shape: LayerShape, dtype: torch.dtype) -> Weights:

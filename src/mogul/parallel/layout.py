@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mogul.core.errors import ConfigError
 from mogul.parallel.dispatch import Dispatcher, Rows, Wire
 from mogul.parallel.groups import Groups, make_groups
+from mogul.parallel.local import local_experts
 from mogul.parallel.move import gather, join, scatter, split
 from mogul.parallel.shard import DISPATCHER, ExpertSpread, experts_of, spread_experts
 from mogul.parallel.slices import cut_columns, cut_rows
@@ -97,7 +98,7 @@ def lay_out(
     *,
     dispatch: str = "auto",
     rows: Rows = "equal",
-    chunks: int = 0,
+    chunks: int = 1,
     capacity: float | None = None,
     wire: Wire | None = None,
 ) -> Laid:
@@ -236,7 +237,7 @@ def cut_mlp(mlp: Any, group: dist.ProcessGroup) -> None:
 def _count_rows(experts: Any, batch: _Batch) -> None:
     """Hand only this rank's tokens to the dispatcher, which pads them with rows of no expert."""
     dispatcher: Dispatcher = experts.__dict__[DISPATCHER]
-    local = experts.local_forward
+    local = local_experts(experts)
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _dispatch(dispatcher, batch, hidden_states, top_k_index, top_k_weights, local)
@@ -288,10 +289,7 @@ def _lay_out_shared(block: Any, groups: Groups, batch: _Batch) -> None:
 
 def _share_the_moves(block: Any, dispatcher: Dispatcher, batch: _Batch) -> None:
     """Shared and routed experts on the same gathered tokens, their sums in one reduce-scatter."""
-    experts, shared = block.experts, block.shared_expert
-
-    def both(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts.local_forward(x, ids, weights) + shared(x)
+    both = local_experts(block.experts, block.shared_expert)
 
     def forward(hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -27,9 +27,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mogul.core.errors import ConfigError, MogulError
-from mogul.parallel.watch import Watch
-
-COLLECTIVE_TIMEOUT_S = 600
+from mogul.parallel.watch import WAIT_LIMIT_S, Watch
+from mogul.parallel.window import why_lost
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def start(*, patience_s: float = 40.0) -> World:
         index = int(os.environ.get("LOCAL_RANK", rank)) % torch.accelerator.device_count()
         device = torch.device(accelerator.type, index)
         torch.accelerator.set_device_index(index)
-    wait = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    wait = timedelta(seconds=WAIT_LIMIT_S)
     store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
     watch = Watch(rank, size, patience_s, store) if size > 1 else None  # joining can hang, too
     dist.init_process_group(
@@ -161,10 +160,12 @@ def _run_rank(
         torch.save(result, Path(folder) / f"{rank}.result")
         stop(world)
     except BaseException as error:
+        if hint := why_lost(error):
+            error.add_note(hint)
         text = "".join(traceback.format_exception(error))
         (Path(folder) / f"{rank}.error").write_text(text, encoding="utf-8")
         if world is not None and world.watch is not None:
-            world.watch.tell(f"{type(error).__name__}: {error}")
+            world.watch.tell(f"{type(error).__name__}: {hint or error}")
         sys.stderr.flush()
         os._exit(1)  # destroying the group would wait for collectives that never end
 

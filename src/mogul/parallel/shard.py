@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mogul.core.errors import ConfigError
 from mogul.parallel.dispatch import Dispatcher, Plan, Rows, Wire, make_dispatcher
 from mogul.parallel.groups import node_groups
+from mogul.parallel.local import local_experts
 from mogul.parallel.owners import Owners, contiguous, placed
 from mogul.parallel.parcel import Payload
 from mogul.parallel.slices import cut_experts
@@ -34,7 +35,7 @@ class ExpertSpread:
     dispatch: str = "auto"
     moe_tp: int = 1
     """Neighbouring ranks that cut each expert; the rest of the group are expert ranks."""
-    chunks: int = 0
+    chunks: int = 1
     rows: Rows = "equal"
     capacity: float | None = None
     placement: Placement | None = None
@@ -133,8 +134,9 @@ def route_through(experts: Any, dispatcher: Dispatcher) -> None:
     local_forward = experts.forward
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return dispatcher(hidden_states, top_k_index, top_k_weights, local_forward)
+        return dispatcher(hidden_states, top_k_index, top_k_weights, local)
 
     experts.__dict__[DISPATCHER] = dispatcher
     experts.local_forward = local_forward
+    local = local_experts(experts)
     experts.forward = forward

@@ -20,9 +20,13 @@ from mogul.parallel.dispatch import (
     why_not_gather,
     why_not_static,
 )
+from mogul.parallel.local import LocalExperts, Matrices
 from mogul.parallel.move import Gather, Scatter, begin, may_push
 from mogul.parallel.parcel import Parcel, is_worth_packing
 from mogul.parallel.window import Window, open_window
+
+EARLY_BYTES = 1 << 24
+"""Tokens of a rank that travel so long that their picks go first."""
 
 
 class Static(Dispatcher):
@@ -67,6 +71,12 @@ class Static(Dispatcher):
         self, window: Window, parts: list[tuple[Tensor, Tensor, Tensor]], experts: Experts
     ) -> Tensor:
         """The same through the memory of the other ranks."""
+        if len(parts) == 1 and isinstance(experts, LocalExperts):
+            x, ids, weights = parts[0]
+            share = len(range(ids.shape[1])[self.picks])
+            matrices = experts.in_steps(x, share, x.shape[0] * window.size)
+            if matrices is not None:
+                return self._in_steps(window, x, (ids, weights.float()), experts, matrices)
         aside = len(parts) > 1
         gathered = [
             window.gather((x, ids, weights.float()), f"tokens {number}", aside=aside)
@@ -80,6 +90,34 @@ class Static(Dispatcher):
             scattered.append(window.scatter(y_RD, f"sums {number}", aside=aside))
         out = [one.end()[0] for one in scattered]
         return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _in_steps(
+        self,
+        window: Window,
+        x: Tensor,
+        picks: tuple[Tensor, Tensor],
+        experts: LocalExperts,
+        matrices: Matrices,
+    ) -> Tensor:
+        """Sums go to their ranks as they are made."""
+        from mogul.kernels.triton import steps
+
+        gate_up, down = matrices
+        if x.nbytes >= EARLY_BYTES:  # picks are sorted while tokens travel
+            rows = window.gather((x,), "rows", aside=True)
+            ids_RK, weights_RK = window.gather(picks, "picks").end()
+            taken = steps.take(ids_RK, weights_RK, self.picks, self.first, gate_up)
+            (x_RD,) = rows.end()
+        else:
+            x_RD, ids_RK, weights_RK = window.gather((x, *picks), "tokens 0").end()
+            taken = steps.take(ids_RK, weights_RK, self.picks, self.first, gate_up)
+        y = steps.products(taken, x_RD, gate_up, down)
+        more = None if experts.beside is None else experts.beside(x_RD)
+
+        def write(addresses: Tensor, own: Tensor) -> None:
+            steps.push(taken, y, more, addresses, own, window.rank)
+
+        return window.scatter_made(write, x, "sums 0")
 
     def _local(self, ids: Tensor) -> Tensor:
         """Global ids of this rank's columns to local ones; a null pick is the sentinel."""

@@ -43,7 +43,7 @@ def shard_for_training(
     *,
     ep: int | None = None,
     dispatch: str = "auto",
-    chunks: int = 0,
+    chunks: int = 1,
     rows: Rows = "equal",
     device_type: str | None = None,
     precision: MixedPrecisionPolicy | None = None,

@@ -16,6 +16,8 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 EXIT_CODE = 70
+WAIT_LIMIT_S = 600.0
+"""How long ranks wait in one collective, or at one barrier, for a rank that shows signs of life."""
 BEATS_A_PATIENCE = 8
 
 

@@ -12,7 +12,7 @@ a region must be queued before the next move). So each kind of move names a regi
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mogul.core.errors import BackendError
 from mogul.core.log import log
+from mogul.parallel.watch import WAIT_LIMIT_S
 
 WORD = torch.int32
 MAX_RANKS = 8
@@ -46,10 +47,11 @@ class Region:
     """Every rank's, mapped here."""
     handle: Any
     addresses: Tensor | None = None
+    limit_s: float = WAIT_LIMIT_S
 
     def barrier(self) -> None:
-        """All ranks' queues pass together."""
-        self.handle.barrier(channel=0)
+        """All ranks' queues pass together; the device fails when one does not come in time."""
+        self.handle.barrier(channel=0, timeout_ms=int(self.limit_s * 1e3))
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Window:
     """Outgrown regions, which captured graphs may still use."""
     beside: Any = None
     """The stream of moves beside the computation."""
+    limit_s: float = field(default_factory=lambda: WAIT_LIMIT_S)
+    """How long a barrier waits for a rank that lives; one that is gone ends the others sooner."""
 
     def gather(self, parts: Sequence[Tensor], name: str, *, aside: bool = False) -> Landing:
         """Parts [T, ...] of every rank, one rank after another: [ranks * T, ...] each.
@@ -120,6 +124,22 @@ class Window:
             return [self._sum(region, whole.view(shape)[self.rank], arrived)]
 
         return self._start(move, words, aside=aside)
+
+    def scatter_made(
+        self, write: Callable[[Tensor, Tensor], None], like: Tensor, name: str
+    ) -> Tensor:
+        """The same for sums that `write(addresses, own)` stores at their ranks as it makes them.
+
+        Those for a peer go to [ranks, *like.shape] at its address, in this rank's place; those of
+        this rank to `own`, like `like`.
+        """
+        region = self._region(name, self.size * like.nbytes // WORD.itemsize, like.device)
+        assert region.addresses is not None
+        own = torch.empty_like(like, memory_format=torch.contiguous_format)
+        write(region.addresses, own)
+        region.barrier()
+        arrived = region.own[: self.size * like.nbytes // WORD.itemsize].view(like.dtype)
+        return self._sum(region, own, arrived.view(self.size, *like.shape))
 
     def _sum(self, region: Region, own: Tensor, arrived: Tensor) -> Tensor:
         """Own rows and those that arrived from the others, in the order of the ranks."""
@@ -204,7 +224,7 @@ class Window:
         handle: Any = symmetric.rendezvous(own, self.group)
         peers = [handle.get_buffer(peer, (room,), WORD) for peer in range(self.size)]
         addresses = torch.tensor([peer.data_ptr() for peer in peers], device=device)
-        return Region(own, peers, handle, addresses)
+        return Region(own, peers, handle, addresses, self.limit_s)
 
 
 def _words(part: Tensor) -> Tensor:
@@ -241,6 +261,21 @@ def open_window(group: dist.ProcessGroup, wire: str | None = "window") -> Window
         return None
     raise BackendError(
         f"these ranks share no memory: {found}", fix="leave wire at its default, collectives"
+    )
+
+
+LOST = ("launch failure", "device-side assert", "illegal instruction")
+"""What torch says of a device whose kernel gave up."""
+
+
+def why_lost(error: BaseException) -> str | None:
+    """What a lost device may mean where moves go through windows."""
+    limits = [found.limit_s for _, found in _open.values() if isinstance(found, Window)]
+    if not limits or not any(words in str(error) for words in LOST):
+        return None
+    return (
+        f"a rank may not have come to a barrier of the ranks' common memory within "
+        f"{min(limits):.0f} s: look for the rank that did something else"
     )
 
 
