@@ -137,8 +137,9 @@ def place_slots(
     for base in range(0, BLOCK_S, 32):
         others = base + tl.arange(0, 32)
         other = _bins(ids_ptr, block * BLOCK_S + others, num_slots, E)
-        earlier = (other[None, :] == bin_S[:, None]) & (others[None, :] < lane[:, None])
-        rank += tl.sum(earlier.to(tl.int32), 1)
+        # slots along the second axis: each is counted within a thread, without shuffles
+        earlier = (other[:, None] == bin_S[None, :]) & (others[:, None] < lane[None, :])
+        rank += tl.sum(earlier.to(tl.int32), 0)
     first_E = tl.cumsum(total_E, 0) - total_E + tl.load(before_ptr + block * BINS + bins)
     row = rank + tl.gather(first_E, bin_S, 0)
     tl.store(order_ptr + row, block * BLOCK_S + lane, mask=bin_S < E)
