@@ -7,7 +7,7 @@ must read the ids are made only under MOGUL_DEBUG, as they would cost time in ev
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -116,12 +116,86 @@ def moe_forward(
         ConfigError: shapes, dtypes or devices that do not belong together.
         BackendError: the forced backend cannot run this call, with the reason.
     """
+    call = (x, gate_up, down, ids, weights, gate_up_bias, down_bias)
+    kind = _kind(*call, layout, backend)
+    known = _SETTLED.get(kind) if kind is not None else None
+    if known is None:
+        known = _settle(call, layout, backend)
+        if kind is not None:
+            if len(_SETTLED) >= _MOST_SETTLED:
+                _SETTLED.clear()
+            _SETTLED[kind] = known
+    run, dtype, is_plain = known
+    if DEBUG:
+        _check_ids(ids, gate_up.shape[0])
+    if is_plain:
+        return run(
+            x, gate_up, down, ids, weights,
+            gate_up_bias=gate_up_bias, down_bias=down_bias, layout=layout,
+        )  # fmt: skip
+    y = run(
+        _cast(x, dtype),
+        _cast(gate_up, dtype),
+        _cast(down, dtype),
+        _cast(ids, torch.int64),
+        weights,
+        gate_up_bias=None if gate_up_bias is None else _cast(gate_up_bias, dtype),
+        down_bias=None if down_bias is None else _cast(down_bias, dtype),
+        layout=layout,
+    )
+    return _cast(y, x.dtype)
+
+
+class Settled(NamedTuple):
+    """What follows from a call's kind: who serves it, in which dtype, whether nothing is cast."""
+
+    run: MoeForward
+    dtype: torch.dtype
+    is_plain: bool
+
+
+_SETTLED: dict[tuple[Any, ...], Settled] = {}
+"""By kind of call: legal ones need no second look, which would cost more than some layers."""
+_MOST_SETTLED = 4096
+
+
+def _kind(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: ExpertLayout,
+    backend: str,
+) -> tuple[Any, ...] | None:
+    """All that checks and the choice of a backend look at; None where a size may be symbolic."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return None
+    grad = torch.is_grad_enabled()
+    if grad:
+        grad = _needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias)
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type)
+    biases = ()
+    if gate_up_bias is not None or down_bias is not None:
+        biases = tuple(b if b is None else (b.shape, b.dtype) for b in (gate_up_bias, down_bias))
+    return (
+        x.shape, x.dtype, device, gate_up.shape, gate_up.dtype, gate_up.device,
+        down.shape, down.dtype, ids.shape, ids.dtype, ids.device, weights.shape, weights.dtype,
+        biases, layout, backend, grad, *MOE_FORWARD.names(),
+        autocast and torch.get_autocast_dtype(device.type),
+    )  # fmt: skip
+
+
+def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settled:
+    """Check a call and choose who serves it."""
+    x, gate_up, down, ids, weights, gate_up_bias, down_bias = call
     num_experts, hidden_size, expert_width = layout.sizes(gate_up, down)
     _check_call(x, gate_up, ids, weights, hidden_size)
     _check_bias("gate_up_bias", gate_up_bias, (num_experts, (1 + layout.has_gate) * expert_width))
     _check_bias("down_bias", down_bias, (num_experts, hidden_size))
-    if DEBUG:
-        _check_ids(ids, num_experts)
     dtype = gate_up.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -137,17 +211,9 @@ def moe_forward(
         needs_grad=_needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
     )
     run = MOE_FORWARD.resolve(backend, facts)[1]
-    y = run(
-        _cast(x, dtype),
-        _cast(gate_up, dtype),
-        _cast(down, dtype),
-        _cast(ids, torch.int64),
-        weights,
-        gate_up_bias=None if gate_up_bias is None else _cast(gate_up_bias, dtype),
-        down_bias=None if down_bias is None else _cast(down_bias, dtype),
-        layout=layout,
-    )
-    return _cast(y, x.dtype)
+    of_dtype = (x, gate_up, down, *(b for b in (gate_up_bias, down_bias) if b is not None))
+    is_plain = ids.dtype == torch.int64 and all(tensor.dtype == dtype for tensor in of_dtype)
+    return Settled(run, dtype, is_plain)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mogul.kernels import moe_forward
-from mogul.kernels.triton import layer, ops, plans
+from mogul.kernels.triton import layer, ops, plans, sorter
 
 TILE = plans.Tile(n=32, k=32, warps=4, stages=2)
 SMALL = plans.Plan(
@@ -98,8 +98,8 @@ def main() -> None:
             "few": (SMALL, "null", False),
         }[name]
         layer.plan_for = lambda shape, tokens, plan=plan: plan
-        layer._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 8192
-        layer._SORT_BLOCK = 32  # several blocks
+        sorter._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 8192
+        sorter._BLOCK = 32  # several blocks
         tokens, experts = (2, 16) if name == "few" else (21, 4)
         print(
             json.dumps({"case": name, **errors(make(tokens, 64, 40, experts, 2, kind), grad=grad)})

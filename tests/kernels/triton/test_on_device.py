@@ -107,6 +107,25 @@ def test_a_second_backward_of_one_graph_is_the_same(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 3000])
+def test_a_replayed_forward_is_the_recorded_one_on_other_tensors(tokens: int) -> None:
+    from mogul.kernels.triton import ops
+    from mogul.kernels.triton.tape import Tape
+
+    sets = [make("wide", tokens, kind) for kind in ("random", "null", "skewed")]
+    with torch.no_grad():
+        want = [moe_forward(*one, backend="reference") for one in sets]
+        layer = ops._layer(sets[0][0], sets[0][2], sets[0][3], sets[0][4])
+        layer._tapes.clear()
+        first = moe_forward(*sets[0], backend="triton")
+        assert list(map(type, layer._tapes.values())) == [Tape]
+        for _ in range(3):
+            for one, expected in zip(sets, want, strict=True):
+                got = moe_forward(*one, backend="triton")
+                assert relative(got, expected) <= LIMIT[torch.bfloat16]
+        assert torch.equal(moe_forward(*sets[0], backend="triton"), first)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 3000])
 def test_a_captured_graph_follows_its_input(tokens: int) -> None:
     x, *rest = make("wide", tokens)
     other = torch.randn_like(x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +73,27 @@ def moe_forward_triton(
     Biases and layouts other than Qwen3-MoE's go through plain kernels of their own.
     """
     if gate_up_bias is None and down_bias is None and _is_fast(layout):
-        from mogul.kernels.triton.ops import run
-
-        return run(x, gate_up, down, ids, weights)
+        return _fast_run()(x, gate_up, down, ids, weights)
     from mogul.kernels.triton.any_ops import run_any
 
     return run_any(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
+
+
+_loaded: list[Any] = []
+
+
+def _fast_run() -> Any:
+    """The fast layer, found once: an import statement costs as much as two launches.
+
+    Compilers trace the statement, as they would guard the list.
+    """
+    if _loaded and not torch.compiler.is_compiling():
+        return _loaded[0]
+    from mogul.kernels.triton.ops import run
+
+    if not torch.compiler.is_compiling():
+        _loaded.append(run)
+    return run
 
 
 def _is_fast(layout: ExpertLayout) -> bool:

@@ -8,8 +8,11 @@ dtypes, constants, 16-byte alignment of every pointer (checked once a layer call
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,10 +23,46 @@ current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Address of the current stream of a device; without the cost of a torch.cuda.Stream."""
 
 
+Heard = tuple["Launch", tuple[int, int], tuple[Any, ...]]
+"""A launch, its grid and its arguments."""
+_listeners: dict[int, list[Heard]] = {}
+"""By thread: who hears of its launches."""
+_KNOWN_LAUNCHER = "iiiKKppOOOOOO"
+"""Format of what Triton's launchers take before a kernel's arguments: grid, stream, function,
+cooperative, dependent launch, two scratch memories, two records, two hooks."""
+
+
+@contextmanager
+def listening() -> Iterator[list[Heard]]:
+    """Every launch that this thread makes inside the block."""
+    heard: list[Heard] = []
+    _listeners[get_ident()] = heard
+    try:
+        yield heard
+    finally:
+        del _listeners[get_ident()]
+
+
+class Entry(NamedTuple):
+    """A compiled kernel's launcher without the steps around it: pointers may be plain integers.
+
+    It takes the grid, the stream, `fixed`, the arguments (a descriptor as the driver's own list)
+    and `tail`.
+    """
+
+    call: Any
+    fixed: tuple[Any, ...]
+    descriptors: list[Any]
+    tail: tuple[Any, ...]
+
+
 class Launch:
     """One kernel with its constants fixed; call it with a grid and the run-time arguments."""
 
-    __slots__ = ("_function", "_packed", "_run", "_tail", "constants", "kernel", "options")
+    __slots__ = (
+        *("_compiled", "_function", "_packed", "_run", "_tail"),
+        *("constants", "kernel", "options"),
+    )
 
     def __init__(
         self,
@@ -40,9 +79,12 @@ class Launch:
         if pdl and not INTERPRETED:
             self.options["launch_pdl"] = True
         self._run: Any = None
+        self._compiled: Any = None
 
     def __call__(self, grid: tuple[int, int], device: int, *args: Any) -> None:
         """Launch on the current stream of `device`; `args` are those before the constants."""
+        if _listeners and (heard := _listeners.get(get_ident())) is not None:
+            heard.append((self, grid, args))
         if self._run is None:
             self._first(grid, args)
             return
@@ -63,6 +105,33 @@ class Launch:
             compiled.packed_metadata,
             compiled.run,
         )
+        self._compiled = compiled
+
+    def entry(self) -> Entry | None:
+        """The launcher itself; None before the first call and where Triton's is another."""
+        run = self._run
+        if self._compiled is None or not _launcher_is_known() or not hasattr(run, "launch_pdl"):
+            return None
+        if run.global_scratch_size or run.profile_scratch_size:
+            return None
+        call = run.launch
+        if (cells := getattr(call, "__closure__", None)) is not None:  # it makes descriptors first
+            call = dict(zip(call.__code__.co_freevars, cells, strict=True))[
+                "launcher"
+            ].cell_contents
+        described = getattr(self._compiled.metadata, "tensordesc_meta", None) or []
+        flags = (run.launch_cooperative_grid, run.launch_pdl)
+        fixed = (self._function, *flags, None, None, self._packed, None, None, None)
+        return Entry(call, fixed, list(described), self._tail)
+
+
+@cache
+def _launcher_is_known() -> bool:
+    try:
+        from triton.backends.nvidia import driver
+    except ImportError:
+        return False
+    return getattr(driver, "_BASE_ARGS_FORMAT", None) == _KNOWN_LAUNCHER
 
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> Any:

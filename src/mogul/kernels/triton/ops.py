@@ -68,9 +68,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
         return torch.empty_like(x)
     layer = _layer(x, down, ids, weights)
     x, ids, weights = aligned(x), aligned(ids), aligned(weights)
-    if layer.shape.uses_few(x.shape[0]):
-        return layer.few(x, gate_up, down, ids, weights)
-    return layer.forward(x, gate_up, down, ids, weights)[0]
+    return layer.infer(x, gate_up, down, ids, weights)
 
 
 @_on_its_device

@@ -1,0 +1,31 @@
+"""Forwards replayed from their tape, in Triton's interpreter (no device)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def held() -> dict[str, bool]:
+    script = Path(__file__).with_name("run_tape.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", ["few", "swapped", "three_launch_sort", "descriptors"])
+def test_a_replay_on_other_tensors_equals_the_forward(held: dict[str, bool], case: str) -> None:
+    assert held[case]
+
+
+def test_a_forward_that_computes_beside_its_launches_has_no_tape(held: dict[str, bool]) -> None:
+    assert held["refused"]
