@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
-MOST_GUESSING = 16
-"""Sequences up to which steps with guesses are captured; with more, guesses seldom pay."""
+MOST_GUESSING = 64
+"""Sequences up to which steps with guesses are captured, by powers of two."""
 
 Rung = tuple[int, int]
 """Sequences, and tokens of each."""
@@ -36,6 +36,12 @@ def rungs_up_to(most: int) -> list[int]:
     last = LADDER[-1]
     rungs += range(last + 64, most, 64)
     return [*rungs, most]
+
+
+def guessing_rungs(rungs: Sequence[int]) -> list[int]:
+    """The sizes at which steps with guesses are captured: the largest up to each power of two."""
+    few = {(rung - 1).bit_length(): rung for rung in sorted(rungs)}
+    return [rung for rung in few.values() if rung <= MOST_GUESSING]
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -64,13 +70,18 @@ class Ladder:
     """Captured decode steps by batch size, and by tokens a request where guesses are verified."""
 
     def __init__(
-        self, runner: Runner, rungs: Sequence[int], pages_a_table: int, guesses: int = 0
+        self, runner: Runner, rungs: Sequence[int], limits: Layout, guesses: int = 0
     ) -> None:
         self.runner = runner
-        few = [rung for rung in rungs if rung <= MOST_GUESSING]
+        few = guessing_rungs(rungs)
         self.rungs: list[Rung] = [(rung, 1) for rung in sorted(rungs)]
-        self.rungs += [(rung, width) for width in range(2, guesses + 2) for rung in sorted(few)]
-        self.pages = pages_a_table
+        self.rungs += [
+            (rung, width)
+            for width in range(2, guesses + 2)
+            for rung in few
+            if rung * width <= limits.tokens
+        ]
+        self.pages = limits.pages
         self._graphs: dict[Rung, tuple[Any, Tensor]] = {}
 
     def layout(self, rung: Rung) -> Layout:
@@ -121,12 +132,12 @@ class Ladder:
 
 
 def try_ladder(
-    runner: Runner, rungs: Sequence[int], pages_a_table: int, guesses: int = 0, *, tune: bool
+    runner: Runner, rungs: Sequence[int], limits: Layout, guesses: int = 0, *, tune: bool
 ) -> Ladder | None:
-    """Capture where it can be done; where not, say why and run uncaptured."""
+    """Capture steps up to `limits` where it can be done; where not, say why and run uncaptured."""
     if runner.device.type != "cuda":
         return None
-    ladder = Ladder(runner, rungs, pages_a_table, guesses)
+    ladder = Ladder(runner, rungs, limits, guesses)
     try:
         with torch.inference_mode():
             ladder.capture(tune=tune)

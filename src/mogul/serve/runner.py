@@ -120,7 +120,7 @@ class Runner:
         if options.graphs and not self.tap.is_open:
             most = limits.sequences
             rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
-            self.ladder = try_ladder(self, rungs, limits.pages, guesses, tune=options.tune)
+            self.ladder = try_ladder(self, rungs, limits, guesses, tune=options.tune)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
