@@ -23,6 +23,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import peer_deepgemm
+import peer_sonic
+import peer_vllm
 import peers
 from common import (
     Case,
@@ -36,6 +39,7 @@ from common import (
     time_graph,
     train_floor_ms,
 )
+from peer_parts import Forward
 from tune import precompile
 
 from mogul.bench import ledger
@@ -43,22 +47,29 @@ from mogul.bench import ledger
 GIB = 2**30
 
 
-def variants(args: argparse.Namespace) -> dict[str, Callable[[Case], peers.Forward]]:
-    """Name -> maker, mogul first."""
-    known: dict[str, Callable[[Case], peers.Forward]] = {
+def variants(args: argparse.Namespace) -> dict[str, Callable[[Case], Forward]]:
+    """Name -> maker, mogul first; the fp8 ones only if asked for."""
+    folder = args.vllm_dir
+    known: dict[str, Callable[[Case], Forward]] = {
         "mogul": peers.mogul,
-        "vllm_default": peers.vllm(args.vllm_dir, args.moe_c, tuned=False),
-        "vllm_tuned": peers.vllm(args.vllm_dir, args.moe_c, tuned=True),
+        "vllm_default": peer_vllm.vllm(folder, tuned=False),
+        "vllm_tuned": peer_vllm.vllm(folder, tuned=True),
         "triton_kernels": peers.triton_kernels,
+        "sonic": peer_sonic.Sonic,
         "torch_grouped": peers.torch_grouped,
         "hf_grouped": peers.hf_grouped,
     }
+    fp8: dict[str, Callable[[Case], Forward]] = {
+        "mogul_fp8": peers.mogul_fp8,
+        "vllm_fp8": peer_vllm.vllm(folder, tuned=True, fp8=True),
+        "deepgemm_fp8_products": peer_deepgemm.Products,
+    }
     names = args.peers.split(",") if args.peers else list(known)
-    return {name: known[name] for name in names}
+    return {name: (known | fp8)[name] for name in names}
 
 
 def forward_cell(
-    case: Case, tokens: int, forwards: dict[str, peers.Forward], rounds: int
+    case: Case, tokens: int, forwards: dict[str, Forward], rounds: int
 ) -> list[dict[str, Any]]:
     """Every variant at one number of tokens."""
     sets = 16 if tokens <= 8 else 4 if tokens <= 456 else 1
@@ -71,7 +82,8 @@ def forward_cell(
         row: dict[str, Any] = {"peer": name, "eager": [], "graph": []}
         try:
             with torch.no_grad():
-                row["error"] = rel(forward(x, ids, weights)[pick], want)
+                out = forward(x, ids, weights)
+                row["error"] = getattr(forward, "error", None) or rel(out[pick], want)
             rows[name] = row
         except Exception as error:
             print(f"  {name} failed at {tokens}: {type(error).__name__} {str(error)[:200]}")
@@ -95,7 +107,7 @@ def forward_cell(
     return list(rows.values())
 
 
-def host_us(forward: peers.Forward, inputs: tuple[torch.Tensor, ...]) -> float:
+def host_us(forward: Forward, inputs: tuple[torch.Tensor, ...]) -> float:
     """Microseconds of host work a call, with the device far behind."""
     with torch.no_grad():
         for _ in range(10):
@@ -110,14 +122,13 @@ def host_us(forward: peers.Forward, inputs: tuple[torch.Tensor, ...]) -> float:
     return spent / 50 * 1e6
 
 
-def train_cell(
-    case: Case, tokens: int, name: str, forward: peers.Forward, rounds: int
-) -> dict[str, Any]:
+def train_cell(case: Case, tokens: int, name: str, forward: Forward, rounds: int) -> dict[str, Any]:
     """One forward + backward, time and memory."""
     x, ids, weights = make_tokens(case, tokens)
-    for tensor in (x, weights, case.gate_up, case.down):
+    parameters = getattr(forward, "weights", (case.gate_up, case.down))
+    leaves = [x, weights, *parameters]
+    for tensor in leaves:
         tensor.requires_grad_()
-    leaves = [x, weights, case.gate_up, case.down]
     dout = torch.randn_like(x)
     pick = torch.randperm(tokens, device="cuda")[:48]
 
@@ -147,7 +158,7 @@ def train_cell(
     times = [time_events([step], 0.25, 12) for _ in range(rounds)]
     row["ms"], row["spread_ms"] = statistics.median(times), max(times) - min(times)
     row["forward_ms"] = time_events([lambda: forward(x, ids, weights)], 0.1, 12)
-    for tensor in (case.gate_up, case.down):
+    for tensor in parameters:
         tensor.requires_grad_(False)
     return row
 
@@ -165,13 +176,20 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def floor_of(row: dict[str, Any], peak: dict[str, float]) -> float:
+    """The cell's floor in the number format of its layer."""
+    if row["kind"] == "train":
+        return train_floor_ms(row["shape"], row["tokens"], peak)
+    return floor_ms(row["shape"], row["tokens"], peak, 1 if "fp8" in row["peer"] else 2)
+
+
 def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) -> None:
     """All cells of one shape: printed with the ceilings before them, kept with the mean around.
 
     A card under load for seconds runs slower than a rested one, kernels and ceilings alike.
     """
     case = make_case(name)
-    forwards: dict[str, peers.Forward] = {}
+    forwards: dict[str, Forward] = {}
     for peer, make in variants(args).items():
         try:
             forwards[peer] = make(case)
@@ -182,19 +200,18 @@ def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) ->
         ("forward", args.tokens, forward_rows),
         ("train", args.train, train_rows),
     ):
-        floor = floor_ms if kind == "forward" else train_floor_ms
         rows: list[dict[str, Any]] = []
         for tokens in sizes:
             cell = run(case, tokens, forwards, args)
             for row in cell:
                 row.update(shape=name, kind=kind, tokens=tokens)
-                row["floor_ms"] = floor(name, tokens, before)
+                row["floor_ms"] = floor_of(row, before)
             show(cell)
             rows += cell
         after = ceilings()
         peak = {key: (before[key] + after[key]) / 2 for key in before}
         for row in rows:
-            row.update(peak=peak, floor_ms=floor(name, row["tokens"], peak))
+            row.update(peak=peak, floor_ms=floor_of(row, peak))
         mine = [row for row in rows if row["peer"] == "mogul"]
         ratios = "  ".join(f"{r['tokens']}: {r['ms'] / r['floor_ms']:.3f}" for r in mine)
         print(f"{name} {kind} at the mean of {before} and {after}: {ratios}", flush=True)
@@ -203,7 +220,7 @@ def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) ->
 
 
 def forward_rows(
-    case: Case, tokens: int, forwards: dict[str, peers.Forward], args: argparse.Namespace
+    case: Case, tokens: int, forwards: dict[str, Forward], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One forward cell, with mogul's host time."""
     cell = forward_cell(case, tokens, forwards, args.rounds)
@@ -214,7 +231,7 @@ def forward_rows(
 
 
 def train_rows(
-    case: Case, tokens: int, forwards: dict[str, peers.Forward], args: argparse.Namespace
+    case: Case, tokens: int, forwards: dict[str, Forward], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One training cell, peer by peer."""
     rows = []
@@ -228,17 +245,17 @@ def train_rows(
 
 
 def ledger_rows(rows: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """Mogul's rows for the ledger, each with the peers of its cell."""
+    """Mogul's rows for the ledger, each with the peers of its cell (fp8 ones have their own)."""
     found = []
     common = {"device": torch.cuda.get_device_name(), "bench": "moe_layer"}
-    for row in (row for row in rows if row["peer"] == "mogul"):
+    for row in (row for row in rows if row["peer"].startswith("mogul")):
         cell = (row["shape"], row["kind"], row["tokens"])
         peers = {
             other["peer"]: round(other["ms"], 5)
             for other in rows
             if (other["shape"], other["kind"], other["tokens"]) == cell and other is not row
         }
-        case = "{} {} {}".format(*cell)
+        case = "{} {} {}".format(*cell) + (" fp8" if row["peer"] == "mogul_fp8" else "")
         time = {"metric": "time", "unit": "ms", "value": round(row["ms"], 5)}
         more = {
             "spread": round(row["spread_ms"], 5),
@@ -272,10 +289,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=numbers, default=numbers("1,8,64,456,4096,16384,32768"))
     parser.add_argument("--train", type=numbers, default=[])
     parser.add_argument("--peers", default="")
-    parser.add_argument("--train-peers", default="mogul,torch_grouped,hf_grouped")
+    parser.add_argument("--train-peers", default="mogul,sonic,torch_grouped,hf_grouped")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vllm-dir", default=".peers/vllm")
-    parser.add_argument("--moe-c", default=".peers/vllm/_moe_C.abi3.so")
+    parser.add_argument("--vllm-dir", default=".peers/vllm", help="fused_moe/ and its libraries")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     names = args.shapes.split(",")

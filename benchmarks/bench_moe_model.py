@@ -7,12 +7,17 @@ CUDA graph, with and without torch.compile of every decoder layer. The implement
 a row is the median over the rounds. Attention is SDPA without a mask: Transformers leaves the
 causal mask out of plain calls only, and with a mask SDPA takes a slower kernel.
 
+`NAME+route` also lets mogul's router kernel pick; `sonicmoe` runs through an installed sonic-moe in
+place of the hub's copy; `--sequences` sets batches (`prefill:4x1024,training:32x1024`);
+`--profile` adds each side's device time by kernel (profile.jsonl).
+
     python benchmarks/bench_moe_model.py --layers 4 --implementations mogul,grouped_mm --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -22,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
@@ -30,13 +35,18 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations import moe as transformers_moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import peer_sonic
+from profile_layer import kernel_times
 from tune import precompile
 
 import mogul.models  # noqa: F401 (registers the implementation)
 from mogul.bench import ledger
+from mogul.kernels import RouterSpec, route
 
 CAUSAL = "sdpa_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
@@ -48,6 +58,31 @@ START = time.time()
 def log(*words: Any) -> None:
     """Print with the seconds since the start."""
     print(f"[{time.time() - START:6.1f}]", *words, flush=True)
+
+
+SPEC = RouterSpec(num_experts=128, top_k=8, score="softmax", weighting="renormalised")
+_transformers_router = Qwen3MoeTopKRouter.forward
+
+
+def _router(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Transformers' router, or mogul's kernel after the same product."""
+    if not getattr(self, "routes_by_kernel", False):
+        return _transformers_router(self, hidden_states)
+    logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+    picked = route(logits, SPEC)
+    return logits, picked.weights, picked.ids
+
+
+Qwen3MoeTopKRouter.forward = _router
+transformers_moe.ALL_EXPERTS_FUNCTIONS.register("sonicmoe", peer_sonic.experts_forward)
+
+
+def choose(model: Any, name: str) -> None:
+    """Set a model's experts implementation, and who picks."""
+    implementation, _, router = name.partition("+")
+    model.set_experts_implementation(implementation)
+    for layer in model.model.layers:
+        layer.mlp.gate.routes_by_kernel = router == "route"
 
 
 def make_model(layers: int) -> Any:
@@ -127,14 +162,14 @@ def plain_ms(call: Callable[[], object]) -> float:
 
 
 def measure(
-    model: Any, kind: str, ids: Tensor, names: list[str], rounds: int
-) -> dict[str, dict[str, float]]:
+    model: Any, kind: str, ids: Tensor, names: list[str], rounds: int, *, profiled: bool
+) -> dict[str, dict[str, Any]]:
     """Times of every implementation that runs, captured and in turns; plain calls beside them."""
     replays: dict[str, tuple[Callable[[], object], float]] = {}
     for name in names:
         call = (prefill if kind == "prefill" else training)(model, ids)
         try:
-            model.set_experts_implementation(name)
+            choose(model, name)
             plain = plain_ms(call)
             log(kind, name, f"plain {plain:.2f} ms")
             replays[name] = capture(call).replay, plain
@@ -155,14 +190,18 @@ def measure(
             "ms": statistics.median(t),
             "spread": max(t[1:]) - min(t[1:]),
             "eager_ms": replays[name][1],
+            "kernels": kernel_times(replays[name][0], 3) if profiled else [],
         }
         for name, t in times.items()
     }
 
 
-def report(found: dict[str, dict[str, float]], case: str, rounds: int, out: Path) -> None:
+def report(found: dict[str, dict[str, Any]], case: str, rounds: int, out: Path) -> None:
     """Print the cell; write its ledger row (value: mogul's milliseconds)."""
     for name, row in found.items():
+        if row["kernels"]:
+            with (out / "profile.jsonl").open("a") as file:
+                file.write(json.dumps({"case": case, "name": name, "us": row["kernels"]}) + "\n")
         ratio = row["ms"] / found["mogul"]["ms"] if "mogul" in found else float("nan")
         log(f"{case}: {name} {row['ms']:.3f} ms, {ratio:.2f} x mogul, plain {row['eager_ms']:.2f}")
     if "mogul" not in found:
@@ -194,16 +233,37 @@ def main() -> None:
     parser.add_argument("--implementations", default="mogul,grouped_mm,batched_mm")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also with compiled layers")
+    parser.add_argument(
+        "--sequences", type=batches, default=batches("prefill:1x4096,training:4x4096")
+    )
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     names = args.implementations.split(",")
-    precompile([("C", 4096)], [("C", 16384)])
+    torch._dynamo.config.recompile_limit = 64  # every layer, with every implementation
+    sizes = {
+        kind: [("C", n * length) for k, n, length in args.sequences if k == kind] for kind in KINDS
+    }
+    precompile(sizes["prefill"], sizes["training"])
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         for compiled in (True, False) if args.compile else (False,):
-            for kind, shape in (("prefill", (1, 4096)), ("training", (4, 4096))):
-                run_cell(args, names, kind, shape, compiled)
+            for kind, count, length in args.sequences:
+                run_cell(args, names, kind, (count, length), compiled)
                 torch.cuda.empty_cache()
                 torch.compiler.reset()
+
+
+KINDS = ("prefill", "training")
+
+
+def batches(text: str) -> list[tuple[str, int, int]]:
+    """`prefill:1x4096` -> (kind, sequences, length)."""
+    found = []
+    for part in text.split(","):
+        kind, _, size = part.partition(":")
+        count, _, length = size.partition("x")
+        found.append((kind, int(count), int(length)))
+    return found
 
 
 def run_cell(
@@ -217,8 +277,9 @@ def run_cell(
         model.loss_function = torch.compile(model.loss_function)
     ids = torch.randint(model.config.vocab_size, shape, device="cuda")
     case = f"Qwen3-30B-A3B {args.layers} layers {kind} {ids.numel()}"
+    case += f" in {shape[0]}" if shape[1] != 4096 else ""
     case += " compiled layers, captured" if compiled else " captured"
-    found = measure(model, kind, ids, names, args.rounds)
+    found = measure(model, kind, ids, names, args.rounds, profiled=args.profile)
     report(found, case, args.rounds, args.out)
 
 

@@ -150,12 +150,15 @@ def ceilings() -> dict[str, float]:
     return {"tflop_per_s": matmul, "tb_per_s": copy}
 
 
-def floor_ms(name: str, tokens: int, peak: dict[str, float]) -> float:
-    """Forward floor: the larger of arithmetic and bytes, with the expected distinct experts."""
+def floor_ms(name: str, tokens: int, peak: dict[str, float], weight_bytes: int = 2) -> float:
+    """Forward floor: the larger of arithmetic and bytes, with the expected distinct experts.
+
+    Weights of one byte also have twice the arithmetic.
+    """
     width, inner, experts, picks, _ = SHAPES[name]
-    flop = 6 * tokens * picks * width * inner
+    flop = 3 * weight_bytes * tokens * picks * width * inner
     distinct = experts * (1 - (1 - picks / experts) ** tokens)
-    size = distinct * 6 * width * inner + tokens * width * 4 + 12 * tokens * picks
+    size = distinct * 3 * weight_bytes * width * inner + tokens * width * 4 + 12 * tokens * picks
     return max(flop / peak["tflop_per_s"] / 1e9, size / peak["tb_per_s"] / 1e9)
 
 
