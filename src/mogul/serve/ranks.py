@@ -47,7 +47,7 @@ def spread(model: Any, parallel: Parallel, speculator: Speculator | None = None)
         )
     if any(isinstance(module, (PackedExperts, PackedLinear)) for module in model.modules()):
         raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
-    lay_out(model, parallel)
+    lay_out(model, parallel, wire="auto")
 
 
 def _check_guesses(speculator: Speculator) -> None:
