@@ -19,6 +19,7 @@ from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.attention import paged_attention_cpu
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
 from mogul.kernels.triton.attention import paged_attention_triton, why_not_triton_attention
+from mogul.kernels.turn import Turn, check_turn, turned
 
 
 class PagedAttention(Protocol):
@@ -43,7 +44,7 @@ class PagedAttention(Protocol):
         key_scale: Tensor | None,
         value_scale: Tensor | None,
     ) -> Tensor:
-        """Write, then attend."""
+        """Write, then attend. Those of `TURNS` also take `turn`."""
         ...
 
 
@@ -64,6 +65,9 @@ PAGED_ATTENTION.add("triton", paged_attention_triton, why_not=why_not_triton_att
 PAGED_ATTENTION.add("cpu", paged_attention_cpu, why_not=why_not_cpu)
 PAGED_ATTENTION.add("reference", paged_attention_reference)
 
+TURNS = ["triton"]
+"""Backends that norm and rotate by themselves; for others it is done before."""
+
 
 def paged_attention(
     query_THC: Float[Tensor, "T H C"],
@@ -82,6 +86,7 @@ def paged_attention(
     sinks: Float[Tensor, " H"] | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    turn: Turn | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "T H C"]:
     """Write the keys and values of new tokens into pages; attend causally over the pages.
@@ -106,6 +111,7 @@ def paged_attention(
         sinks: one logit a head that takes weight and gives no value.
         key_scale: of an fp8 cache: one number, or one a key-value head (fp32).
         value_scale: the same for values.
+        turn: norms and rotates queries and keys first; None where that has been done.
         backend: a name of `PAGED_ATTENTION`, or "auto" for the most preferred that can run.
 
     Raises:
@@ -128,8 +134,13 @@ def paged_attention(
         sinks,
         key_scale,
         value_scale,
+        *(turn or NO_TURN)[:4],
+        [] if turn is None else list(turn[4:]),
         backend,
     )
+
+
+NO_TURN = (None, None, None, None)
 
 
 def _run(
@@ -148,6 +159,11 @@ def _run(
     sinks: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: list[float],
     backend: str,
 ) -> Tensor:
     facts = _check_call(query, key, value, key_cache, value_cache)
@@ -156,7 +172,17 @@ def _run(
         raise ConfigError(f"sliding_window {sliding_window} sees nothing", fix="None sees all")
     if sinks is not None and sinks.shape != (facts.num_heads,):
         raise ConfigError(f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]")
-    return PAGED_ATTENTION.resolve(backend, facts)[1](
+    name, run = PAGED_ATTENTION.resolve(backend, facts)
+    more: dict[str, Turn] = {}
+    if cos is not None and sin is not None:
+        turn = Turn(cos, sin, query_norm, key_norm, *eps)
+        check_turn(turn, len(query), facts.head_width)
+        if name in TURNS:
+            more = {"turn": turn}
+        else:
+            query = turned(query, turn, query_norm, turn.query_eps)
+            key = turned(key, turn, key_norm, turn.key_eps)
+    return run(
         query,
         key,
         value,
@@ -172,6 +198,7 @@ def _run(
         sinks=sinks,
         key_scale=_scale("key_scale", key_scale, facts),
         value_scale=_scale("value_scale", value_scale, facts),
+        **more,
     )
 
 
@@ -242,7 +269,8 @@ _LIB.define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor slots, Tensor tables, Tensor query_starts, Tensor lengths, "
     "SymInt max_query_len, float scaling, SymInt? sliding_window, Tensor? sinks, "
-    "Tensor? key_scale, Tensor? value_scale, str backend) -> Tensor"
+    "Tensor? key_scale, Tensor? value_scale, Tensor? cos, Tensor? sin, Tensor? query_norm, "
+    "Tensor? key_norm, float[] eps, str backend) -> Tensor"
 )
 _LIB.impl("paged_attention", _run, "CompositeExplicitAutograd")
 

@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mogul.kernels import PAGED_ATTENTION
+from mogul.kernels.paged_attention import TURNS
 from mogul.kernels.triton import paged
+from mogul.kernels.turn import Turn
 
 FP8 = torch.float8_e4m3fn
 _spec = spec_from_file_location(
@@ -30,6 +32,7 @@ calls = module_from_spec(_spec)
 _spec.loader.exec_module(calls)
 
 PAGED_ATTENTION.add("interpreted", paged.paged_attention_triton)
+TURNS.append("interpreted")
 WORST: dict[str, float] = {}
 EXAMPLES = settings(
     max_examples=int(os.environ.get("EXAMPLES", "5")), deadline=None, derandomize=True
@@ -137,12 +140,25 @@ def views(name: str) -> None:
     compare(name, call)
 
 
+def turns(name: str) -> None:
+    """Queries and keys normed and rotated on the way: few, many, and both together."""
+    paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
+    paged.many_tile = paged.ManyTile(rows=32, block=16)
+    for sequences in ([(1, 30), (2, 31)], [(40, 60)], [(18, 18), (1, 40)]):
+        for width, norms in ((16, True), (24, True), (16, False)):
+            call = calls.make(sequences, width=width, group=3, padding=1, page_size=16)
+            tokens = len(call["query_THC"])
+            angles = torch.randn(tokens, width // 2).repeat(1, 2)
+            weights = (1 + torch.randn(2, width) / 4).unbind() if norms else (None, None)
+            turn = Turn(angles.cos(), angles.sin(), *weights, 1e-6, 1e-2)
+            compare(name, call, turn=turn)
+
+
 def main() -> None:
     """Case names from the command line; one JSON object."""
     for name in sys.argv[1:]:
-        {"few": few, "few16": few, "many": many, "many16": many, "fp8": fp8, "views": views}[name](
-            name
-        )
+        base = name.removesuffix("16")
+        {"few": few, "many": many, "fp8": fp8, "views": views, "turns": turns}[base](name)
     print(json.dumps(WORST))
 
 

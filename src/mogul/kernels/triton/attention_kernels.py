@@ -135,20 +135,43 @@ def to_page(x, scale_ptr, n, dtype: tl.constexpr, FP8: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def turned(
+    x_ptr, at, token, keep, c, cos_ptr, sin_ptr, norm_ptr,
+    C: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Rows [R, C] at offsets `at`, normed and rotated to their tokens' positions, in fp32."""
+    is_left = c < C // 2
+    partner = tl.where(is_left, c + C // 2, c - C // 2)
+    x = tl.load(x_ptr + at[:, None] + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + at[:, None] + partner[None, :], mask=keep, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
+        x *= scale * tl.load(norm_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        y *= scale * tl.load(norm_ptr + partner, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    angle = token[:, None] * C + c[None, :]
+    cos = tl.load(cos_ptr + angle, mask=keep, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=keep, other=0.0).to(tl.float32)
+    return x * cos + tl.where(is_left[None, :], -y, y) * sin
+
+
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def attend_few(
     q_ptr, key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, tables_ptr, starts_ptr,
-    lengths_ptr, key_scale_ptr, value_scale_ptr, acc_ptr, stat_ptr, num_seqs, table_stride,
+    lengths_ptr, key_scale_ptr, value_scale_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, acc_ptr,
+    stat_ptr, num_seqs, table_stride,
     S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C_POW2: tl.constexpr,
     Z: tl.constexpr, MAX_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr,
     WORKERS: tl.constexpr, MIN_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
     FP8: tl.constexpr, Q_T: tl.constexpr, Q_H: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr,
     V_T: tl.constexpr, V_N: tl.constexpr, WRITE: tl.constexpr, STAGES: tl.constexpr,
+    TURN: tl.constexpr, NORM: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Worker `program_id(0)` of key head `program_id(1)`: partial sums of the blocks it owns.
 
-    The owner of a new token's position also writes its key and value into the page.
+    The owner of a new token's position also writes its key and value into the page. With TURN
+    queries and new keys come as their products left them.
     """
     if PDL:
         gdc_wait()
@@ -183,7 +206,16 @@ def attend_few(
                 mine = (pos_i >= low * BLOCK_L) & (pos_i < high * BLOCK_L) & (slot >= 0)
                 keep = mine & (c < C)
                 to = slot * (N * C) + n * C + c
-                k_new = tl.load(key_ptr + token * K_T + n * K_N + c, mask=keep, other=0.0)
+                if TURN:
+                    row = token + tl.zeros((1,), tl.int64)
+                    k_new = tl.sum(
+                        turned(
+                            key_ptr, row * K_T + n * K_N, row, keep[None, :], c, cos_ptr, sin_ptr,
+                            k_norm_ptr, C, K_EPS, NORM,
+                        ), 0,
+                    ).to(key_ptr.dtype.element_ty)  # fmt: skip
+                else:
+                    k_new = tl.load(key_ptr + token * K_T + n * K_N + c, mask=keep, other=0.0)
                 v_new = tl.load(value_ptr + token * V_T + n * V_N + c, mask=keep, other=0.0)
                 k_new = to_page(k_new, key_scale_ptr, n, key_cache_ptr.dtype.element_ty, FP8)
                 v_new = to_page(v_new, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
@@ -193,9 +225,14 @@ def attend_few(
         i = r // G
         live = (i < queries) & (r < G * MAX_Q)
         q_at = (start + i).to(tl.int64) * Q_T + (n * G + r % G) * Q_H
-        q = tl.load(
-            q_ptr + q_at[:, None] + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0
-        )
+        q_keep = live[:, None] & (c < C)[None, :]
+        if TURN:
+            q = turned(
+                q_ptr, q_at, (start + i).to(tl.int64), q_keep, c, cos_ptr, sin_ptr, q_norm_ptr,
+                C, Q_EPS, NORM,
+            ).to(q_ptr.dtype.element_ty)  # fmt: skip
+        else:
+            q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=q_keep, other=0.0)
         at = new + i
         peak = tl.full((ROWS,), NEVER, tl.float32)
         norm = tl.zeros((ROWS,), tl.float32)
@@ -308,10 +345,11 @@ def merge_few(
 @triton.jit(do_not_specialize=["num_seqs"])
 def write_pages(
     key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, starts_ptr, key_scale_ptr,
-    value_scale_ptr, out_ptr, num_seqs,
-    N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    FP8: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
-    PDL: tl.constexpr,
+    value_scale_ptr, cos_ptr, sin_ptr, k_norm_ptr, out_ptr, num_seqs,
+    N: tl.constexpr, C: tl.constexpr, N_POW2: tl.constexpr, C_POW2: tl.constexpr, H: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, FP8: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr,
+    K_EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Key and value of one token into its slot; the output of a padding token becomes 0."""
     if PDL:
@@ -324,27 +362,34 @@ def write_pages(
         tl.store(out_ptr + t * (H * C) + o, zero, mask=o < H * C)
     else:
         slot = tl.load(slots_ptr + t)
-        x = tl.arange(0, BLOCK)
-        n = x // C
-        keep = (x < N * C) & (slot >= 0)
-        k = tl.load(key_ptr + t * K_T + n * K_N + x % C, mask=keep, other=0.0)
-        v = tl.load(value_ptr + t * V_T + n * V_N + x % C, mask=keep, other=0.0)
-        n = tl.where(keep, n, 0)
+        n = tl.arange(0, N_POW2)
+        c = tl.arange(0, C_POW2)
+        keep = (n < N)[:, None] & (c < C)[None, :] & (slot >= 0)
+        if TURN:
+            k = turned(
+                key_ptr, t * K_T + n * K_N, t + n * 0, keep, c, cos_ptr, sin_ptr, k_norm_ptr,
+                C, K_EPS, NORM,
+            ).to(key_ptr.dtype.element_ty)  # fmt: skip
+        else:
+            k = tl.load(key_ptr + t * K_T + (n * K_N)[:, None] + c[None, :], mask=keep, other=0.0)
+        v = tl.load(value_ptr + t * V_T + (n * V_N)[:, None] + c[None, :], mask=keep, other=0.0)
+        to = slot * (N * C) + (n * C)[:, None] + c[None, :]
+        n = tl.minimum(n, N - 1)[:, None]
         k = to_page(k, key_scale_ptr, n, key_cache_ptr.dtype.element_ty, FP8)
         v = to_page(v, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
-        tl.store(key_cache_ptr + slot * (N * C) + x, k, mask=keep)
-        tl.store(value_cache_ptr + slot * (N * C) + x, v, mask=keep)
+        tl.store(key_cache_ptr + to, k, mask=keep)
+        tl.store(value_cache_ptr + to, v, mask=keep)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def attend_many(
     q_ptr, key_cache_ptr, value_cache_ptr, out_ptr, tables_ptr, starts_ptr, lengths_ptr, sinks_ptr,
-    key_scale_ptr, value_scale_ptr, num_seqs, table_stride,
+    key_scale_ptr, value_scale_ptr, cos_ptr, sin_ptr, q_norm_ptr, num_seqs, table_stride,
     S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C_POW2: tl.constexpr,
     Z: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_L: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SINKS: tl.constexpr,
     FP8: tl.constexpr, Q_T: tl.constexpr, Q_H: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    TURN: tl.constexpr, NORM: tl.constexpr, Q_EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_Q queries times G heads, of a sequence with more than FEW queries."""
     if PDL:
@@ -370,7 +415,13 @@ def attend_many(
         row = (start + i).to(tl.int64)
         head = n * G + r % G
         keep = live[:, None] & (c < C)[None, :]
-        q = tl.load(q_ptr + (row * Q_T + head * Q_H)[:, None] + c[None, :], mask=keep, other=0.0)
+        q_at = row * Q_T + head * Q_H
+        if TURN:
+            q = turned(
+                q_ptr, q_at, row, keep, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM
+            ).to(q_ptr.dtype.element_ty)  # fmt: skip
+        else:
+            q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=keep, other=0.0)
         factor = SCALE * LOG2E
         if FP8:  # as in `attend_few`: e4m3 becomes fp16 in one instruction, bf16 in three
             q = (q.to(tl.float32) * factor).to(tl.float16)

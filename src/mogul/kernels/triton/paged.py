@@ -17,7 +17,8 @@ from torch import Tensor
 from mogul.core.errors import BackendError
 from mogul.kernels.reference.attention import FP8
 from mogul.kernels.triton import attention_kernels as kernels
-from mogul.kernels.triton.launch import INTERPRETED, Launch, cdiv, next_power_of_2
+from mogul.kernels.triton.launch import INTERPRETED, Launch, aligned, cdiv, next_power_of_2
+from mogul.kernels.turn import Turn
 
 FEW_ROWS = 64
 FEW_QUERIES = 16
@@ -74,7 +75,10 @@ class Call:
     strides: tuple[int, ...]
     """Token and head strides of query, key, value."""
 
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    turns: bool
+    norms: bool
+    eps: tuple[float, float]
     pdl: bool
 
     @property
@@ -96,13 +100,18 @@ class Call:
             "WINDOW": self.window,
         }
 
-    def query_strides(self) -> dict[str, int]:
-        """Strides of the queries."""
-        return dict(zip(("Q_T", "Q_H"), self.strides, strict=False))
+    def of_queries(self) -> dict[str, Any]:
+        """Strides of the queries, and what is done to them."""
+        strides = dict(zip(("Q_T", "Q_H"), self.strides, strict=False))
+        return {**strides, **self._turn(), "Q_EPS": self.eps[0]}
 
-    def new_strides(self) -> dict[str, int]:
-        """Strides of new keys and values."""
-        return dict(zip(("K_T", "K_N", "V_T", "V_N"), self.strides[2:], strict=True))
+    def of_new(self) -> dict[str, Any]:
+        """Strides of new keys and values, and what is done to the keys."""
+        strides = dict(zip(("K_T", "K_N", "V_T", "V_N"), self.strides[2:], strict=True))
+        return {**strides, **self._turn(), "K_EPS": self.eps[1]}
+
+    def _turn(self) -> dict[str, bool]:
+        return {"TURN": self.turns, "NORM": self.norms}
 
 
 @cache
@@ -131,8 +140,8 @@ def _few(call: Call, max_queries: int, writes: bool, tile: FewTile) -> tuple[Lau
     }
     constants = {
         **shared,
-        **call.query_strides(),
-        **call.new_strides(),
+        **call.of_queries(),
+        **call.of_new(),
         "Z": call.page_size,
         "ROWS": max(16, next_power_of_2(call.group * max_queries)),
         "SCALE": call.scaling,
@@ -154,14 +163,15 @@ def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, Launch, int]:
     queries = rows // call.group
     write = {
         **call.shape(),
-        **call.new_strides(),
-        "BLOCK": next_power_of_2(call.kv_heads * call.width),
+        **call.of_new(),
+        "N_POW2": next_power_of_2(call.kv_heads),
+        "C_POW2": call.width_pow2,
         "H": call.kv_heads * call.group,
         "BLOCK_OUT": next_power_of_2(call.kv_heads * call.group * call.width),
     }
     constants = {
         **call.sizes(),
-        **call.query_strides(),
+        **call.of_queries(),
         "Z": call.page_size,
         "FEW": few,
         "BLOCK_Q": queries,
@@ -223,6 +233,7 @@ def paged_attention_triton(
     sinks: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """See `mogul.kernels.paged_attention`. Waits for nothing; can be captured."""
     query, key, value = _rows(query_THC), _rows(key_TNC), _rows(value_TNC)
@@ -245,19 +256,38 @@ def paged_attention_triton(
         is_fp8=is_fp8,
         has_sinks=sinks is not None,
         strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
-        dtypes=(query.dtype, key_cache.dtype, sinks.dtype if sinks is not None else query.dtype),
+        dtypes=_dtypes(query, key_cache, sinks, *(turn or ())[:4]),
+        turns=turn is not None,
+        norms=turn is not None and turn.query_norm is not None,
+        eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
         pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
     )
     scales = (_scales(key_scale, call, query), _scales(value_scale, call, query))
     pages = (key_cache, value_cache)
     where = (slots_T, tables_SB, query_starts, lengths_S)
+    turns = _turn_tensors(turn, query)
     most = most_few(call.group)
     if max_query_len > most:
-        _run_many(call, most, (query, key, value), pages, where, scales, sinks, out)
+        _run_many(call, most, (query, key, value), pages, where, scales, turns, sinks, out)
     queries = min(max_query_len, most)
     writes = max_query_len <= most
-    _run_few(call, queries, writes, (query, key, value), pages, where, scales, sinks, out)
+    _run_few(call, queries, writes, (query, key, value), pages, where, scales, turns, sinks, out)
     return out
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+Turns = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Cosines, sines, weights of the queries' and keys' norms."""
+
+
+def _turn_tensors(turn: Turn | None, like: Tensor) -> Turns:
+    """Contiguous; anything stands for what is not read."""
+    some = (None,) * 4 if turn is None else turn[:4]
+    cos, sin, query_norm, key_norm = (like if x is None else aligned(x) for x in some)
+    return cos, sin, query_norm, key_norm
 
 
 def _scales(scale: Tensor | None, call: Call, like: Tensor) -> Tensor:
@@ -273,6 +303,7 @@ def _run_few(
     pages: tuple[Tensor, Tensor],
     where: tuple[Tensor, Tensor, Tensor, Tensor],
     scales: tuple[Tensor, Tensor],
+    turns: Turns,
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -284,7 +315,7 @@ def _run_few(
     stat = torch.empty(parts, 2, dtype=torch.float32, device=out.device)
     attend(
         (workers, call.kv_heads), call.device, *new, *pages, slots, tables, starts, lengths,
-        *scales, acc, stat, num_seqs, tables.stride(0),
+        *scales, *turns, acc, stat, num_seqs, tables.stride(0),
     )  # fmt: skip
     spots = num_seqs * max_queries
     merge(
@@ -301,6 +332,7 @@ def _run_many(
     pages: tuple[Tensor, Tensor],
     where: tuple[Tensor, Tensor, Tensor, Tensor],
     scales: tuple[Tensor, Tensor],
+    turns: Turns,
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -308,9 +340,12 @@ def _run_many(
     slots, tables, starts, lengths = where
     query, key, value = new
     num_seqs = len(lengths)
-    write((len(out), 1), call.device, key, value, *pages, slots, starts, *scales, out, num_seqs)
+    write(
+        (len(out), 1), call.device, key, value, *pages, slots, starts, *scales, *turns[:2],
+        turns[3], out, num_seqs,
+    )  # fmt: skip
     tiles = cdiv(len(out), queries) + num_seqs
     attend(
         (call.kv_heads, tiles), call.device, query, *pages, out, tables, starts, lengths,
-        out if sinks is None else sinks, *scales, num_seqs, tables.stride(0),
+        out if sinks is None else sinks, *scales, *turns[:3], num_seqs, tables.stride(0),
     )  # fmt: skip
