@@ -370,8 +370,8 @@ def units_of(options: argparse.Namespace) -> list[Any]:
     return found
 
 
-def write(folder: Path) -> None:
-    """The page and the ledger, from the rows."""
+def write(folder: Path, earlier: int) -> None:
+    """The page and the ledger, from the rows of this run: without the `earlier` ones."""
     from mogul.bench import ledger
     from mogul.bench.devices_report import (
         busiest_chart,
@@ -387,7 +387,7 @@ def write(folder: Path) -> None:
     from mogul.draw.png import save_png
 
     parts: dict[str, list[dict[str, Any]]] = {}
-    for row in read_rows(folder):
+    for row in read_rows(folder)[earlier:]:
         if "failed" not in row:
             parts.setdefault(row.pop("part"), []).append(row)
     device = parts.get("device", [{"device": "unknown"}])[0]["device"]
@@ -444,15 +444,16 @@ def main() -> None:
     options = parsed()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / WARM).unlink(missing_ok=True)  # of another run in this folder
-    from mogul.bench.devices_units import run_units
+    from mogul.bench.devices_units import read_rows, run_units
 
+    earlier = len(read_rows(options.out))  # of another run in this folder
     workers = start_warming(options)
     waiter = threading.Thread(target=end_warming, args=(workers, options.out))
     waiter.start()
     units = units_of(options)
     run_units(units, options.ranks, options.out, options.seconds, on_cpu=options.cpu)
     say("measured")
-    write(options.out)
+    write(options.out, earlier)
     waiter.join()
     say("written")
 
