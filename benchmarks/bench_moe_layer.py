@@ -295,9 +295,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     names = args.shapes.split(",")
-    precompile(
-        [(n, t) for n in names for t in args.tokens], [(n, t) for n in names for t in args.train]
-    )
+    if "mogul" in variants(args):
+        forward, train = (
+            [(n, t) for n in names for t in sizes] for sizes in (args.tokens, args.train)
+        )
+        precompile(forward, train)
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     rows: list[dict[str, Any]] = []
     for name in names:

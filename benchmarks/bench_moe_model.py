@@ -273,7 +273,7 @@ def run_cell(
     model = make_model(args.layers).train(kind == "training")
     if compiled:
         for layer in model.model.layers:
-            layer.compile(fullgraph=True)
+            layer.compile(fullgraph="sonicmoe" not in names)  # which breaks the graph
         model.loss_function = torch.compile(model.loss_function)
     ids = torch.randint(model.config.vocab_size, shape, device="cuda")
     case = f"Qwen3-30B-A3B {args.layers} layers {kind} {ids.numel()}"

@@ -1,7 +1,8 @@
 """SonicMoE's layer (sonic-moe on quack-kernels and nvidia-cutlass-dsl), given ids and weights.
 
 Its own sort and its own autograd functions for the two projections; gate and up rows interleaved,
-as it likes them best. Its tuner searches 2x1 clusters only (all that its gathered products allow).
+as it likes them best. Its tuner chooses among TILES in 2x1 clusters (all that its gathered products
+allow): every tile of every product takes seconds to compile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from common import Case
 from torch import Tensor
 
+TILES = {(128, 128, True), (128, 192, True), (128, 256, False), (256, 128, False)}
+"""Rows, columns, and whether two groups of warps take turns."""
 TUNED = ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned")
 
 
@@ -66,9 +69,11 @@ def run(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) 
 @torch.compiler.disable
 def experts_forward(self: Any, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """An experts implementation for Transformers' modules: random weights count as interleaved."""
-    return run(hidden_states, ids, weights, self.gate_up_proj, self.down_proj)
+    return run(hidden_states, ids, weights.float(), self.gate_up_proj, self.down_proj)
 
 
 def _wanted(config: Any) -> bool:
-    hopper = config.device_capacity == 9 and not config.is_dynamic_persistent
-    return hopper and (config.cluster_m, config.cluster_n) == (2, 1) and not config.swap_ab
+    if config.device_capacity != 9 or config.is_dynamic_persistent or config.swap_ab:
+        return False
+    tile = (config.tile_m, config.tile_n, config.pingpong)
+    return (config.cluster_m, config.cluster_n) == (2, 1) and tile in TILES
