@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mogul.kernels import side_by_side
+from mogul.kernels import moe_forward, side_by_side
 
 
 def parts(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,3 +45,30 @@ def test_a_captured_pair_follows_its_input(tokens: int) -> None:
         x.copy_(other)
         graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(given, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [8, 1024])
+def test_routed_experts_beside_a_shared_one_are_the_same_captured_or_not(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    gate_up, down = torch.randn(8, 512, 256, **options) / 16, torch.randn(8, 256, 256, **options)
+    weights, ids = torch.rand(tokens, 8, device="cuda").topk(2, -1)
+    shared = torch.randn(256, 256, **options)
+
+    def layer(x: Tensor) -> Tensor:
+        routed, beside = side_by_side(
+            lambda: moe_forward(x, gate_up, down, ids, weights), lambda: x @ shared, x
+        )
+        return routed + beside
+
+    x, other = (torch.randn(tokens, 256, **options) for _ in range(2))
+    with torch.no_grad():
+        want = moe_forward(other, gate_up, down, ids, weights) + other @ shared
+        assert all(torch.equal(layer(other), want) for _ in range(3))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        x.copy_(other)
+        graph.replay()
+    assert torch.equal(out, want)

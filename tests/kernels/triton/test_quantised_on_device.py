@@ -62,3 +62,19 @@ def test_routing_counts_what_it_picks(spec: RouterSpec, tokens: int) -> None:
     assert float((weights - want)[same].abs().max()) <= 1e-6
     assert torch.equal(count, torch.bincount(ids.flatten(), minlength=spec.num_experts).int())
     assert torch.equal(offset[1:], count.cumsum(0).int())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [RouterSpec(64, 8, num_groups=8), RouterSpec(256, 8, num_groups=8, limit_groups=4)],
+    ids=["one a group", "limited groups"],
+)
+def test_picks_are_experts_where_logits_are_no_number(spec: RouterSpec) -> None:
+    logits = torch.randn(300, spec.num_experts, device="cuda")
+    logits[1] = float("nan")
+    logits[5, 3:9] = float("nan")
+    ids = route_counted(logits, spec)[0]
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) < spec.num_experts
+    clean = logits.isfinite().all(1)
+    assert torch.equal(ids[clean], route_reference(logits, spec, None, None)[0][clean])
