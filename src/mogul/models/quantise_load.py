@@ -24,6 +24,7 @@ from mogul.core.log import progress
 from mogul.kernels import ExpertFormat, expert_format
 from mogul.kernels.quant_format import FORMATS
 from mogul.models.check_tensors import check_names
+from mogul.models.input_stats import InputStats
 from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
 from mogul.models.quantise import Importance, experts_modules, no_experts, quantise_module
 from mogul.models.quantise_linears import (
@@ -55,7 +56,7 @@ def load_quantised(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    importance: Mapping[str, Importance | Tensor] | None = None,
+    importance: InputStats | Mapping[str, Importance | Tensor] | None = None,
     linears: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint and quantise its experts, and its linear layers, on the way.
@@ -65,11 +66,13 @@ def load_quantised(
         format: of the experts: fp8, int4-32, int4-64 or int4-128.
         dtype: of everything else; "auto" is as stored.
         device: where the model goes; each layer is quantised there. None is the CPU.
-        importance: from `expert_inputs`, and `linear_inputs`, of the unquantised model.
+        importance: from `read_stats` or `measure_stats` of the unquantised model, or a mapping
+            from `expert_inputs` and `linear_inputs`.
         linears: make linear layers of the decoder blocks fp8; a dense model then needs no experts.
 
     Raises:
-        ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name.
+        ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name; statistics
+            of another model.
         ConfigError: no experts, or an unknown format.
     """
     chosen, folder = expert_format(format), find_folder(path)
@@ -81,6 +84,9 @@ def load_quantised(
         found |= dict(linear_modules(skeleton))
     if not found:
         raise no_experts(skeleton)
+    if isinstance(importance, InputStats):
+        importance.check(found, f"the statistics for {folder}")
+        importance = importance.importance
     places = stored_tensors(folder)
     pieces = {name: _pieces(folder, skeleton, name, module) for name, module in found.items()}
     with _without(type(skeleton), list(found)):

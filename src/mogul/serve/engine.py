@@ -150,6 +150,7 @@ class Engine:
         experts: str = "mogul",
         load: Load = "checkpoint",
         quantise: str | None = None,
+        statistics: str | Path | None = None,
         speculator: Speculator | None = None,
         parallel: Parallel | None = None,
         **options: Any,
@@ -164,6 +165,7 @@ class Engine:
             load: "random" makes weights of the config's shape on the device instead.
             quantise: fp8 (experts and linear layers), fp8-experts, int4-32, -64 or -128 (experts):
                 each layer is quantised while it is loaded. None keeps the weights as they are.
+            statistics: file of `mogul calibrate`; None takes the one beside the weights, if any.
             speculator: guesses tokens that are verified together; None guesses nothing.
             parallel: spread the model over this many ranks, each of which makes the same calls.
             options: fields of `EngineOptions`.
@@ -180,6 +182,7 @@ class Engine:
             device=device or default_device(),
             experts=experts,
             quantise=quantise,
+            statistics=statistics,
         )
         tokenizer = open_tokenizer(path)
         scales = read_scales(path) if settled.kv_dtype == "fp8" and load == "checkpoint" else None

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.log import say
 from mogul.models import load_config, load_model, load_tokenizer
+from mogul.models.input_stats import FILE, InputStats, read_stats
 from mogul.models.load import find_folder
 from mogul.models.quantise_load import load_quantised, quantised_as_built, weight_format
 
@@ -29,6 +30,7 @@ def open_model(
     device: str,
     experts: str,
     quantise: str | None = None,
+    statistics: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint, or make a model of the shape of its `config.json` with random weights.
 
@@ -39,7 +41,17 @@ def open_model(
         device: where the model goes.
         experts: implementation of unquantised experts.
         quantise: a name of `quantise_load.WEIGHTS`; each layer is quantised while it is loaded.
+        statistics: of the inputs of what is quantised: a file or its folder; None takes the file
+            beside the checkpoint where there is one.
+
+    Raises:
+        ArtifactError: a damaged checkpoint, or statistics of another one.
+        ConfigError: an unknown format, or statistics that nothing needs.
     """
+    if statistics is not None and (quantise is None or load == "random"):
+        raise ConfigError(
+            "input statistics are for quantising a checkpoint", fix="name a format, or leave them"
+        )
     if load == "random":
         return random_model(path, dtype=dtype, device=device, experts=experts, quantise=quantise)
     if load != "checkpoint":
@@ -47,7 +59,22 @@ def open_model(
     if quantise is None:
         return load_model(path, dtype=dtype, experts=experts, device=device)
     chosen, linears = weight_format(quantise)
-    return load_quantised(path, chosen, dtype=dtype, device=device, linears=linears)
+    stats = _find_stats(path, statistics)
+    return load_quantised(
+        path, chosen, dtype=dtype, device=device, linears=linears, importance=stats
+    )
+
+
+def _find_stats(path: str | Path, statistics: str | Path | None) -> InputStats | None:
+    """The statistics that were named, or lie beside the checkpoint; a line says which."""
+    stats = read_stats(statistics or path, checkpoint=path)
+    if stats is not None:
+        say(f"rounding by the inputs of {stats.num_tokens:,} tokens")
+    elif statistics is not None:
+        raise ArtifactError(f"{statistics} holds no {FILE}", fix=f"mogul calibrate {path}")
+    else:
+        say(f"no {FILE} beside the checkpoint, rounding is coarser (mogul calibrate {path})")
+    return stats
 
 
 def random_model(
