@@ -35,21 +35,20 @@ class LocalExperts:
         y = self.run(x, ids, weights)
         return y if self.beside is None else y + self.beside(x)
 
-    def in_steps(self, x: Tensor, picks: int, tokens: int) -> Matrices | None:
-        """The weights, if `mogul.kernels.triton.steps` can run so many rows like x."""
+    def in_steps(self, x: Tensor, picks: int) -> Matrices | None:
+        """The weights, if `mogul.kernels.triton.steps` can run rows like x with so many picks."""
         found = self.matrices()
-        if found is None or torch.compiler.is_compiling():
+        if found is None or x.shape[0] == 0 or torch.compiler.is_compiling():
             return None
         gate_up, down = found
         if not x.dtype == gate_up.dtype == down.dtype or torch.is_autocast_enabled(x.device.type):
             return None
+        if not (gate_up.is_contiguous() and down.is_contiguous()):
+            return None
         facts = {"num_experts": down.shape[0], "hidden_size": x.shape[1]}
         width = down.shape[2]
-        if choose_backend(x.device, x.dtype, **facts, expert_width=width, top_k=picks) != "triton":
-            return None
-        from mogul.kernels.triton import steps
-
-        return found if steps.fits(x, gate_up, picks, tokens) else None
+        name = choose_backend(x.device, x.dtype, **facts, expert_width=width, top_k=picks)
+        return found if name == "triton" else None
 
 
 def local_experts(module: Any, beside: Callable[[Tensor], Tensor] | None = None) -> LocalExperts:
@@ -61,7 +60,7 @@ def matrices_of(module: Any) -> Matrices | None:
     """Both stacks of a module that runs on mogul's kernels as they like it best, else None."""
     if getattr(module.config, "_experts_implementation", None) != implementation.NAME:
         return None
-    if module.has_bias:
+    if module.has_bias or implementation._backend not in ("auto", "triton"):
         return None
     try:
         layout = implementation._layout(module)

@@ -74,7 +74,7 @@ class Static(Dispatcher):
         if len(parts) == 1 and isinstance(experts, LocalExperts):
             x, ids, weights = parts[0]
             share = len(range(ids.shape[1])[self.picks])
-            matrices = experts.in_steps(x, share, x.shape[0] * window.size)
+            matrices = experts.in_steps(x, share)
             if matrices is not None:
                 return self._in_steps(window, x, (ids, weights.float()), experts, matrices)
         aside = len(parts) > 1
@@ -111,8 +111,11 @@ class Static(Dispatcher):
         else:
             x_RD, ids_RK, weights_RK = window.gather((x, *picks), "tokens 0").end()
             taken = steps.take(ids_RK, weights_RK, self.picks, self.first, gate_up)
-        y = steps.products(taken, x_RD, gate_up, down)
         more = None if experts.beside is None else experts.beside(x_RD)
+        if taken.sort is None:
+            y_RD = steps.few(taken, x_RD, gate_up, down)
+            return window.scatter(y_RD if more is None else y_RD + more, "sums 0").end()[0]
+        y = steps.products(taken, x_RD, gate_up, down)
 
         def write(addresses: Tensor, own: Tensor) -> None:
             steps.push(taken, y, more, addresses, own, window.rank)

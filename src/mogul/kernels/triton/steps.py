@@ -23,20 +23,16 @@ _TAKEN = 1024
 
 @dataclass(frozen=True)
 class Picks:
-    """What is known of a call before its tokens: the picks of these experts, sorted."""
+    """What is known of a call before its tokens: the picks of these experts, sorted.
+
+    Very few picks are not: each then reads its expert on its own.
+    """
 
     layer: Layer
     plan: Plan
     ids: Tensor
     weights: Tensor
-    sort: Sorted
-
-
-def fits(x: Tensor, gate_up: Tensor, picks: int, tokens: int) -> bool:
-    """Whether so many tokens are worth a sort (few of them take two launches without one)."""
-    experts = gate_up.shape[0]
-    shape = _layer(x.dtype, gate_up, picks).shape
-    return tokens > 0 and experts > 0 and not shape.uses_few(tokens)
+    sort: Sorted | None
 
 
 def take(ids: Tensor, weights: Tensor, columns: slice, first: int, gate_up: Tensor) -> Picks:
@@ -55,12 +51,19 @@ def take(ids: Tensor, weights: Tensor, columns: slice, first: int, gate_up: Tens
         K=width, A=share, E=gate_up.shape[0], BLOCK=_TAKEN,
     )  # fmt: skip
     plan = plan_for(layer.shape, tokens)
-    return Picks(layer, plan, local, taken, layer.sort(local, plan.rows))
+    sort = None if layer.shape.uses_few(tokens) else layer.sort(local, plan.rows)
+    return Picks(layer, plan, local, taken, sort)
+
+
+def few(picks: Picks, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The weighted sums [T, D] of picks that are not sorted."""
+    return picks.layer.few(aligned(x), gate_up, down, picks.ids, picks.weights)
 
 
 def products(picks: Picks, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Each slot's output [T * A, D], not yet weighted."""
     layer, slots = picks.layer, picks.ids.numel()
+    assert picks.sort is not None
     x = aligned(x)
     act = x.new_empty((slots, layer.shape.inner))
     layer.up(picks.plan, x, gate_up, act, act, picks.sort, save=False)
