@@ -103,3 +103,39 @@ def test_an_unknown_format_is_refused(tiny, tmp_path):
         Engine.from_pretrained(tmp_path, quantise="fp4", device="cpu")
     with pytest.raises(ConfigError, match="no routed experts"):
         Engine.from_pretrained(tmp_path, quantise="int4-32", device="cpu")
+
+
+def test_an_engine_rounds_by_the_statistics_beside_the_checkpoint(tiny, tmp_path, capsys):
+    from mogul.models.input_stats import measure_stats, read_stats
+
+    twin = folder_of(tiny, "moge", tmp_path)
+    ids = [torch.tensor(tiny.prompts(40, 40)) for _ in range(2)]
+    opened = {"quantise": "fp8", "device": "cpu", **SMALL}
+    assert "rounding is coarser" in told_by(capsys, tmp_path, opened)
+    measure_stats(twin, ids, checkpoint=tmp_path).save(tmp_path)
+    stats = read_stats(tmp_path)
+    assert stats is not None
+    quantise_model(twin, "fp8", importance=stats.importance)  # type: ignore[arg-type]
+    quantise_linears(twin, stats.importance)  # type: ignore[arg-type]
+    engine = Engine.from_pretrained(tmp_path, **opened)
+    assert "rounding by the inputs of 160 tokens" in capsys.readouterr().err
+    check(engine, twin, tiny.prompts(5, 30))
+    for name, module in twin.named_modules():
+        if isinstance(module, PackedLinear):
+            packed = engine.runner.model.get_submodule(name)
+            assert torch.equal(packed.value.view(torch.uint8), module.value.view(torch.uint8))
+
+
+def told_by(capsys, path, opened) -> str:
+    Engine.from_pretrained(path, **opened).close()
+    return capsys.readouterr().err
+
+
+def test_statistics_that_nothing_needs_are_refused(tiny, tmp_path):
+    from mogul.core.errors import ArtifactError
+
+    folder_of(tiny, "moge", tmp_path)
+    with pytest.raises(ConfigError, match="are for quantising"):
+        Engine.from_pretrained(tmp_path, statistics=tmp_path, device="cpu")
+    with pytest.raises(ArtifactError, match=r"holds no input_stats"):
+        Engine.from_pretrained(tmp_path, statistics=tmp_path, quantise="fp8", device="cpu")
