@@ -315,7 +315,13 @@ def kernels(bench: Any, model: Any, request: Any) -> None:
         step()
         with Clock(bench.world.device).captured(step) as replay:
             replay()
-            bench.put("kernels", {"compiled": request.compiled, "found": kernels_of(replay)})
+            case = {
+                "layout": request.parallel.describe(),
+                "wire": request.wire or "collective",
+                "compiled": request.compiled,
+                "batch": 1,
+            }
+            bench.put("kernels", {**case, "found": kernels_of(replay)})
 
 
 def computing(bench: Any) -> None:
@@ -401,7 +407,7 @@ def write(folder: Path, earlier: int) -> None:
     if measured := [row for row in parts.get("layer", []) if row["model"] in facts]:
         save_png(gain_chart(measured, device), folder / "gain.png")
     rows += training_rows(parts.get("training", []), device)
-    rows += decode_rows(parts.get("decode", []), device)
+    rows += decode_rows(parts.get("decode", []), device, parts.get("kernels", []))
     if waits := parts.get("computing"):
         rows += busiest_rows(waits, device)
         save_png(busiest_chart(waits), folder / "devices.png")

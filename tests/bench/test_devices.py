@@ -151,3 +151,15 @@ def test_it_runs_on_processes_of_the_processor(tmp_path, capfd):
     page = (tmp_path / "devices.html").read_text()
     assert page.count("<rect") >= 4
     assert "grouped static" in capfd.readouterr().out
+
+
+def test_a_decode_row_tells_what_its_step_spends_time_in():
+    from mogul.bench.devices_report import decode_rows
+
+    step = {"layout": "tp2 ep2", "wire": "window", "compiled": False, "layers": 48, "context": 1024}
+    step |= {"step_s": 0.01, "floor_s": 0.004, "ratio": 2.5}
+    found = [["push_words", 96, 1e-4], ["push_words", 1, 2e-4], ["up_tokens", 48, 1e-3]]
+    profile = {"layout": "tp2 ep2", "wire": "window", "compiled": False, "batch": 1, "found": found}
+    one, many = decode_rows([step | {"batch": 1}, step | {"batch": 64}], "GPU", [profile])
+    assert one["kernels_us"] == {"push_words": 300.0, "up_tokens": 1000.0}
+    assert "kernels_us" not in many

@@ -201,8 +201,11 @@ def training_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
     return found
 
 
-def decode_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
-    """A ledger row for every decode step."""
+def decode_rows(
+    steps: Sequence[Row], device: str, profiles: Sequence[Row] = ()
+) -> list[dict[str, Any]]:
+    """A ledger row for every decode step, with what it spends its time in where that is known."""
+    spent = {_profiled(one): one["found"] for one in profiles}
     return [
         ledger.row(
             device,
@@ -215,9 +218,27 @@ def decode_rows(steps: Sequence[Row], device: str) -> list[dict[str, Any]]:
             floor=step["floor_s"],
             ratio=step["ratio"],
             detail=dict(step),
+            **(
+                {"kernels_us": _by_kernel(spent[_profiled(step)])}
+                if _profiled(step) in spent
+                else {}
+            ),
         )
         for step in steps
     ]
+
+
+def _profiled(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("layout", "wire", "compiled", "batch"))
+
+
+def _by_kernel(found: Sequence[Sequence[Any]]) -> dict[str, float]:
+    """Microseconds by name, kernels of one name together."""
+    total: dict[str, float] = {}
+    for name, _launches, seconds in found:
+        short = name[:60]
+        total[short] = round(total.get(short, 0.0) + seconds * 1e6, 1)
+    return total
 
 
 def _decode_case(step: Row) -> str:
