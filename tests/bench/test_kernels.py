@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mogul.bench import kernels
-from mogul.bench.kernels_peers import Forward, Layer
+from mogul.bench.kernels_layer import Forward, Layer
 from mogul.cli.main import main
 from mogul.core.errors import ConfigError
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from mogul.bench import ledger
 from mogul.bench.calibrate_timing import copy_bandwidth
-from mogul.bench.kernels_peers import Forward, Layer, variants
+from mogul.bench.kernels_layer import Forward, Layer
+from mogul.bench.kernels_peers import variants
 from mogul.core.errors import ConfigError
 from mogul.core.log import log
 from mogul.core.table import Table
@@ -158,7 +159,7 @@ def measure(request: Request) -> Result:
     device, dtype, token_counts = request.resolved()
     result = Result(request, device_name(device), dtype, measure_limits(device, DTYPES[dtype]))
     layer = Layer.random(request.shape, DTYPES[dtype], device)
-    forwards, result.absent = variants(layer, request.backend, request.quant)
+    forwards, result.absent = variants(layer, request.backend, request.quant, train=request.train)
     for tokens in token_counts:
         log.info(f"{request.shape.name}: {tokens} tokens")
         result.cells += _cells(request, layer, tokens, forwards, result.limits)

@@ -20,7 +20,7 @@ import torch
 
 from mogul.bench.calibrate_timing import seconds_of
 from mogul.bench.kernels import DTYPES, Request, device_name
-from mogul.bench.kernels_peers import Layer
+from mogul.bench.kernels_layer import Layer
 from mogul.core.errors import HardwareError
 from mogul.core.files import atomic_write
 from mogul.core.log import progress, say
