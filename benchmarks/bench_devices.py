@@ -199,7 +199,7 @@ def layer(bench: Any, name: str, tokens: int, options: argparse.Namespace) -> No
     from mogul.bench.kernels import LayerShape
 
     tiny = options.tiny
-    ways = ways_of(bench, options.ways)
+    ways = tuple(w for w in ways_of(bench, options.ways) if w.chunks <= options.chunks)
     request = Request(
         shape=LayerShape(*(TINY_SHAPES if tiny else SHAPES)[name]),
         tokens=(tokens,),
@@ -432,6 +432,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shapes", type=_words, default=())
     parser.add_argument("--tokens", type=_words, default=())
     parser.add_argument("--ways", type=_words, default=(), help="words of names of ways to keep")
+    parser.add_argument("--chunks", type=int, default=4, help="leave out ways of more chunks")
     parser.add_argument("--budget", type=float, default=0.04, help="seconds for one number")
     parser.add_argument("--draws", type=int, default=3, help="of every routing, averaged")
     parser.add_argument("--steps", type=_words, default=STEPS, help="training: alone, or by")
