@@ -25,18 +25,18 @@ current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 Heard = tuple["Launch", tuple[int, int], tuple[Any, ...]]
 """A launch, its grid and its arguments."""
-_listeners: dict[int, list[Heard]] = {}
-"""By thread: who hears of its launches."""
+_listeners: dict[int, tuple[list[Heard], bool]] = {}
+"""By thread: who hears of its launches, and whether they happen."""
 _KNOWN_LAUNCHER = "iiiKKppOOOOOO"
 """Format of what Triton's launchers take before a kernel's arguments: grid, stream, function,
 cooperative, dependent launch, two scratch memories, two records, two hooks."""
 
 
 @contextmanager
-def listening() -> Iterator[list[Heard]]:
-    """Every launch that this thread makes inside the block."""
+def listening(*, launch: bool = True) -> Iterator[list[Heard]]:
+    """Every launch that this thread makes, or with launch=False would make, inside the block."""
     heard: list[Heard] = []
-    _listeners[get_ident()] = heard
+    _listeners[get_ident()] = (heard, launch)
     try:
         yield heard
     finally:
@@ -83,8 +83,10 @@ class Launch:
 
     def __call__(self, grid: tuple[int, int], device: int, *args: Any) -> None:
         """Launch on the current stream of `device`; `args` are those before the constants."""
-        if _listeners and (heard := _listeners.get(get_ident())) is not None:
-            heard.append((self, grid, args))
+        if _listeners and (listener := _listeners.get(get_ident())) is not None:
+            listener[0].append((self, grid, args))
+            if not listener[1]:
+                return
         if self._run is None:
             self._first(grid, args)
             return
@@ -106,6 +108,15 @@ class Launch:
             compiled.run,
         )
         self._compiled = compiled
+
+    @property
+    def is_new(self) -> bool:
+        """Nothing is compiled yet."""
+        return self._run is None
+
+    def compiled(self, args: tuple[Any, ...]) -> Any:
+        """Triton's compiled kernel for arguments like these, or its promise; without a launch."""
+        return self.kernel.warmup(*args, grid=(1,), **self.constants, **self.options)
 
     def entry(self) -> Entry | None:
         """The launcher itself; None before the first call and where Triton's is another."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mogul.core.log import log
 from mogul.kernels.triton import row_kernels, token_kernels, weight_kernels
+from mogul.kernels.triton.ahead import compile_ahead
 from mogul.kernels.triton.launch import (
     INTERPRETED,
     Launch,
@@ -61,6 +62,8 @@ class Layer:
         self._launches: dict[Any, Launch] = {}
         self._plans: list[Plan] = []
         self._tapes: dict[Any, Tape | None] = {}
+        self.ready: dict[Any, Any] = {}
+        """Kinds of calls whose kernels are compiled (compile_ahead)."""
         self.sort = Sorter(shape.experts, device, pdl=pdl)
 
     def _launch(self, key: Any, plan: Plan | None, build: Callable[[], Launch]) -> Launch:
@@ -99,6 +102,7 @@ class Layer:
             return run(*inputs)
         if len(self._tapes) >= _MOST_TAPES:
             self._tapes.clear()
+        compile_ahead(self, inputs, train=False)
         out, self._tapes[key] = record(run, inputs)
         return out
 

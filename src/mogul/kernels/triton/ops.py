@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
+from mogul.kernels.triton.ahead import compile_ahead
 from mogul.kernels.triton.launch import aligned
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.sorting import sorted_size
@@ -84,7 +85,9 @@ def moe_train(
             ids.new_empty(0, dtype=torch.int32),
         )
     layer = _layer(x, down, ids, weights)
-    return layer.forward(aligned(x), gate_up, down, aligned(ids), aligned(weights), save=True)
+    inputs = (aligned(x), gate_up, down, aligned(ids), aligned(weights))
+    compile_ahead(layer, inputs, train=True)
+    return layer.forward(*inputs, save=True)
 
 
 @_on_its_device

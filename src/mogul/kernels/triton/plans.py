@@ -126,7 +126,9 @@ def rule(shape: Shape, tokens: int) -> Plan:
     return _with_backward(plan, shape)
 
 
+@cache
 def _with_backward(plan: Plan, shape: Shape) -> Plan:
+    """Equal plans are one object: launches are kept by it."""
     if plan.down_grad is not None:
         return plan
     if _hopper(shape) and plan.rows >= 128:
