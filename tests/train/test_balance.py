@@ -9,7 +9,13 @@ from mogul.core.errors import ConfigError
 from mogul.kernels import RouterSpec, route
 from mogul.models.balance_loss import balance_loss as models_balance_loss
 from mogul.train.balance import Balancer
-from mogul.train.balance_rules import BalanceSection, bias_step, spread_of, warmed
+from mogul.train.balance_rules import (
+    BalanceSection,
+    bias_step,
+    shift_to_mean,
+    spread_of,
+    warmed,
+)
 from mogul.train.objective import ChunkedLoss
 
 
@@ -149,11 +155,11 @@ def test_a_skipped_step_leaves_the_bias(tiny_model):
         assert all(r.e_score_correction_bias.any() for r in balancer.routers)
 
 
-def _settle(section, *, score="softmax", groups=4, steps=400, tokens=1024, width=1.0):
+def _settle(section, *, score="softmax", groups=4, steps=400, tokens=1024, width=1.0, skew=0.7):
     """MaxVio in groups before and after the rule worked on skewed scores (E = 64, K = 8)."""
     generator = torch.Generator().manual_seed(0)
-    skew = torch.randn(64, generator=generator) * 0.7
-    logits = (torch.randn(tokens, 64, generator=generator) + skew) * width
+    offset = torch.randn(64, generator=generator) * skew
+    logits = (torch.randn(tokens, 64, generator=generator) + offset) * width
     spec = RouterSpec(num_experts=64, top_k=8, num_groups=groups, score=score)
     spread = spread_of(logits, 64, score)
     bias, found = torch.zeros(64), []
@@ -162,15 +168,16 @@ def _settle(section, *, score="softmax", groups=4, steps=400, tokens=1024, width
         count = ids.flatten().bincount(minlength=64).float()
         pools = count.view(groups, -1)
         found.append((pools.max(1).values / pools.mean(1) - 1).max().item())
-        step_L = bias_step(
-            count[None], section, spread=spread[None], num_groups=groups, update=step
-        )
+        score_TE = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+        shift = shift_to_mean(score_TE + bias, ids, None, groups)
+        scale = {"spread": spread[None], "shift": shift[None]}
+        step_L = bias_step(count[None], section, **scale, num_groups=groups, update=step)
         bias += step_L[0]
     assert bias.view(groups, -1).sum(1).abs().max() < 1e-5  # the sum of a group stays
     return found
 
 
-@pytest.mark.parametrize("rule", ["sign", "proportional", "decay"])
+@pytest.mark.parametrize("rule", ["sign", "proportional", "decay", "quantile"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_every_rule_evens_the_groups_at_either_scale(rule, score):
     """One default rate must do for scores of mean 1/64 and of mean 1/2."""
@@ -179,7 +186,7 @@ def test_every_rule_evens_the_groups_at_either_scale(rule, score):
     assert found[-1] < 0.2, found[-1]
 
 
-@pytest.mark.parametrize("rule", ["proportional", "decay"])
+@pytest.mark.parametrize("rule", ["proportional", "decay", "quantile"])
 @pytest.mark.parametrize("width", [0.05, 0.3])
 def test_new_routers_do_not_swing(rule, width):
     """Scores that hardly differ: a step that is a share of their mean overshoots every time."""
@@ -187,14 +194,47 @@ def test_new_routers_do_not_swing(rule, width):
     assert max(found[-10:]) < 0.15, found[-10:]
 
 
-def test_processes_move_the_bias_alike(tiny_model):
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_shift_gives_the_mean_load(groups):
+    """Moving one expert's bias by its shift, the others staying, it is picked that often."""
+    generator = torch.Generator().manual_seed(1)
+    choice = torch.rand(640, 16, generator=generator, dtype=torch.float64)
+    choice += torch.rand(16, generator=generator, dtype=torch.float64)
+    spec = RouterSpec(num_experts=16, top_k=4, num_groups=groups, score="sigmoid")
+
+    def picks(scores):
+        return route(torch.logit(scores / 4), spec).ids
+
+    valid = torch.arange(640) < 480
+    for mask, mean_load in ((None, 160), (valid, 120)):
+        shift = shift_to_mean(choice, picks(choice), mask, groups)
+        seen = slice(None) if mask is None else mask
+        for expert in range(16):
+            moved = choice.clone()
+            moved[:, expert] += shift[expert] + 1e-9
+            assert (picks(moved)[seen] == expert).sum() == mean_load, expert
+
+
+def test_one_sided_routers_are_evened_by_the_quantile_rule():
+    """All tokens prefer the same experts by far: shares of the spread hardly move them."""
+    after = {}
+    for rule in ("proportional", "quantile"):
+        found = _settle(BalanceSection(bias=rule), groups=1, steps=40, skew=3.0)
+        after[rule] = found[-1]
+    assert found[0] > 6.0
+    assert after["quantile"] < 0.1 < 6.0 < after["proportional"], after
+
+
+@pytest.mark.parametrize("rule", ["proportional", "quantile"])
+def test_processes_move_the_bias_alike(tiny_model, rule):
     """Every process sees other tokens, but counts and the scale of the step are everyone's."""
     seen = []
     for seed in (0, 1):
-        with Balancer(tiny_model(), BalanceSection(loss="none", bias="sign")) as one:
+        with Balancer(tiny_model(), BalanceSection(loss="none", bias=rule)) as one:
             torch.manual_seed(seed)
             ChunkedLoss()(one.model, torch.randint(0, 50, (2, 16)))
-            sums = torch.stack((one.losses[:, 2], torch.ones_like(one.losses[:, 2])))
+            spread = one.losses[:, 2:]
+            sums = torch.cat((torch.ones_like(spread), spread, one.shift), dim=1)
             seen.append((one.count.clone(), sums))
     biases = []
     for seed in (0, 1):
@@ -202,7 +242,7 @@ def test_processes_move_the_bias_alike(tiny_model):
         def reduce(mine, other=seen[1 - seed]):
             mine += other[0] if mine.shape == other[0].shape else other[1]
 
-        section = BalanceSection(loss="none", bias="proportional")
+        section = BalanceSection(loss="none", bias=rule)
         with Balancer(tiny_model(), section, reduce=reduce) as balancer:
             torch.manual_seed(seed)
             ChunkedLoss()(balancer.model, torch.randint(0, 50, (2, 16)))

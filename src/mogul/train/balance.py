@@ -21,7 +21,7 @@ from mogul.train.balance_rules import BalanceSection, bias_step
 from mogul.train.routers import RouterRules, trained_class
 
 SAMPLE_TOKENS = 256
-BUFFERS = ("count", "losses", "gate", "alpha", "sample")
+BUFFERS = ("count", "losses", "shift", "gate", "alpha", "sample")
 
 
 class Balancer:
@@ -81,6 +81,7 @@ class Balancer:
         layers, experts = len(self.routers), grouping.num_experts
         self.count = torch.zeros(layers, experts, device=device)
         self.losses = torch.zeros(layers, 3, device=device)
+        self.shift = torch.zeros(layers, experts, device=device)
         self.gate = torch.zeros((), device=device)
         self.alpha = torch.zeros((), device=device)
         self.sample = torch.zeros(
@@ -175,28 +176,32 @@ class Balancer:
             self._vio += _max_vio(self.count)
             self._seen += self.losses / self._micro_batches_seen
         self._micro_batches_seen = 0
-        self.count.zero_()
-        self.losses.zero_()
+        for sums in (self.count, self.losses, self.shift):
+            sums.zero_()
 
     def _moves_bias(self) -> bool:
         if self.section.bias == "none":
             return False
         return self.num_steps is None or self.steps <= self.section.bias_until * self.num_steps
 
-    def _mean_spread(self) -> Tensor:
-        """Spread of each layer's scores, mean over the micro-batches of all processes."""
-        spread_L = self.losses[:, 2]
-        sums = torch.stack((spread_L, torch.full_like(spread_L, self._micro_batches_seen)))
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        """Spread [L] and shift [L, E], means over the micro-batches of all processes."""
+        spread_L1 = self.losses[:, 2:]
+        seen_L1 = torch.full_like(spread_L1, self._micro_batches_seen)
+        sums = torch.cat((seen_L1, spread_L1, self.shift), dim=1)
         if self._reduce is not None:
             self._reduce(sums)
-        return sums[0] / sums[1]
+        means = sums[:, 1:] / sums[:, :1]
+        return means[:, 0], means[:, 1:]
 
     def _move_bias(self) -> None:
         self.updates += 1
+        spread_L, shift_LE = self._scales()
         step = bias_step(
             self.count,
             self.section,
-            spread=self._mean_spread(),
+            spread=spread_L,
+            shift=shift_LE,
             num_groups=self.rules.num_groups,
             update=self.updates,
         )

@@ -5,6 +5,8 @@ score: 1 at balance. Counts never carry a gradient. The selection bias of the lo
 (arXiv 2408.15664) follows the missing load by steps that are shares of how much an expert's score
 differs between tokens: that is what a bias competes with. It is E times smaller for softmax than
 for sigmoid, and smaller still for routers that are new; a fixed step would swing there for ever.
+The rule `quantile` asks the tokens instead: how far would this bias have to move, all others
+staying, for its expert to have the mean load?
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from torch import Tensor
 
 from mogul.spec.base import Spec
 
-BiasRule = Literal["none", "sign", "proportional", "decay"]
-DEFAULT_RATES = {"sign": 0.03, "proportional": 0.1, "decay": 1.0}
+BiasRule = Literal["none", "sign", "proportional", "decay", "quantile"]
+DEFAULT_RATES = {"sign": 0.03, "proportional": 0.1, "decay": 1.0, "quantile": 0.3}
+SAMPLED = 4096
+"""Tokens of a micro-batch that the quantile rule looks at."""
 
 
 class BalanceSection(Spec):
@@ -37,14 +41,14 @@ class BalanceSection(Spec):
     """Compare experts with their group only (softmax within the group); False: the scores over
     all experts, as Pangu Pro MoE."""
 
-    bias: Literal["none", "sign", "proportional", "decay"] = "none"
-    """Loss-free rule: how the selection bias follows the loads after each step. A step is a share
-    of the spread of the scores: `sign` of the missing load, in proportion to it, or the same over
+    bias: BiasRule = "none"
+    """Loss-free rule: how the selection bias follows the loads after each step. `quantile`: by a
+    share of the way to the mean load, whatever the scores look like. The others step by a share of
+    the spread of the scores: `sign` of the missing load, in proportion to it, or the same over
     the root of the step number."""
 
     bias_rate: float | None = Field(default=None, gt=0)
-    """Step of the bias in spreads of the scores; None: 0.03 (sign), 0.1 (proportional),
-    1 (decay)."""
+    """That share; None: 0.3 (quantile), 0.03 (sign), 0.1 (proportional), 1 (decay)."""
 
     bias_until: float = Field(default=1.0, ge=0, le=1)
     """Share of the training after which the bias stays as it is."""
@@ -57,7 +61,7 @@ class BalanceSection(Spec):
 
     @property
     def rate(self) -> float:
-        """The step of the bias in spreads of the scores."""
+        """The share of the way, or of the spread of the scores, that one step of the bias goes."""
         return self.bias_rate or DEFAULT_RATES.get(self.bias, 0.0)
 
 
@@ -87,6 +91,38 @@ def spread_of(logits: Float[Tensor, "T C"], num_experts: int, kind: str) -> Floa
         score_TE = log_slope.exp()
     typical = logits_TE.std(0, correction=0).mean() * log_slope.mean().exp()
     return (score_TE.std(0, correction=0).mean() * typical).sqrt()
+
+
+def shift_to_mean(
+    choice: Float[Tensor, "T E"],
+    ids: Int[Tensor, "T K"],
+    valid: Tensor | None,
+    num_groups: int,
+) -> Float[Tensor, " E"]:
+    """How far each expert's selection score lies from the one that gives it the mean load.
+
+    `choice` are scores with their bias, `ids` the picks they led to, of the tokens that `valid`
+    [T] names (None: all). A token picks an expert once its score passes the best that was left out
+    or the worst that was picked; the shift is a quantile over tokens, the other experts staying as
+    they are. 0 where nothing can be said.
+    """
+    stride = max(1, len(ids) // SAMPLED)
+    choice_TE, ids = choice[::stride], ids[::stride]
+    num_experts = choice_TE.shape[1]
+    column_E = torch.arange(num_experts, device=ids.device)
+    is_picked_TE = (ids[:, :, None] == column_E).any(1)
+    choice_TMJ = choice_TE.unflatten(1, (num_groups, -1))
+    is_picked_TMJ = is_picked_TE.unflatten(1, (num_groups, -1))
+    left_out = choice_TMJ.masked_fill(is_picked_TMJ, float("-inf")).amax(-1, keepdim=True)
+    picked = choice_TMJ.masked_fill(~is_picked_TMJ, float("inf")).amin(-1, keepdim=True)
+    missing_TE = (torch.where(is_picked_TMJ, left_out, picked) - choice_TMJ).flatten(1)
+    count = torch.full((), float(len(ids)), device=ids.device)
+    if valid is not None:
+        missing_TE = missing_TE.masked_fill(~valid[::stride, None], float("inf"))
+        count = valid[::stride].sum()
+    mean_load = (count * (ids.shape[1] / num_experts)).round().long().clamp(1, len(ids))
+    shift_E = missing_TE.sort(0).values.index_select(0, mean_load.reshape(1) - 1)[0]
+    return shift_E.where(shift_E.isfinite(), 0.0)
 
 
 def _normal(logits: Tensor, kind: str) -> Tensor:
@@ -126,6 +162,7 @@ def bias_step(
     section: BalanceSection,
     *,
     spread: Float[Tensor, " L"],
+    shift: Float[Tensor, "L E"],
     num_groups: int,
     update: int,
 ) -> Float[Tensor, "L E"]:
@@ -133,6 +170,9 @@ def bias_step(
 
     Each expert is compared with its group; the sum over a group stays what it was.
     """
+    if section.bias == "quantile":
+        shift_LMJ = shift.unflatten(-1, (num_groups, -1))
+        return section.rate * (shift_LMJ - shift_LMJ.mean(-1, keepdim=True)).flatten(-2)
     load = count.to(spread.dtype).unflatten(-1, (num_groups, -1))
     mean = load.mean(-1, keepdim=True)
     lacking = (mean - load) / mean.clamp(min=1.0)

@@ -20,6 +20,7 @@ from mogul.train.balance_rules import (
     BalanceSection,
     balance_loss,
     scores_of,
+    shift_to_mean,
     spread_of,
     warmed,
     z_loss,
@@ -69,6 +70,8 @@ class TrainedRouter:
     """[E] picks of this step."""
     balance_losses: Tensor
     """[3] sums over micro-batches: auxiliary loss, z-loss, spread of the scores (for a bias)."""
+    balance_shift: Tensor
+    """[E] sum over micro-batches: how far each bias is from giving the mean load (quantile)."""
     balance_gate: Tensor
     balance_alpha: Tensor
     balance_sample: Tensor
@@ -115,7 +118,9 @@ class TrainedRouter:
         z = z_loss(logits, share)
         with torch.no_grad():
             spread = torch.zeros_like(z)
-            if section.bias != "none":
+            if section.bias == "quantile":
+                self.balance_shift.add_(self._shift(logits, ids) * self.balance_gate)
+            elif section.bias != "none":
                 spread = spread_of(logits, rules.num_experts, rules.score)
             seen = torch.stack([loss.detach(), z.detach(), spread])
             self.balance_losses.add_(seen * self.balance_gate)
@@ -123,6 +128,14 @@ class TrainedRouter:
             return weights
         pull = rules.loss_factor * loss + rules.z_factor * z
         return _Pull.apply(weights, pull, rules.share)  # pyright: ignore[reportReturnType]
+
+
+    def _shift(self, logits: Tensor, ids: Tensor) -> Tensor:
+        rules = self.balance_rules
+        bias: Tensor = self.e_score_correction_bias  # pyright: ignore[reportAttributeAccessIssue]
+        score = logits.softmax(-1) if rules.score == "softmax" else logits.sigmoid()
+        choice = (score[:, : rules.num_experts] + bias[: rules.num_experts]).detach()
+        return shift_to_mean(choice, ids, self.balance_valid, rules.num_groups)
 
 
 def _count(ids: Tensor, valid: Tensor | None, rules: RouterRules, parts: int) -> Tensor:
