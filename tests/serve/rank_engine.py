@@ -15,16 +15,23 @@ SIZES = {
 }  # fmt: skip
 
 
-def answers(world: Any, layout: dict[str, int] | None) -> Any:
-    """Greedy and sampled answers of an engine over the ranks of `layout`, or over none."""
+def make_model() -> Any:
+    """The same weights on every rank."""
     from mogul.models import MogeConfig, MogeForCausalLM
-    from mogul.serve import Engine, SamplingParams
-    from mogul.serve.options import EngineOptions
-    from mogul.spec.parallel import Parallel
 
     torch.manual_seed(0)
     model = MogeForCausalLM(MogeConfig(**SIZES)).eval()
     model.config._experts_implementation = "mogul"
+    return model
+
+
+def answers(world: Any, layout: dict[str, int] | None) -> Any:
+    """Greedy and sampled answers of an engine over the ranks of `layout`, or over none."""
+    from mogul.serve import Engine, SamplingParams
+    from mogul.serve.options import EngineOptions
+    from mogul.spec.parallel import Parallel
+
+    model = make_model()
     small = EngineOptions(max_sequences=4, step_tokens=24, cache_tokens=120, page_size=4)
     parallel = Parallel(**layout) if layout else None
     engine = Engine(model, None, small, parallel=parallel)
@@ -38,5 +45,35 @@ def answers(world: Any, layout: dict[str, int] | None) -> Any:
     ):
         found += engine.generate(prompts, params)
     engine.check()
+    guessed = measured_guesses(layout, prompts) if layout else ([], [])
     told = [(one.token_ids, [x.logprob for x in one.logprobs or ()]) for one in found]
-    return told, engine.runner.token_bytes, engine.stats.num_preemptions
+    return told, engine.runner.token_bytes, engine.stats.num_preemptions, guessed
+
+
+def measured_guesses(layout: dict[str, int], prompts: list[list[int]]) -> tuple[list[int], Any]:
+    """Guesses that an adapting engine asked for on a rank whose clock goes as it likes."""
+    import time
+
+    import torch.distributed as dist
+
+    from mogul.serve import Engine, SamplingParams
+    from mogul.serve.options import EngineOptions
+    from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
+    from mogul.spec.parallel import Parallel
+
+    speculator = Speculator(NgramProposer(shortest=1), DraftLength(3))
+    options = EngineOptions(max_sequences=4, step_tokens=64, cache_tokens=400, page_size=4)
+    engine = Engine(make_model(), None, options, parallel=Parallel(**layout), speculator=speculator)
+    dice = torch.Generator().manual_seed(dist.get_rank())
+    launch, chosen = engine.steps.launch, []
+
+    def slowly(plan: Any) -> Any:
+        chosen.append(speculator.asked)
+        time.sleep(0.004 * float(torch.rand(1, generator=dice)) * (1 + dist.get_rank()))
+        return launch(plan)
+
+    engine.steps.launch = slowly  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=60, temperature=0)
+    found = engine.generate(prompts, params)
+    engine.check()
+    return chosen, [one.token_ids[:10] for one in found]

@@ -19,10 +19,13 @@ from rank_engine import answers
 
 
 def test_two_ranks_say_what_one_says():
-    alone, token_bytes, _ = answers(None, None)
+    alone, token_bytes, *_ = answers(None, None)
     ranks = launch(answers, 2, {"tp": 2, "ep": 2}, on_cpu=True, threads=1, timeout_s=200)
-    for told, share_bytes, preemptions in ranks:
+    for told, share_bytes, preemptions, (chosen, guessed) in ranks:
         assert told == ranks[0][0], "ranks draw alike, also from seeds nobody gave"
+        assert chosen == ranks[0][3][0], "ranks whose clocks differ ask for the same guesses"
+        assert {0, 1} <= set(chosen), "numbers of guesses were measured"
+        assert guessed == [ids for ids, _ in told[:4]], "and no token changes"
         assert share_bytes == token_bytes // 2, "each keeps the pages of its own heads"
         assert preemptions > 0, "the cache is too small for all, and ranks give way alike"
     for (ids, logprobs), (want, expected) in zip(ranks[0][0][:8], alone[:8], strict=True):
@@ -35,10 +38,5 @@ def test_what_is_no_single_engine_is_refused(tiny):
         Engine(tiny.model("moge"), parallel=Parallel(dp=2))
     with pytest.raises(ConfigError, match="needs as many processes"):
         Engine(tiny.model("moge"), parallel=Parallel(tp=2))
-    for name, fixed, words in (
-        ("ngram", False, "different numbers of guesses"),
-        ("mtp", True, "multi-token-prediction layer cannot guess"),
-    ):
-        speculator = make_speculator(name, fixed=fixed)
-        with pytest.raises(ConfigError, match=words):
-            Engine(tiny.model("moge"), parallel=Parallel(tp=2), speculator=speculator)
+    with pytest.raises(ConfigError, match="multi-token-prediction layer cannot guess"):
+        Engine(tiny.model("moge"), parallel=Parallel(tp=2), speculator=make_speculator("mtp"))

@@ -8,6 +8,7 @@ the seed of seeds) is agreed on once. A step that fails on one rank ends the eng
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ def spread(model: Any, parallel: Parallel, speculator: Speculator | None = None)
     if any(isinstance(module, (PackedExperts, PackedLinear)) for module in model.modules()):
         raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
     lay_out(model, parallel, wire="auto")
+    if speculator is not None:
+        speculator.length.agree = agree_on_times(model.device)
 
 
 def _check_guesses(speculator: Speculator) -> None:
@@ -59,12 +62,17 @@ def _check_guesses(speculator: Speculator) -> None:
             "the multi-token-prediction layer cannot guess for a model cut over devices",
             fix="guess by n-gram or a draft model, or nothing",
         )
-    if not speculator.length.fixed:
-        raise ConfigError(
-            "ranks that time their steps would ask for different numbers of guesses and wait for "
-            "each other forever",
-            fix="guess a fixed number: make_speculator(..., fixed=True), or nothing",
-        )
+
+
+def agree_on_times(device: torch.device) -> Callable[[list[float]], list[float]]:
+    """The slowest rank's times, for choices that all ranks must make alike."""
+
+    def agree(seconds: list[float]) -> list[float]:
+        times = torch.tensor(seconds, dtype=torch.float64, device=device)
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+        return times.tolist()
+
+    return agree
 
 
 def settle_options(options: EngineOptions, device: torch.device) -> EngineOptions:

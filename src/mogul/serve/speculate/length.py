@@ -11,7 +11,7 @@ takes another time; what is measured again later may cost half a hundredth of th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -65,8 +65,10 @@ class _Bucket:
     """Step times of batches of one size (to a power of two), by number of guesses asked for."""
 
     times_s: dict[int, deque[float]] = field(default_factory=dict)
-    measured_s: dict[int, float] = field(default_factory=dict)
-    """Number of guesses -> time of this bucket when it was last measured."""
+    measured: dict[int, int] = field(default_factory=dict)
+    """Number of guesses -> steps of this bucket when it was last measured."""
+
+    num_steps: int = 0
 
     chosen: int = 0
     left: int = RUN
@@ -122,6 +124,9 @@ class DraftLength:
         self._accepted = [0] * most
         self._num_steps = self._num_tokens = 0
         self._buckets: dict[int, _Bucket] = {}
+        self.agree: Callable[[list[float]], list[float]] | None = None
+        """Turns this process's times into those of all ranks of an engine, which must choose alike;
+        asked before every choice."""
 
     def choose(self, batch: int) -> int:
         """Guesses a request in the next step of so many requests; asking changes nothing."""
@@ -143,16 +148,19 @@ class DraftLength:
         bucket = self._bucket(batch)
         bucket.spent_s += seconds
         bucket.times_s.setdefault(asked, deque(maxlen=self.memory)).append(seconds)
-        bucket.measured_s[asked] = bucket.spent_s
+        bucket.num_steps += 1
+        bucket.measured[asked] = bucket.num_steps
         if not bucket.left:
             bucket.until_thought -= 1
             if bucket.until_thought <= 0:
                 bucket.until_thought = PAUSE
+                self._agree_on(bucket)
                 bucket.chosen = self._best(bucket)
                 self._try_again(bucket)
         elif asked == bucket.chosen:
             bucket.left -= 1
             if bucket.left == 1:  # the first step of the run was never timed
+                self._agree_on(bucket)
                 self._end_run(bucket)
 
     def time_change(self, batch: int, seconds: float) -> None:
@@ -160,6 +168,18 @@ class DraftLength:
         bucket = self._bucket(batch)
         bucket.spent_s += seconds
         bucket.change_s = seconds
+
+    def _agree_on(self, bucket: _Bucket) -> None:
+        """Replace what this rank measured by what all ranks take it for."""
+        if self.agree is None:
+            return
+        counts = sorted(bucket.times_s)
+        typical_s = [typical(bucket.times_s, count) for count in counts]
+        *typical_s, bucket.spent_s, bucket.probed_s, bucket.change_s = self.agree(
+            [*typical_s, bucket.spent_s, bucket.probed_s, bucket.change_s]
+        )
+        for count, seconds in zip(counts, typical_s, strict=True):
+            bucket.times_s[count] = deque([seconds], maxlen=self.memory)
 
     def _end_run(self, bucket: _Bucket) -> None:
         """What to do after a run of one number: measure a longer one that may win, or settle."""
@@ -182,7 +202,7 @@ class DraftLength:
 
     def _try_again(self, bucket: _Bucket) -> None:
         """Measure the number measured longest ago, where that costs next to nothing."""
-        oldest = min(bucket.measured_s, key=lambda count: bucket.measured_s[count])
+        oldest = min(bucket.measured, key=lambda count: bucket.measured[count])
         if oldest == bucket.chosen:
             return
         speeds = self._speeds(bucket)
