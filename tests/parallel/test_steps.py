@@ -36,7 +36,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(_experts_implementation="mogul")
-        self.act_fn = nn.SiLU()
+        self.act_fn: nn.Module = nn.SiLU()
         self.gate_up_proj = nn.Parameter(torch.randn(2, 8, 4))
         self.down_proj = nn.Parameter(torch.randn(2, 4, 4))
 

@@ -45,9 +45,15 @@ class LocalExperts:
             return None
         if not (gate_up.is_contiguous() and down.is_contiguous()):
             return None
-        facts = {"num_experts": down.shape[0], "hidden_size": x.shape[1]}
-        width = down.shape[2]
-        name = choose_backend(x.device, x.dtype, **facts, expert_width=width, top_k=picks)
+        experts, hidden_size, expert_width = down.shape
+        name = choose_backend(
+            x.device,
+            x.dtype,
+            num_experts=experts,
+            hidden_size=hidden_size,
+            expert_width=expert_width,
+            top_k=picks,
+        )
         return found if name == "triton" else None
 
 
