@@ -1,7 +1,8 @@
 """Guesses of the model's own multi-token-prediction layer.
 
 The layer joins the model's last hidden state at a position with the token after it and says the
-token after that. Its keys and values lie in one more set of pages under the engine's page numbers.
+token after that. Its keys and values lie in one more set of pages under the engine's page numbers,
+in the model's own dtype: one layer is little, and so it needs no scales where the engine's are fp8.
 Hidden states come from the engine's own steps, through a hook on the final norm that copies them
 into a fixed buffer, so that captured steps leave them there too. Further guesses feed the layer its
 own output; positions it filled with guesses are filled again once their tokens are known.
@@ -82,7 +83,7 @@ class MtpProposer(Proposer):
         self._model, self._page_size = model, sizes.page_size
         shape, limits = runner.shapes[-1], sizes.largest_step
         size = (sizes.num_pages, sizes.page_size, shape.num_kv_heads, shape.width)
-        kind = {"dtype": runner.kv_dtype or shape.dtype, "device": runner.device}
+        kind = {"dtype": shape.dtype, "device": runner.device}
         self._cache = LayerCache(torch.zeros(size, **kind), torch.zeros(size, **kind))
         self._arena = Arena(limits, runner.device)
         self._limit = limits.tokens
