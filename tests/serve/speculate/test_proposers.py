@@ -222,3 +222,39 @@ def test_a_model_without_the_layer_is_refused() -> None:
 def test_large_drafts_are_warned_of(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     generate(model, KINDS[:1], DraftModelProposer(copy.deepcopy(model)))
     assert "it will seldom pay" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["propose", "observe", "follow"])
+@pytest.mark.parametrize("after", [1, 7])
+def test_a_guesser_that_breaks_is_given_up_and_no_request_ends(
+    model: Any,
+    plain: list[tuple[int, ...]],
+    monkeypatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+    after: int,
+) -> None:
+    proposer = MtpProposer(follow=True)
+    sound, calls = getattr(proposer, where), []
+
+    def breaks(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) >= after:
+            raise torch.OutOfMemoryError("no room to guess")
+        return sound(*given)
+
+    monkeypatch.setattr(proposer, where, breaks)
+    found, speculator = generate(model, KINDS, proposer)
+    assert found == plain
+    assert speculator is not None
+    assert speculator.has_failed
+    assert len(calls) == after, "it is never asked again"
+    assert caplog.text.count("guessing is given up: OutOfMemoryError: no room to guess") == 1
+
+
+def test_ranks_do_not_give_up_one_by_one(model: Any, monkeypatch) -> None:
+    speculator = Speculator(MtpProposer(), DraftLength(3, fixed=True))
+    speculator.length.agree = list
+    monkeypatch.setattr(speculator.proposer, "observe", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        speculator.observe([])

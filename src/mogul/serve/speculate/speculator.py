@@ -7,14 +7,18 @@ speculator.observe(entries)    while the results of a step lie on the device
 speculator.follow(ids)         when its tokens are drawn and on their way to the host
 speculator.learn(...)          when they are known
 speculator.timed(...)          when the step is over
+
+A guesser that fails is given up, with a line that says so, and no request ends by it: guesses may
+be wrong, so they may be missing too. Ranks of one engine cannot give up one by one: they end.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from mogul.core.log import log
 from mogul.serve.speculate.length import DraftLength, SpeculationStats
 from mogul.serve.speculate.proposer import Drafting, Proposer
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
     from mogul.serve.engine import Engine
     from mogul.serve.inputs import Entry
+
+T = TypeVar("T")
 
 
 class Guessed(Drafting, Protocol):
@@ -42,6 +48,9 @@ class Speculator:
         self.length = length
         self.asked = 0
         """Guesses a request that the step now planned or running asked for."""
+
+        self.has_failed = False
+        """Whether the proposer broke and nothing is guessed any more."""
 
         self._wanted: dict[int, int] = {}
         self._is_steady = False
@@ -64,7 +73,20 @@ class Speculator:
 
     def next_count(self, batch: int) -> int:
         """Guesses a request that the next step of so many requests asks for."""
-        return self.length.choose(batch) if batch else 0
+        return self.length.choose(batch) if batch and not self.has_failed else 0
+
+    def _try(self, call: Callable[[], T], otherwise: T) -> T:
+        """What the proposer says; where it breaks, it is never asked again."""
+        if self.has_failed:
+            return otherwise
+        try:
+            return call()
+        except Exception as error:  # whatever it is, the requests go on without guesses
+            if self.length.agree is not None:
+                raise
+            self.has_failed = True
+            log.warning(f"guessing is given up: {type(error).__name__}: {error}")
+            return otherwise
 
     def wish(self, requests: Sequence[Guessed]) -> None:
         """Set `drafts` of every decoding request: never past its last token."""
@@ -73,7 +95,7 @@ class Speculator:
         self._is_steady = self._is_steady and asked == self.asked
         self.asked = asked
         if not asked:
-            self.proposer.skip()
+            self._try(self.proposer.skip, None)
         else:
             for request in requests:
                 request.drafts = max(0, min(asked, request.output_tokens - request.emitted - 1))
@@ -88,7 +110,9 @@ class Speculator:
             request.draft_ids = []
         if not asked:
             return
-        guesses = self.proposer.propose(asked, [request.drafts for request in asked])
+        counts = [request.drafts for request in asked]
+        nothing: list[list[int]] = [[] for _ in asked]
+        guesses = self._try(lambda: self.proposer.propose(asked, counts), nothing)
         for request, ids in zip(asked, guesses, strict=True):
             request.draft_ids = ids[: request.drafts]
             request.drafts = len(request.draft_ids)
@@ -98,11 +122,12 @@ class Speculator:
         is_decode = all(entry.count == entry.draws for entry in entries)
         if is_decode and self.length.is_off(len(entries)):
             return
-        self.proposer.observe(entries, self.next_count(len(entries)) if is_decode else 0)
+        next_count = self.next_count(len(entries)) if is_decode else 0
+        self._try(lambda: self.proposer.observe(entries, next_count), None)
 
     def follow(self, ids_R: Tensor) -> None:
         """The tokens that a step drew, still on the device: guess on from them, if it can be."""
-        self.proposer.follow(ids_R)
+        self._try(lambda: self.proposer.follow(ids_R), None)
 
     def settle(self, requests: Sequence[Guessed]) -> None:
         """The step has landed: replace guesses that lay on the device by their token ids."""
