@@ -8,10 +8,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mogul.bench.kernels_tune import candidates, forced, plan_row, row_tiles, search, write
+from mogul.bench.kernels_tune import (
+    candidates,
+    forced,
+    plan_row,
+    row_tiles,
+    search,
+    search_few,
+    write,
+)
 from mogul.cli.main import main
 from mogul.kernels.triton import layer, plans
-from mogul.kernels.triton.plans import USER_PLANS, Plan, Shape, Tile, plan_for
+from mogul.kernels.triton.plans import USER_PLANS, Plan, Shape, Tile, few_plan, plan_for
 
 SHAPE = Shape(60, 4, 2048, 1408, capability=90)
 
@@ -23,8 +31,24 @@ def time_of(plan: Plan, tokens: int) -> float:
     return spent + 0.2 * (plan.down.n != 32) + 0.1 * (plan.down.stages != 4)
 
 
+class Clock:
+    """A timer that keeps which plans it was to prepare, and asks a function for their times."""
+
+    def __init__(self, seconds):
+        self.seconds, self.prepared = seconds, []
+
+    def __call__(self, plan, tokens):
+        return self.seconds(plan, tokens)
+
+    def prepare(self, plans, tokens):
+        self.prepared.append([*plans])
+
+
 def test_the_search_finds_the_best_of_both_products():
-    best = search(SHAPE, 300, time_of)
+    timer = Clock(time_of)
+    best = search(SHAPE, 300, timer)
+    assert len(timer.prepared) == 4  # two row tiles, up and down of each: compiled together
+    assert all(len(set(plans)) == len(plans) > 4 for plans in timer.prepared)
     assert best.rows == 32
     assert (best.up.n, best.up.k, best.up.swap) == (64, 128, True)
     assert (best.down.n, best.down.stages) == (32, 4)
@@ -33,7 +57,25 @@ def test_the_search_finds_the_best_of_both_products():
 
 def test_a_device_that_runs_no_candidate_keeps_the_rule():
     rule = plans.rule(SHAPE, 300)
-    assert search(SHAPE, 300, lambda plan, _: 1.0 if plan == rule else float("inf")) == rule
+    timer = Clock(lambda plan, _: 1.0 if plan == rule else float("inf"))
+    assert search(SHAPE, 300, timer) == rule
+
+
+def test_the_search_without_a_sort_varies_one_side_after_the_other(tmp_path, monkeypatch):
+    best = search_few(
+        SHAPE, 1, Clock(lambda plan, _: abs(plan.up_n - 2) + abs(plan.down_k - 1024) / 512)
+    )
+    assert (best.up_n, best.down_k) == (2, 1024)
+    write([plan_row(SHAPE, 1, best)], tmp_path, "H100")
+    monkeypatch.setenv(USER_PLANS, str(tmp_path / "plans.json"))
+    few_plan.cache_clear()
+    try:
+        assert few_plan(SHAPE) == best != plans.few_rule(SHAPE)
+    finally:
+        few_plan.cache_clear()
+    with forced(best):
+        assert layer.few_plan(SHAPE) is best
+    assert layer.few_plan is few_plan
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

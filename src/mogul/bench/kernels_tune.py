@@ -1,8 +1,9 @@
 """Find tile sizes for an experts layer on this GPU, and write them where kernels look.
 
 Decides the search: for each number of tokens and each row tile that suits it, the up product's
-tile with the rule's own down product, then the down product's; every candidate is a whole forward
-in a CUDA graph. `plans.json` is read again through MOGUL_PLANS; `vllm/` holds the same sizes as
+tile with the rule's own down product, then the down product's; of a few tokens the blocks of the
+sort-free path. Candidates compile in threads; each is timed as a whole forward in a CUDA graph.
+`plans.json` is read again through MOGUL_PLANS; `vllm/` holds the same sizes as
 vLLM's VLLM_TUNED_CONFIG_FOLDER names them, for its kernel of the same kind.
 """
 
@@ -10,11 +11,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,14 +26,24 @@ from mogul.core.errors import HardwareError
 from mogul.core.files import atomic_write
 from mogul.core.log import progress, say
 from mogul.kernels import moe_forward
-from mogul.kernels.triton.plans import USER_PLANS, Plan, Shape, Tile, rule
+from mogul.kernels.triton.plans import USER_PLANS, FewPlan, Plan, Shape, Tile, few_rule, rule
 
 SHARED_BYTES = 200_000
 """Shared memory that a candidate may fill; those that don't fit fail and are left out anyway."""
 ROW_TILES = ((16, 14), (32, 40), (64, 120), (128, float("inf")))
 """Row tiles, and the mean rows an expert up to which each is tried; the one below is tried too."""
 
-Timer = Callable[[Plan, int], float]
+
+class Timer(Protocol):
+    """What a plan takes; may be told beforehand which plans it will be asked for."""
+
+    def __call__(self, plan: Plan | FewPlan, tokens: int, /) -> float:
+        """Seconds of a forward."""
+        ...
+
+    def prepare(self, plans: Sequence[Plan | FewPlan], tokens: int, /) -> None:
+        """Compile plans together."""
+        ...
 
 
 def tune(request: Request, folder: Path | None) -> list[dict[str, Any]]:
@@ -49,8 +60,13 @@ def tune(request: Request, folder: Path | None) -> list[dict[str, Any]]:
     shape = Shape(
         sizes.experts, sizes.picks, sizes.width, sizes.inner, 10 * major + minor, processors
     )
-    timer = _forward_timer(Layer.random(sizes, DTYPES[dtype], device))
-    rows = [plan_row(shape, tokens, search(shape, tokens, timer)) for tokens in token_counts]
+    timer = _ForwardTimer(Layer.random(sizes, DTYPES[dtype], device))
+    rows = [
+        plan_row(
+            shape, tokens, (search_few if shape.uses_few(tokens) else search)(shape, tokens, timer)
+        )
+        for tokens in token_counts
+    ]
     if folder is not None:
         write(rows, folder, device_name(device))
     return rows
@@ -60,6 +76,7 @@ def search(shape: Shape, tokens: int, timer: Timer) -> Plan:
     """The fastest plan found; at worst the rule's own."""
     start = rule(shape, tokens)
     best, best_s = start, timer(start, tokens)
+    first_s = best_s
     for rows in row_tiles(shape, tokens):
         plan, seconds = start, float("inf")
         if rows != start.rows:
@@ -67,17 +84,44 @@ def search(shape: Shape, tokens: int, timer: Timer) -> Plan:
             plan = replace(start, rows=rows, up=small, down=candidates(rows, shape, up=False)[0])
         for side in ("up", "down"):
             tiles = candidates(rows, shape, up=side == "up")
-            with progress(f"{tokens} tokens, rows {rows}, {side}", len(tiles)) as bar:
-                for tile in tiles:
-                    tried = replace(plan, **{side: tile})
-                    spent = timer(tried, tokens)
-                    if spent < seconds:
-                        plan, seconds = tried, spent
-                    bar.advance()
+            tried = [replace(plan, **{side: tile}) for tile in tiles]
+            plan, seconds = min(
+                [(plan, seconds), *_timed(tried, tokens, timer, f"rows {rows}, {side}")],
+                key=lambda found: found[1],
+            )
         if seconds < best_s:
             best, best_s = plan, seconds
-    say(f"{tokens} tokens: {best_s * 1e6:.1f} us, rows {best.rows}, up {best.up}, down {best.down}")
+    say(
+        f"{tokens} tokens: {best_s * 1e6:.1f} us (by rule {first_s * 1e6:.1f}), rows {best.rows}, "
+        f"up {best.up}, down {best.down}"
+    )
     return best
+
+
+def search_few(shape: Shape, tokens: int, timer: Timer) -> FewPlan:
+    """The fastest blocks of the sort-free path."""
+    start = few_rule(shape)
+    best, best_s = start, timer(start, tokens)
+    first_s = best_s
+    for side in ("up", "down"):
+        blocks = itertools.product((2, 4, 8, 16), (256, 512, 1024))
+        tried = [
+            replace(best, **{f"{side}_n": n, f"{side}_k": k}) for n, k in blocks if n * k <= 8192
+        ]
+        found = _timed(tried, tokens, timer, f"no sort, {side}")
+        best, best_s = min([(best, best_s), *found], key=lambda one: one[1])
+    say(f"{tokens} tokens: {best_s * 1e6:.1f} us (by rule {first_s * 1e6:.1f}), {best}")
+    return best
+
+
+def _timed(plans: Sequence[Any], tokens: int, timer: Timer, title: str) -> list[tuple[Any, float]]:
+    timer.prepare(plans, tokens)
+    with progress(f"{tokens} tokens, {title}", len(plans)) as bar:
+        found = []
+        for plan in plans:
+            found.append((plan, timer(plan, tokens)))
+            bar.advance()
+    return found
 
 
 def row_tiles(shape: Shape, tokens: int) -> list[int]:
@@ -104,12 +148,35 @@ def candidates(rows: int, shape: Shape, *, up: bool) -> list[Tile]:
     return found
 
 
-def _forward_timer(layer: Layer) -> Timer:
+class _ForwardTimer:
     """Seconds of a forward with a plan forced; infinite where the device cannot run it."""
-    inputs: dict[int, Any] = {}
 
-    def seconds(plan: Plan, tokens: int) -> float:
-        sets = inputs.setdefault(tokens, [layer.tokens(tokens) for _ in range(4)])
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._inputs: dict[int, Any] = {}
+
+    def _sets(self, tokens: int) -> list[Any]:
+        if tokens not in self._inputs:
+            self._inputs[tokens] = [self._layer.tokens(tokens) for _ in range(4)]
+        return self._inputs[tokens]
+
+    def prepare(self, plans: Sequence[Plan | FewPlan], tokens: int) -> None:
+        """Compile all that these plans launch, in threads."""
+        from mogul.kernels.triton.ahead import compile_together, rehearse
+        from mogul.kernels.triton.ops import layer_of_call
+
+        x, ids, weights = self._sets(tokens)[0]
+        inputs = (x, self._layer.gate_up, self._layer.down, ids, weights)
+        layer = layer_of_call(x, self._layer.down, ids, weights)
+        waiting = []
+        for plan in plans:
+            with forced(plan):
+                waiting += rehearse(layer, inputs, train=False)
+        compile_together(waiting, layer.device)
+
+    def __call__(self, plan: Plan | FewPlan, tokens: int) -> float:
+        """Median of a captured forward."""
+        layer, sets = self._layer, self._sets(tokens)
 
         def call(index: int) -> torch.Tensor:
             x, ids, weights = sets[index]
@@ -124,38 +191,39 @@ def _forward_timer(layer: Layer) -> Timer:
             say(f"  left out: {str(error)[:80]}")
             return float("inf")
 
-    return seconds
-
 
 @contextmanager
-def forced(plan: Plan) -> Iterator[None]:
+def forced(plan: Plan | FewPlan) -> Iterator[None]:
     """Every layer runs with this plan inside the `with` block."""
     from mogul.kernels.triton import layer as module
 
-    before = module.plan_for
-    module.plan_for = lambda _shape, _tokens: plan  # type: ignore[assignment]
+    name = "few_plan" if isinstance(plan, FewPlan) else "plan_for"
+    before = getattr(module, name)
+    setattr(module, name, lambda *_of_a_call: plan)
     try:
         yield
     finally:
-        module.plan_for = before
+        setattr(module, name, before)
 
 
-def plan_row(shape: Shape, tokens: int, plan: Plan) -> dict[str, Any]:
+def plan_row(shape: Shape, tokens: int, plan: Plan | FewPlan) -> dict[str, Any]:
     """A row of plans.json: what differs from a tile's defaults."""
-    default = asdict(Tile(n=0, k=0))
-    tiles = {
-        side: {key: value for key, value in asdict(tile).items() if value != default[key]}
-        for side, tile in (("up", plan.up), ("down", plan.down))
-    }
-    return {
+    facts = {
         "capability": shape.capability,
         "experts": shape.experts,
         "picks": shape.picks,
         "width": shape.width,
         "inner": shape.inner,
         "tokens": tokens,
-        "plan": {"rows": plan.rows, **tiles},
     }
+    if isinstance(plan, FewPlan):
+        return {**facts, "few": asdict(plan)}
+    default = asdict(Tile(n=0, k=0))
+    tiles = {
+        side: {key: value for key, value in asdict(tile).items() if value != default[key]}
+        for side, tile in (("up", plan.up), ("down", plan.down))
+    }
+    return {**facts, "plan": {"rows": plan.rows, **tiles}}
 
 
 def write(rows: list[dict[str, Any]], folder: Path, device: str) -> None:
@@ -178,6 +246,8 @@ def vllm_config(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Tokens -> tile, as vLLM's fused_moe reads it; its one tile serves both products."""
     configs = {}
     for row in rows:
+        if "plan" not in row:
+            continue  # the sort-free path has no kernel of its kind there
         tile = Tile(**row["plan"]["up"])
         configs[str(row["tokens"])] = {
             "BLOCK_SIZE_M": row["plan"]["rows"],

@@ -33,7 +33,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(ahead, "INTERPRETED", False)
     monkeypatch.setattr(
         ahead,
-        "_compile",
+        "compile_together",
         lambda waiting, _device: rounds.append([one.kernel.__name__ for one, _ in waiting]),
     )
     return rounds

@@ -114,7 +114,7 @@ def test_a_replayed_forward_is_the_recorded_one_on_other_tensors(tokens: int) ->
     sets = [make("wide", tokens, kind) for kind in ("random", "null", "skewed")]
     with torch.no_grad():
         want = [moe_forward(*one, backend="reference") for one in sets]
-        layer = ops._layer(sets[0][0], sets[0][2], sets[0][3], sets[0][4])
+        layer = ops.layer_of_call(sets[0][0], sets[0][2], sets[0][3], sets[0][4])
         layer._tapes.clear()
         first = moe_forward(*sets[0], backend="triton")
         assert list(map(type, layer._tapes.values())) == [Tape]

@@ -29,21 +29,30 @@ def compile_ahead(layer: Any, inputs: tuple[Tensor, ...], *, train: bool) -> Non
     if key in layer.ready or INTERPRETED:
         return
     layer.ready[key] = plan  # its id stays taken
+    waiting = rehearse(layer, inputs, train=train)
+    if len(waiting) > 1:
+        compile_together(waiting, layer.device)
+
+
+Waiting = list[tuple[Launch, tuple[Any, ...]]]
+"""Launches that are not compiled yet, with arguments of the kinds they will get."""
+
+
+def rehearse(layer: Any, inputs: tuple[Tensor, ...], *, train: bool) -> Waiting:
+    """What a call would launch and nobody compiled yet, found without memory or a launch."""
     on_paper = [torch.empty_like(tensor, device="meta") for tensor in inputs]
     with listening(launch=False) as heard:
-        if few:
+        if not train and layer.shape.uses_few(inputs[0].shape[0]):
             layer.few(*on_paper)
         else:
             out, pre, sort = layer.forward(*on_paper, save=train)
             if train:
                 layer.backward(out, *on_paper, pre, sort)
-    waiting = {id(launch): (launch, args) for launch, _, args in heard if launch.is_new}
-    if len(waiting) > 1:
-        _compile(list(waiting.values()), layer.device)
+    return list({id(one): (one, args) for one, _, args in heard if one.is_new}.values())
 
 
-def _compile(waiting: list[tuple[Launch, tuple[Any, ...]]], device: int) -> None:
-    """Errors are left to the launch itself, which meets them again."""
+def compile_together(waiting: Waiting, device: int) -> None:
+    """Compile and load in threads; errors are left to the launch itself, which meets them again."""
     try:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:  # another Triton: each launch compiles as it comes

@@ -32,7 +32,8 @@ _LIB.define(
 )
 
 
-def _layer(x: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Layer:
+def layer_of_call(x: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Layer:
+    """The launches that a call goes through."""
     device = x.device.index if x.is_cuda else -1
     dtypes = (x.dtype, ids.dtype, weights.dtype)
     return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], dtypes, device)
@@ -67,7 +68,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
     _check_weights(gate_up, down)
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    layer = _layer(x, down, ids, weights)
+    layer = layer_of_call(x, down, ids, weights)
     x, ids, weights = aligned(x), aligned(ids), aligned(weights)
     return layer.infer(x, gate_up, down, ids, weights)
 
@@ -84,7 +85,7 @@ def moe_train(
             x.new_empty(0, 2 * down.shape[2]),
             ids.new_empty(0, dtype=torch.int32),
         )
-    layer = _layer(x, down, ids, weights)
+    layer = layer_of_call(x, down, ids, weights)
     inputs = (aligned(x), gate_up, down, aligned(ids), aligned(weights))
     compile_ahead(layer, inputs, train=True)
     return layer.forward(*inputs, save=True)
@@ -108,7 +109,7 @@ def moe_grad(
         none = x.new_empty(0)
         grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)
         return torch.zeros_like(x) if need_input else none, *grads, torch.zeros_like(weights)
-    return _layer(x, down, ids, weights).backward(
+    return layer_of_call(x, down, ids, weights).backward(
         aligned(dout),
         aligned(x),
         gate_up,

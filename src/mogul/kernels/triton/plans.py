@@ -205,6 +205,11 @@ def few_plan(shape: Shape) -> FewPlan:
     for entry in _entries(shape):
         if entry.few is not None:
             return entry.few
+    return few_rule(shape)
+
+
+def few_rule(shape: Shape) -> FewPlan:
+    """Block sizes where nothing was measured."""
     small = shape.width * shape.inner < 1 << 21
     return FewPlan(up_n=4 if small else 8, down_n=4 if small else 16)
 
