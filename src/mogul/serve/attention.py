@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mogul.core.errors import BackendError
 from mogul.kernels.paged_attention import paged_attention
+from mogul.kernels.turn import Turn
 
 NAME = "mogul_paged"
 
@@ -165,6 +166,7 @@ def _attend(
     scaling: float,
     sliding_window: int | None,
     sinks: Tensor | None,
+    turn: Turn | None = None,
 ) -> Tensor:
     assert _state is not None, "attention over pages outside a step"
     cache = _state.caches[int(layer)]
@@ -184,7 +186,30 @@ def _attend(
         sinks=sinks,
         key_scale=cache.key_scale,
         value_scale=cache.value_scale,
+        turn=turn,
     )
+
+
+def _attend_turned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    query_eps: Tensor | None,
+    key_eps: Tensor | None,
+    eps: float,
+    layer: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Queries and keys as their products left them; a norm's eps is a number or one on the host."""
+    each = [eps if one is None else float(one) for one in (query_eps, key_eps)]
+    turn = Turn(cos[0], sin[0], query_norm, key_norm, *each)
+    return _attend(query, key, value, layer, scaling, sliding_window, sinks, turn)
 
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")
@@ -192,10 +217,17 @@ _LIB.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor layer, float scaling, "
     "int? sliding_window, Tensor? sinks) -> Tensor"
 )
+_LIB.define(
+    "attend_turned(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, "
+    "Tensor? query_norm, Tensor? key_norm, Tensor? query_eps, Tensor? key_eps, float eps, "
+    "Tensor layer, float scaling, int? sliding_window, Tensor? sinks) -> Tensor"
+)
 _LIB.impl("attend", _attend, "CompositeExplicitAutograd")
+_LIB.impl("attend_turned", _attend_turned, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mogul::attend", lib=_LIB)
+@torch.library.register_fake("mogul::attend_turned", lib=_LIB)
 def _(query: Tensor, *_args: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 

@@ -15,10 +15,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 from mogul.kernels.triton import linear, topk
+from mogul.serve import patterns, rewrites
+from mogul.serve.patterns import CAST, SHORT
+from mogul.serve.patterns import value as _value
 
-aten, prims = torch.ops.aten, torch.ops.prims
-SHORT = (torch.bfloat16, torch.float16)
-CAST = prims.convert_element_type.default
+aten = torch.ops.aten
 
 
 class FewRows(CustomGraphPass):
@@ -31,15 +32,13 @@ class FewRows(CustomGraphPass):
                 _replace_topk(graph, node)
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             _replace_product(graph, node)
+        graph.eliminate_dead_code()  # what is replaced uses nothing any more
+        rewrites.join(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         """Names this pass in the caches of compiled code."""
-        return get_hash_for_files((__file__,))
-
-
-def _value(node: Any) -> Any:
-    return node.meta["val"]
+        return get_hash_for_files((__file__, patterns.__file__, rewrites.__file__))
 
 
 def _is_short(rows: Any, k: Any, dim: int = -1, largest: bool = True, *_: Any) -> bool:

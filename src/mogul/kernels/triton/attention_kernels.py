@@ -137,10 +137,13 @@ def to_page(x, scale_ptr, n, dtype: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def turned(
-    x_ptr, at, token, keep, c, cos_ptr, sin_ptr, norm_ptr,
+    x_ptr, at, token, keep, known, c, cos_ptr, sin_ptr, norm_ptr,
     C: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Rows [R, C] at offsets `at`, normed and rotated to their tokens' positions, in fp32."""
+    """Rows [R, C] at offsets `at`, normed and rotated to their tokens' positions, in fp32.
+
+    Tokens are one a row, or one for all: keep is [R, C], `known` is of their shape.
+    """
     is_left = c < C // 2
     partner = tl.where(is_left, c + C // 2, c - C // 2)
     x = tl.load(x_ptr + at[:, None] + c[None, :], mask=keep, other=0.0).to(tl.float32)
@@ -150,8 +153,8 @@ def turned(
         x *= scale * tl.load(norm_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         y *= scale * tl.load(norm_ptr + partner, mask=c < C, other=0.0).to(tl.float32)[None, :]
     angle = token[:, None] * C + c[None, :]
-    cos = tl.load(cos_ptr + angle, mask=keep, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=keep, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)
     return x * cos + tl.where(is_left[None, :], -y, y) * sin
 
 
@@ -210,8 +213,8 @@ def attend_few(
                     row = token + tl.zeros((1,), tl.int64)
                     k_new = tl.sum(
                         turned(
-                            key_ptr, row * K_T + n * K_N, row, keep[None, :], c, cos_ptr, sin_ptr,
-                            k_norm_ptr, C, K_EPS, NORM,
+                            key_ptr, row * K_T + n * K_N, row, keep[None, :], keep[None, :], c,
+                            cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
                         ), 0,
                     ).to(key_ptr.dtype.element_ty)  # fmt: skip
                 else:
@@ -227,10 +230,14 @@ def attend_few(
         q_at = (start + i).to(tl.int64) * Q_T + (n * G + r % G) * Q_H
         q_keep = live[:, None] & (c < C)[None, :]
         if TURN:
+            token = (start + i).to(tl.int64)
+            known = q_keep
+            if MAX_Q == 1:
+                token = start.to(tl.int64) + tl.zeros((1,), tl.int64)
+                known = (c < C)[None, :]
             q = turned(
-                q_ptr, q_at, (start + i).to(tl.int64), q_keep, c, cos_ptr, sin_ptr, q_norm_ptr,
-                C, Q_EPS, NORM,
-            ).to(q_ptr.dtype.element_ty)  # fmt: skip
+                q_ptr, q_at, token, q_keep, known, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM
+            ).to(q_ptr.dtype.element_ty)
         else:
             q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=q_keep, other=0.0)
         at = new + i
@@ -367,8 +374,8 @@ def write_pages(
         keep = (n < N)[:, None] & (c < C)[None, :] & (slot >= 0)
         if TURN:
             k = turned(
-                key_ptr, t * K_T + n * K_N, t + n * 0, keep, c, cos_ptr, sin_ptr, k_norm_ptr,
-                C, K_EPS, NORM,
+                key_ptr, t * K_T + n * K_N, t + tl.zeros((1,), tl.int64), keep, (c < C)[None, :], c,
+                cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
             ).to(key_ptr.dtype.element_ty)  # fmt: skip
         else:
             k = tl.load(key_ptr + t * K_T + (n * K_N)[:, None] + c[None, :], mask=keep, other=0.0)
@@ -418,7 +425,7 @@ def attend_many(
         q_at = row * Q_T + head * Q_H
         if TURN:
             q = turned(
-                q_ptr, q_at, row, keep, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM
+                q_ptr, q_at, row, keep, keep, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM
             ).to(q_ptr.dtype.element_ty)  # fmt: skip
         else:
             q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=keep, other=0.0)

@@ -31,7 +31,7 @@ WIDE, WIDE_ROWS = 4096, 64
 """Products of so many columns are read by `linear_few` up to so many rows."""
 
 _FP8_CAPABILITY = (8, 9)
-_NARROW_BLOCK = 4
+NARROW_BLOCK = 4
 
 Tile = tuple[int, int, int, int]
 """Columns, contracted numbers, warps, stages."""
@@ -99,7 +99,7 @@ def _on_host(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(dtype) @ weight.to(dtype).T).to(dtype)
 
 
-def _on_device(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A plain product [T, N] of 16-bit numbers, in their dtype or in fp32."""
     columns = len(weight)
     most = WIDE_ROWS if few_rows and columns > WIDE else few_rows
@@ -119,12 +119,16 @@ def linear_narrow(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if len(x):
         device = x.device.index if x.is_cuda else -1
         launch = _narrow(columns, inner, (x.dtype, dtype), device)
-        launch((cdiv(columns, _NARROW_BLOCK), len(x)), device, x, weight, out)
+        launch((cdiv(columns, NARROW_BLOCK), len(x)), device, x, weight, out)
     return out
 
 
 def linear_few(
-    rows: Tensor, weight: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None = None
+    rows: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    scales: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """One program a block of columns; all rows of a block of rows at once."""
     count, (columns, inner) = len(rows), weight.shape
@@ -135,11 +139,13 @@ def linear_few(
     device = rows.device.index if rows.is_cuda else -1
     block_t = min(BLOCK_ROWS, max(16, next_power_of_2(count)))
     tile = few_tile or tile_of(columns, block_t, weight.itemsize)
-    launch = _launch(columns, inner, block_t, tile, (rows.dtype, dtype), device)
+    adds = residual is not None
+    launch = _launch(columns, inner, block_t, tile, (rows.dtype, dtype), adds, device)
     row_scale, weight_scale = scales or (out, out)
+    plus = out if residual is None else aligned(residual)
     launch(
         (cdiv(columns, tile[0]), cdiv(count, block_t)), device,
-        rows, row_scale, weight, weight_scale, out, count,
+        rows, row_scale, weight, weight_scale, plus, out, count,
     )  # fmt: skip
     return out
 
@@ -158,16 +164,17 @@ def _launch(
     block_t: int,
     tile: Tile,
     dtypes: tuple[torch.dtype, torch.dtype],
+    adds: bool,
     device: int,
 ) -> Launch:
     """The launch of one shape; the dtypes of rows and result tell launches apart."""
     from mogul.kernels.triton.linear_kernels import linear_few as kernel
 
     block_n, block_k, warps, stages = tile
-    pdl = _has_pdl(device)
+    pdl = has_pdl(device)
     constants: dict[str, Any] = {
         "N": columns, "K": inner, "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "STAGES": stages, "SCALED": dtypes[0].itemsize == 1, "PDL": pdl,
+        "STAGES": stages, "SCALED": dtypes[0].itemsize == 1, "ADD": adds, "PDL": pdl,
     }  # fmt: skip
     return Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl)
 
@@ -178,20 +185,20 @@ def _narrow(
 ) -> Launch:
     from mogul.kernels.triton.linear_kernels import linear_narrow as kernel
 
-    pdl = _has_pdl(device)
+    pdl = has_pdl(device)
     block_k = min(1024, next_power_of_2(inner))
-    constants = {"N": columns, "K": inner, "BLOCK_N": _NARROW_BLOCK, "BLOCK_K": block_k, "PDL": pdl}
+    constants = {"N": columns, "K": inner, "BLOCK_N": NARROW_BLOCK, "BLOCK_K": block_k, "PDL": pdl}
     return Launch(kernel, constants, warps=4, stages=1, pdl=pdl)
 
 
-def _has_pdl(device: int) -> bool:
+def has_pdl(device: int) -> bool:
     """Whether a launch may begin while the one before it ends."""
     return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 for _name, _device, _host in (
     ("linear_fp8", _fp8_on_device, _fp8_on_host),
-    ("linear", _on_device, _on_host),
+    ("linear", product, _on_host),
 ):
     _LIB.impl(_name, _device, "CUDA")
     _LIB.impl(_name, _host, "CPU")

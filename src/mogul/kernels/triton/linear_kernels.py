@@ -7,14 +7,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_few(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, num_rows,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, plus_ptr, out_ptr, num_rows,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row, col] = x[row] @ w[col], SCALED: times both scales; weights are the left operand."""
+    """out[row, col] = x[row] @ w[col], SCALED: times both scales, ADD: and what stands in `plus`.
+
+    Weights are the left operand. They do not depend on the kernel before, so this program's come
+    into the cache while that one still runs.
+    """
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        fetch(w_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
+        gdc_wait()
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     ks = tl.arange(0, BLOCK_K)
@@ -37,7 +43,27 @@ def linear_few(
         acc *= tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :]
     at = rows.to(tl.int64)[None, :] * N + cols[:, None]
     keep = live[None, :] & (cols < N)[:, None]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=keep)
+    acc = acc.to(out_ptr.dtype.element_ty)
+    if ADD:
+        acc += tl.load(plus_ptr + at, mask=keep, other=0.0)
+    tl.store(out_ptr + at, acc, mask=keep)
+
+
+@triton.jit
+def fetch(w_ptr, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+    """Bring ROWS rows of [N, K] from `first` on into the L2 cache, line by line."""
+    LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (K + LINE - 1) // LINE
+    BLOCK: tl.constexpr = 32
+    rows = (first + tl.arange(0, ROWS)) % N
+    lines = tl.arange(0, BLOCK)
+    for start in tl.static_range(0, LINES, BLOCK):
+        at = tl.minimum(start + lines, LINES - 1) * LINE
+        where = (w_ptr + rows.to(tl.int64)[:, None] * K + at[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,235 @@
+"""Products with what stands before and behind them in a decoder layer, in one launch for few rows.
+
+`mogul::normed_linear` norms its rows first, `mogul::added_linear` adds a residual, and
+`mogul::normed_route` norms, multiplies by a router and picks experts. Compiled decoder layers call
+them (`serve/passes.py`). Many rows take the same steps one after the other.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.kernels.triton import linear
+from mogul.kernels.triton.launch import Launch, aligned, cdiv, next_power_of_2
+from mogul.kernels.triton.topk import softmax_topk
+
+MOST_ROUTED, MOST_INNER = 256, 4096
+"""Columns of a router and numbers of a row that one launch norms, multiplies and picks from."""
+
+one_columns = 1
+"""Columns that one program computes of one row: more were measured slower."""
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_NORM = "Tensor norm, Tensor? eps_number, float eps"
+_LIB.define(f"normed_linear(Tensor x, {_NORM}, Tensor weight) -> Tensor")
+_LIB.define("added_linear(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+_LIB.define(
+    f"normed_route(Tensor x, {_NORM}, Tensor weight, int k, bool renormalise, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _number(eps_number: Tensor | None, eps: float) -> float:
+    """The eps of a norm: a compiler hands numbers of modules over as tensors on the host."""
+    return eps if eps_number is None else float(eps_number)
+
+
+def _norm_host(x: Tensor, norm: Tensor, eps_number: Tensor | None, eps: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _number(eps_number, eps))
+    return norm * wide.to(x.dtype)
+
+
+def _normed_linear_host(x: Tensor, norm: Tensor, n: Tensor | None, eps: float, w: Tensor) -> Tensor:
+    return _norm_host(x, norm, n, eps) @ w.T
+
+
+def _added_linear_host(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return residual + x @ weight.T
+
+
+def _normed_route_host(
+    x: Tensor,
+    norm: Tensor,
+    eps_number: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    k: int,
+    renormalise: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed = _norm_host(x, norm, eps_number, eps)
+    return normed, *torch.ops.mogul.softmax_topk(normed @ weight.T, k, renormalise, dtype)
+
+
+def norm_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Rows over their root mean square, times a weight."""
+    x, norm = aligned(x), aligned(norm)
+    out = torch.empty_like(x)
+    if len(x):
+        _norm(x.shape[1], eps, x.dtype, _device(x))((len(x), 1), _device(x), x, norm, out)
+    return out
+
+
+def normed_linear(
+    x: Tensor, norm: Tensor, eps_number: Tensor | None, eps: float, weight: Tensor
+) -> Tensor:
+    """Products of rows that are normed first."""
+    eps = _number(eps_number, eps)
+    if len(x) == 1:
+        return product_one(x, weight, norm=norm, eps=eps)
+    return linear.product(norm_rows(x, norm, eps), weight, x.dtype)
+
+
+def added_linear(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """Products of rows, and a residual."""
+    if len(x) == 1:
+        return product_one(x, weight, residual=residual)
+    if len(x) <= linear.few_rows:
+        return linear.linear_few(x, weight, x.dtype, residual=residual)
+    return torch.addmm(residual, x, weight.T)
+
+
+def product_one(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """One program a few columns of one row, by plain sums."""
+    columns, inner = weight.shape
+    x, weight = aligned(x), aligned(weight)
+    out = x.new_empty((len(x), columns))
+    flags = (norm is not None, residual is not None)
+    launch = _one(columns, inner, eps, flags, x.dtype, one_columns, _device(x))
+    more = [x if some is None else aligned(some) for some in (norm, residual)]
+    launch((cdiv(columns, one_columns), len(x)), _device(x), x, more[0], weight, more[1], out)
+    return out
+
+
+def normed_route(
+    x: Tensor,
+    norm: Tensor,
+    eps_number: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    k: int,
+    renormalise: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed rows, values and ids of their picks."""
+    eps = _number(eps_number, eps)
+    rows, (columns, inner) = len(x), weight.shape
+    if not 0 < rows <= linear.few_rows or columns > MOST_ROUTED or inner > MOST_INNER:
+        normed = norm_rows(x, norm, eps)
+        logits = linear.product(normed, weight, x.dtype)
+        return normed, *softmax_topk(logits, k, renormalise, dtype)
+    x, norm, weight = aligned(x), aligned(norm), aligned(weight)
+    normed, logits = torch.empty_like(x), x.new_empty((rows, columns), dtype=torch.float32)
+    values, ids = x.new_empty((rows, k), dtype=dtype), x.new_empty((rows, k), dtype=torch.int64)
+    launch = _route(columns, inner, k, renormalise, eps, (x.dtype, dtype), _device(x))
+    grid = (cdiv(columns, linear.NARROW_BLOCK), rows)
+    parts = (x, norm, weight, normed, logits, _counters(x.device), values, ids)
+    launch(grid, _device(x), *parts)
+    return normed, values, ids
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Programs that have ended, a row; every launch leaves them at 0."""
+    return torch.zeros(linear.BLOCK_ROWS, dtype=torch.int32, device=device)
+
+
+def _device(tensor: Tensor) -> int:
+    return tensor.device.index if tensor.is_cuda else -1
+
+
+@cache
+def _norm(inner: int, eps: float, _dtype: torch.dtype, device: int) -> Launch:
+    from mogul.kernels.triton.normed_kernels import norm_rows as kernel
+
+    pdl = linear.has_pdl(device)
+    constants = {"K": inner, "BLOCK_K": next_power_of_2(inner), "EPS": eps, "PDL": pdl}
+    return Launch(kernel, constants, warps=4 if inner <= 2048 else 8, stages=1, pdl=pdl)
+
+
+@cache
+def _one(
+    columns: int,
+    inner: int,
+    eps: float,
+    flags: tuple[bool, bool],
+    _dtype: torch.dtype,
+    block: int,
+    device: int,
+) -> Launch:
+    from mogul.kernels.triton.normed_kernels import product_one as kernel
+
+    pdl = linear.has_pdl(device)
+    constants: dict[str, Any] = {
+        "N": columns, "K": inner, "BLOCK_N": block, "BLOCK_K": min(2048, next_power_of_2(inner)),
+        "EPS": eps, "NORM": flags[0], "ADD": flags[1], "PDL": pdl,
+    }  # fmt: skip
+    return Launch(kernel, constants, warps=4, stages=1, pdl=pdl)
+
+
+@cache
+def _route(
+    columns: int,
+    inner: int,
+    k: int,
+    renormalise: bool,
+    eps: float,
+    _dtypes: tuple[torch.dtype, torch.dtype],
+    device: int,
+) -> Launch:
+    from mogul.kernels.triton.normed_kernels import route_few as kernel
+
+    pdl = linear.has_pdl(device)
+    constants: dict[str, Any] = {
+        "N": columns, "K": inner, "BLOCK_N": linear.NARROW_BLOCK,
+        "BLOCK_K": next_power_of_2(inner), "WIDTH": next_power_of_2(columns), "PICKS": k,
+        "SLOTS": next_power_of_2(k), "EPS": eps, "RENORMALISE": renormalise, "PDL": pdl,
+    }  # fmt: skip
+    return Launch(kernel, constants, warps=4, stages=1, pdl=pdl)
+
+
+for _name, _device_path, _host in (
+    ("normed_linear", normed_linear, _normed_linear_host),
+    ("added_linear", added_linear, _added_linear_host),
+    ("normed_route", normed_route, _normed_route_host),
+):
+    _LIB.impl(_name, _device_path, "CUDA")
+    _LIB.impl(_name, _host, "CPU")
+
+
+@torch.library.register_fake("mogul::normed_linear", lib=_LIB)
+def _(x: Tensor, _norm: Tensor, _number: Tensor | None, _eps: float, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("mogul::added_linear", lib=_LIB)
+def _(x: Tensor, weight: Tensor, _residual: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("mogul::normed_route", lib=_LIB)
+def _(
+    x: Tensor,
+    _norm: Tensor,
+    _number: Tensor | None,
+    _eps: float,
+    _weight: Tensor,
+    k: int,
+    _renormalise: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], k)
+    ids = x.new_empty(shape, dtype=torch.int64)
+    return torch.empty_like(x), x.new_empty(shape, dtype=dtype), ids

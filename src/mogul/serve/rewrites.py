@@ -1,0 +1,141 @@
+"""Fewer launches in a compiled decoder layer: operators that do what stands before or behind them.
+
+Attention norms and rotates its queries and keys; a product norms its rows or adds a residual; a
+router norms, multiplies and picks. The numbers are those of the graph before, rounded less often.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from mogul.kernels.triton import normed
+from mogul.serve.patterns import Norm, find_norm, find_rotated, is_call, value
+
+aten = torch.ops.aten
+mogul = torch.ops.mogul
+assert normed, "its operators stand in the graphs"
+
+
+def join(graph: Graph) -> None:
+    """Change a graph, whose products are mogul's already, in place."""
+    for node in graph.find_nodes(op="call_function", target=mogul.attend.default):
+        turn_inside(graph, node)
+    for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
+        _norm_inside(graph, node)
+    for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
+        _add_inside(graph, node)
+
+
+def _reshaped(node: Any) -> Any:
+    """What a reshape reshapes; the node itself where it is none."""
+    return node.args[0] if is_call(node, aten.reshape.default) else node
+
+
+def _norm_args(norm: Norm) -> tuple[Any, Any, float]:
+    """The weight and eps of a norm as operators take them."""
+    is_number = isinstance(norm.eps, float)
+    return norm.weight, None if is_number else norm.eps, norm.eps if is_number else 0.0
+
+
+def _norm_inside(graph: Graph, node: Any) -> None:
+    """Norm the rows of a product inside it, or of a router that picks, with all that it feeds."""
+    rows, weight, dtype = node.args
+    norm = find_norm(_reshaped(rows))
+    if norm is None or dtype != value(rows).dtype or value(rows).dim() != 2:
+        return
+    x = norm.x
+    if rows is not _reshaped(rows):
+        with graph.inserting_before(node):
+            x = graph.call_function(aten.reshape.default, (norm.x, rows.args[1]))
+        x.meta = {"val": value(rows)}
+    if len(rows.users) == 1 and (rows is _reshaped(rows) or len(_reshaped(rows).users) == 1):
+        with graph.inserting_before(node):
+            args = (x, *_norm_args(norm), weight)
+            product = graph.call_function(mogul.normed_linear.default, args)
+        product.meta = {"val": value(node)}
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+        return
+    picks = next(iter(node.users))
+    if len(node.users) == 1 and is_call(picks, mogul.softmax_topk.default):
+        _route_inside(graph, picks, x, norm)
+
+
+def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
+    """One operator for norm, router and picks; the normed rows go to whoever else reads them."""
+    linear, k, renormalise, dtype = picks.args
+    rows, weight = linear.args[:2]
+    with graph.inserting_before(linear):
+        args = (x, *_norm_args(norm), weight, k, renormalise, dtype)
+        routed = graph.call_function(mogul.normed_route.default, args)
+        parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(3)]
+    for part, val in zip(parts, (value(rows), *value(picks)), strict=True):
+        part.meta = {"val": val}
+    routed.meta = {"val": tuple(part.meta["val"] for part in parts)}
+    for user in list(picks.users):
+        user.replace_all_uses_with(parts[1 + user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(picks)
+    graph.erase_node(linear)
+    rows.replace_all_uses_with(parts[0])
+
+
+def _add_inside(graph: Graph, node: Any) -> None:
+    """Add the residual inside the product that is added to it."""
+    x, weight, dtype = node.args
+    if len(node.users) != 1 or dtype != value(x).dtype:
+        return
+    last = next(iter(node.users))
+    last = last if is_call(last, aten.reshape.default) else node
+    total = next(iter(last.users)) if len(last.users) == 1 else None
+    if not is_call(total, aten.add.Tensor) or len(total.args) != 2:
+        return
+    residual = next((one for one in total.args if one is not last), None)
+    if not isinstance(residual, torch.fx.Node) or value(residual).dtype != dtype:
+        return
+    if value(residual).shape != value(total).shape or total.kwargs:
+        return
+    with graph.inserting_before(total):
+        rows = graph.call_function(aten.reshape.default, (residual, [-1, value(weight).shape[0]]))
+        rows.meta = {"val": value(node)}
+        product = graph.call_function(mogul.added_linear.default, (x, weight, rows))
+        product.meta = {"val": value(node)}
+        shaped = product
+        if last is not node:
+            shaped = graph.call_function(aten.reshape.default, (product, last.args[1]))
+            shaped.meta = {"val": value(total)}
+    total.replace_all_uses_with(shaped)
+
+
+def turn_inside(graph: Graph, node: Any) -> None:
+    """Let attention norm and rotate its queries and keys where the graph does it before."""
+    query, key, val, *rest = node.args
+    turns = find_rotated(query), find_rotated(key)
+    if turns[0] is None or turns[1] is None or turns[0][1:] != turns[1][1:]:
+        return
+    cos, sin = turns[0][1:]
+    norms = [find_norm(turn.x) for turn in turns if turn is not None]
+    if (norms[0] is None) != (norms[1] is None):
+        return
+    raw = [turn.x if norm is None else norm.x for turn, norm in zip(turns, norms, strict=True)]
+    weights = [None if norm is None else norm.weight for norm in norms]
+    each = [0.0 if norm is None else norm.eps for norm in norms]
+    numbers = {eps for eps in each if isinstance(eps, float)}
+    if len(numbers) > 1:
+        return
+    nodes = [None if isinstance(eps, float) else eps for eps in each]
+    with graph.inserting_before(node):
+        rows = []
+        for x in raw:
+            rows.append(graph.call_function(aten.select.int, (x, 0, 0)))
+            rows[-1].meta = {"val": value(x)[0]}
+        angles = (cos, sin, *weights, *nodes, numbers.pop() if numbers else 0.0)
+        args = (*rows, val, *angles, *rest)
+        turned = graph.call_function(torch.ops.mogul.attend_turned.default, args)
+    turned.meta = {"val": value(node)}
+    node.replace_all_uses_with(turned)
+    graph.erase_node(node)
