@@ -15,7 +15,7 @@ from mogul.kernels.quant import (
     moe_forward_quantised,
     quantise_experts,
 )
-from mogul.kernels.quant_backends import MOE_QUANTISED
+from mogul.kernels.quant_backends import MOE_QUANTISED, moe_with_shared, takes_shared
 from mogul.kernels.quant_format import FORMATS, ExpertFormat, expert_format
 from mogul.kernels.route import ROUTE, Routing, route
 from mogul.kernels.router_spec import RouterSpec
@@ -37,8 +37,10 @@ __all__ = [
     "expert_format",
     "moe_forward",
     "moe_forward_quantised",
+    "moe_with_shared",
     "paged_attention",
     "quantise_experts",
     "route",
     "side_by_side",
+    "takes_shared",
 ]

@@ -13,9 +13,20 @@ from torch import Tensor
 from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.blocks import combine
 from mogul.kernels.cpu.order import order_by_expert
-from mogul.kernels.quant import MOE_QUANTISED, QuantisedExperts, QuantisedWeight
+from mogul.kernels.quant import (
+    MOE_QUANTISED,
+    QuantisedExperts,
+    QuantisedFacts,
+    QuantisedWeight,
+    moe_forward_quantised,
+)
 from mogul.kernels.quant_format import quantise_rows
-from mogul.kernels.triton.quant import moe_quantised_triton, why_not_triton_quantised
+from mogul.kernels.triton.linear import linear_fp8
+from mogul.kernels.triton.quant import (
+    moe_quantised_triton,
+    moe_shared_triton,
+    why_not_triton_quantised,
+)
 
 
 def moe_quantised_reference(
@@ -62,6 +73,37 @@ def _product(
     value_RC, scale_R = quantise_rows(rows_RC)
     out_RN = value_RC.float() @ weight.value[expert].float().T
     return out_RN * scale_R[:, None] * weight.scale[expert]
+
+
+def takes_shared(experts: QuantisedExperts, dtype: torch.dtype) -> bool:
+    """Whether a GPU can run these experts and a shared one as one operator."""
+    has_bias = experts.gate_up_bias is not None or experts.down_bias is not None
+    if experts.format.kind != "fp8" or has_bias or experts.layout.activation != "silu":
+        return False
+    facts = QuantisedFacts(experts.device, dtype, experts.format, *experts.sizes, experts.layout)
+    return MOE_QUANTISED.reasons(**facts._asdict())["triton"] is None
+
+
+def moe_with_shared(
+    x: Tensor,
+    experts: QuantisedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What routed fp8 experts and a shared one give, [T, D] each; gate rows before up rows.
+
+    On a GPU one operator that rounds the rows once and runs both side by side where that pays; the
+    caller has asked `takes_shared`. Elsewhere one after the other.
+    """
+    if x.is_cuda:
+        return moe_shared_triton(x, experts, ids, weights, gate_up, down)
+    rows, scale = quantise_rows(x)
+    gate, up = linear_fp8(rows, scale, *gate_up, x.dtype).chunk(2, -1)
+    rows, scale = quantise_rows(torch.nn.functional.silu(gate) * up)
+    shared = linear_fp8(rows, scale, *down, x.dtype)
+    return moe_forward_quantised(x, experts, ids.to(torch.int64), weights), shared
 
 
 MOE_QUANTISED.add("triton", moe_quantised_triton, why_not=why_not_triton_quantised)

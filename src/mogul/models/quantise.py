@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from mogul.kernels import (
     QuantisedExperts,
     expert_format,
     moe_forward_quantised,
+    moe_with_shared,
     quantise_experts,
 )
 from mogul.models.experts import layout_of
@@ -56,6 +58,11 @@ class PackedExperts(Packed):
         self.format, self.layout = experts.format, experts.layout
         self.num_experts = experts.sizes[0]
         self.backend = "auto"
+        self.beside: tuple[Any, ...] = ()
+        """Products of a shared expert that compiled code runs in the same call: gate and up joined,
+        then down."""
+        self.kept: tuple[Tensor, ...] = ()
+        """What the shared expert gave, until it is asked for."""
         for name, tensor in experts.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -71,6 +78,13 @@ class PackedExperts(Packed):
         top_k_weights: Float[Tensor, "T K"],
     ) -> Float[Tensor, "T D"]:
         """As the module it replaced."""
+        if self.beside and torch.compiler.is_compiling():
+            products = [(one.value, one.scale) for one in self.beside]
+            out, shared = moe_with_shared(
+                hidden_states, self.experts, top_k_index, top_k_weights, *products
+            )
+            self.kept = (shared,)
+            return out
         return moe_forward_quantised(
             hidden_states, self.experts, top_k_index, top_k_weights, backend=self.backend
         )

@@ -97,7 +97,7 @@ def fuse_linears(model: Any, device: torch.device) -> int:
         for names in GROUPS
         if all(type(getattr(block, name, None)) in LINEARS for name in names)
     ]
-    seen = _watch(model, device, (getattr(b, n) for b, names in groups for n in names))
+    seen = watch_calls(model, device, (getattr(b, n) for b, names in groups for n in names))
     count = 0
     for block, names in groups:
         parts = [getattr(block, name) for name in names]
@@ -112,8 +112,8 @@ def fuse_linears(model: Any, device: torch.device) -> int:
     return count
 
 
-def _watch(
-    model: Any, device: torch.device, linears: Iterable[nn.Module]
+def watch_calls(
+    model: Any, device: torch.device, modules: Iterable[nn.Module]
 ) -> dict[int, list[tuple[int, int]]]:
     """Run one token: for each layer its calls as (order, identity of the input)."""
     seen: dict[int, list[tuple[int, int]]] = {}
@@ -123,7 +123,7 @@ def _watch(
         inputs.append(args[0])
         seen.setdefault(id(module), []).append((len(inputs), id(args[0])))
 
-    hooks = [linear.register_forward_pre_hook(note) for linear in linears]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
     try:
         run_one_token(model, device)
     finally:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mogul.core.errors import ConfigError
 from mogul.core.log import say
 from mogul.serve.attention import LayerCache, LayerShape, StepState, find_layers, running
+from mogul.serve.beside import join_shared
 from mogul.serve.borrow import borrow, give_back
 from mogul.serve.fuse import fuse_linears
 from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
@@ -49,6 +50,7 @@ class Runner:
             model.eval().requires_grad_(False)
             if fuse:
                 fuse_linears(model, self.device)
+                join_shared(model, self.device)
             self.shapes: list[LayerShape] = find_layers(model, self.device)
         except BaseException:
             self.close()

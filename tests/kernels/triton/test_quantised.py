@@ -25,6 +25,8 @@ from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for  # noqa: E
 
 CASES = {
     "rounding": 1e-5,
+    "gated rounding": 1e-5,
+    "shared": 1e-5,
     "fp8 plain": 1e-5,
     "fp8 swapped half": 4e-3,
     "fp8 clamped with biases": 1e-5,

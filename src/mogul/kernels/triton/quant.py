@@ -13,6 +13,12 @@ from mogul.kernels.triton import _device_reason
 FP8_CAPABILITY = (8, 9)
 
 
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    """Compilers ask once and keep the answer: tracing the question would break their graph."""
+    return torch.cuda.get_device_capability(index)
+
+
 def why_not_triton_quantised(
     *,
     device: torch.device,
@@ -28,7 +34,7 @@ def why_not_triton_quantised(
         return f"the tensors are on {device}, not on an NVIDIA GPU"
     if reason := _device_reason(device.index):
         return reason
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device.index)
     if format.kind == "fp8" and capability < FP8_CAPABILITY:
         return (
             f"the GPU has compute capability {capability[0]}.{capability[1]}, and fp8 products "
@@ -68,4 +74,21 @@ def moe_quantised_triton(
         act,
         layout.alpha,
         layout.limit,
+    )
+
+
+def moe_shared_triton(
+    x: Tensor,
+    experts: QuantisedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """See `mogul.kernels.moe_with_shared`: fp8 experts without biases, SiLU gates."""
+    from mogul.kernels.triton import quant_shared  # noqa: F401 (it registers the operator)
+
+    routed = (experts.gate_up.value, experts.gate_up.scale, experts.down.value, experts.down.scale)
+    return torch.ops.mogul.moe_quantised_shared(
+        x, *routed, ids.to(torch.int64), weights, *gate_up, *down
     )

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from mogul.core.errors import BackendError
 from mogul.kernels.triton import quant_kernels, quant_token_kernels
-from mogul.kernels.triton.launch import Launch, aligned, cdiv, descriptor, next_power_of_2
+from mogul.kernels.triton.launch import (
+    INTERPRETED,
+    Launch,
+    aligned,
+    cdiv,
+    descriptor,
+    next_power_of_2,
+)
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.plans import Plan, Tile
 from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for
@@ -66,17 +73,24 @@ class QuantLayer:
             self._plans.append(plan)  # its id stays taken
         return launch
 
-    def forward(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
-        """Output [T, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        weights: Weights,
+        ids: Tensor,
+        factors: Tensor,
+        rounded: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Output [T, D]; `rounded` are the rows of x in fp8 where a caller has them."""
         layer, slots = self.layer, ids.numel()
         if self.group and layer.shape.uses_few(x.shape[0]):
             return self._few(x, weights, ids, factors)
         plan = quant_plan_for(layer.shape, x.shape[0], self.group)
         sort = layer.sort(ids, plan.rows)
         act = x.new_empty((slots, layer.shape.inner))
-        rows, scale = self._rounded(x, sort, counted=False)
+        rows, scale = rounded or self._rounded(x)
         self._up(plan, rows, scale, weights, act, sort)
-        rows, scale = self._rounded(act, sort, counted=True)
+        rows, scale = self._rounded(act, sort.head[layer.shape.experts :])
         y = x.new_empty((slots, layer.shape.width))
         self._down(plan, rows, scale, weights, y, sort)
         return layer.sum(plan, y, ids, factors, weighted=True)
@@ -111,24 +125,9 @@ class QuantLayer:
         down((cdiv(shape.width, plan.down_n), tokens), device, *tensors)
         return out
 
-    def _rounded(self, x: Tensor, sort: Sorted, *, counted: bool) -> tuple[Tensor, Tensor]:
+    def _rounded(self, x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows as e4m3 with their scales; int4 leaves them as they are."""
-        if self.group:
-            return x, x
-        count, columns = x.shape
-        value = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        scale = torch.empty(count, dtype=torch.float32, device=x.device)
-        block = min(_ROUND_COLUMNS, next_power_of_2(columns))
-        constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": self.layer.pdl}
-        launch = self._launch(
-            ("round", columns, counted),
-            None,
-            lambda: Launch(quant_kernels.round_rows, constants, warps=4, pdl=self.layer.pdl),
-        )
-        launch(
-            (count, 1), self.layer.device, x, value, scale, sort.head[self.layer.shape.experts :]
-        )
-        return value, scale
+        return (x, x) if self.group else rounded_rows(x, live)
 
     def _constants(self, plan: Plan, tile: Tile, bias: Tensor | None) -> dict[str, Any]:
         return {
@@ -207,6 +206,25 @@ class QuantLayer:
         )
 
 
+def rounded_rows(x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows as e4m3 with a scale each; only the first `live[0]` where given."""
+    count, columns = x.shape
+    value = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(count, dtype=torch.float32, device=x.device)
+    device = x.device.index if x.is_cuda else -1
+    launch = _round(columns, live is not None, x.dtype, device)
+    launch((count, 1), device, x, value, scale, scale if live is None else live)
+    return value, scale
+
+
+@cache
+def _round(columns: int, counted: bool, _dtype: torch.dtype, device: int) -> Launch:
+    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    block = min(_ROUND_COLUMNS, next_power_of_2(columns))
+    constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": pdl}
+    return Launch(quant_kernels.round_rows, constants, warps=4, pdl=pdl)
+
+
 def _words(scale: Tensor, group: int) -> Tensor:
     """Pairs of bf16 as 32-bit words; fp8's scales as they are."""
     return scale.view(torch.int32) if group else scale
@@ -217,8 +235,14 @@ def _quant_layer(layer: Layer, group: int, act: tuple[int, float, float]) -> Qua
     return QuantLayer(layer, group, act)
 
 
-def run_quantised(x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
-    """The layer: [T, D] -> [T, D]."""
+def run_quantised(
+    x: Tensor,
+    weights: Weights,
+    ids: Tensor,
+    factors: Tensor,
+    rounded: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The layer: [T, D] -> [T, D]; `rounded` are the rows of x in fp8 where a caller has them."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
     _check(weights)
@@ -230,8 +254,8 @@ def run_quantised(x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> 
     quant = _quant_layer(layer, weights.group, (weights.act, weights.alpha, weights.limit))
     if x.is_cuda and device != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return quant.forward(x, weights, ids, factors)
-    return quant.forward(x, weights, ids, factors)
+            return quant.forward(x, weights, ids, factors, rounded)
+    return quant.forward(x, weights, ids, factors, rounded)
 
 
 def _check(weights: Weights) -> None:
