@@ -7,8 +7,8 @@ CUDA graph, with and without torch.compile of every decoder layer. The implement
 a row is the median over the rounds. Attention is SDPA without a mask: Transformers leaves the
 causal mask out of plain calls only, and with a mask SDPA takes a slower kernel.
 
-`NAME+route` also lets mogul's router kernel pick; `sonicmoe` runs through an installed sonic-moe in
-place of the hub's copy; `--sequences` sets batches (`prefill:4x1024,training:32x1024`);
+`NAME+route` also lets mogul's router kernel pick; `sonicmoe` and `deepgemm` (which has no backward)
+use installed libraries in place of the hub's copies; `--sequences` sets batches (`prefill:4x1024,training:32x1024`);
 `--profile` adds each side's device time by kernel (profile.jsonl).
 
     python benchmarks/bench_moe_model.py --layers 4 --implementations mogul,grouped_mm --out DIR
@@ -40,6 +40,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import peer_deepgemm
 import peer_sonic
 from profile_layer import kernel_times
 from tune import precompile
@@ -80,6 +81,8 @@ transformers_moe.ALL_EXPERTS_FUNCTIONS.register("sonicmoe", peer_sonic.experts_f
 def choose(model: Any, name: str) -> None:
     """Set a model's experts implementation, and who picks."""
     implementation, _, router = name.partition("+")
+    if implementation == "deepgemm":
+        peer_deepgemm.give_transformers()
     model.set_experts_implementation(implementation)
     for layer in model.model.layers:
         layer.mlp.gate.routes_by_kernel = router == "route"
@@ -273,12 +276,14 @@ def run_cell(
     model = make_model(args.layers).train(kind == "training")
     if compiled:
         for layer in model.model.layers:
-            layer.compile(fullgraph="sonicmoe" not in names)  # which breaks the graph
+            layer.compile(fullgraph=not {"sonicmoe", "deepgemm"} & set(names))
         model.loss_function = torch.compile(model.loss_function)
     ids = torch.randint(model.config.vocab_size, shape, device="cuda")
     case = f"Qwen3-30B-A3B {args.layers} layers {kind} {ids.numel()}"
     case += f" in {shape[0]}" if shape[1] != 4096 else ""
     case += " compiled layers, captured" if compiled else " captured"
+    if kind == "training":
+        names = [name for name in names if name != "deepgemm"]
     found = measure(model, kind, ids, names, args.rounds, profiled=args.profile)
     report(found, case, args.rounds, args.out)
 

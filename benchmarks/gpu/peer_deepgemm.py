@@ -1,6 +1,6 @@
-"""DeepGEMM's two grouped fp8 products alone: no sort, gather, rounding, activation or sum.
+"""DeepGEMM: its two grouped fp8 products alone, and itself for Transformers' `deepgemm` experts.
 
-Its masked layout: 128 rows an expert, of which the routed ones count. Scales are per 128 channels
+The products come without sort, gather, rounding, activation and sum. Their masked layout: 128 rows an expert, of which the routed ones count. Scales are per 128 channels
 and token, and per 128 x 128 block of the weights. What surrounds the products is the caller's in
 DeepGEMM, so that a whole layer is slower than this by at least that; a bound that favours it.
 Kernels are compiled with nvcc at first use.
@@ -72,3 +72,24 @@ class Products:
             self.prepared[key] = (*made[:5], mean)
         self._run(*self.prepared[key])
         return self.prepared[key][3]
+
+
+def give_transformers() -> None:
+    """Let Transformers' experts_implementation="deepgemm" use the installed library."""
+    import deep_gemm
+    from transformers.integrations import deepgemm as place
+
+    library: Any = deep_gemm
+    place._DEEPGEMM = place.DeepGEMM(
+        fp8_fp4_matmul=library.fp8_fp4_gemm_nt,
+        grouped_fp8_fp4_matmul_nt=library.m_grouped_fp8_fp4_gemm_nt_contiguous,
+        grouped_fp8_fp4_matmul_nn=library.m_grouped_fp8_fp4_gemm_nn_contiguous,
+        grouped_bf16_matmul_nt=library.m_grouped_bf16_gemm_nt_contiguous,
+        grouped_bf16_matmul_nn=library.m_grouped_bf16_gemm_nn_contiguous,
+        per_token_cast_to_fp8=library.utils.math.per_token_cast_to_fp8,
+        transform_sf_into_required_layout=library.transform_sf_into_required_layout,
+        transform_weights_for_mega_moe=library.transform_weights_for_mega_moe,
+        get_symm_buffer_for_mega_moe=library.get_symm_buffer_for_mega_moe,
+        fp8_fp4_mega_moe=library.fp8_fp4_mega_moe,
+        m_alignment=library.get_mk_alignment_for_contiguous_layout(),
+    )
