@@ -8,8 +8,9 @@ a row is the median over the rounds. Attention is SDPA without a mask: Transform
 causal mask out of plain calls only, and with a mask SDPA takes a slower kernel.
 
 `NAME+route` also lets mogul's router kernel pick; `sonicmoe` and `deepgemm` (which has no backward)
-use installed libraries in place of the hub's copies; `--sequences` sets batches (`prefill:4x1024,training:32x1024`);
-`--profile` adds each side's device time by kernel (profile.jsonl).
+use installed libraries in place of the hub's copies; `--sequences` sets the batches
+(`prefill:4x1024,training:32x1024`); `--profile` adds each side's device time by kernel
+(profile.jsonl).
 
     python benchmarks/bench_moe_model.py --layers 4 --implementations mogul,grouped_mm --out DIR
 """

@@ -1,9 +1,9 @@
 """DeepGEMM: its two grouped fp8 products alone, and itself for Transformers' `deepgemm` experts.
 
-The products come without sort, gather, rounding, activation and sum. Their masked layout: 128 rows an expert, of which the routed ones count. Scales are per 128 channels
-and token, and per 128 x 128 block of the weights. What surrounds the products is the caller's in
-DeepGEMM, so that a whole layer is slower than this by at least that; a bound that favours it.
-Kernels are compiled with nvcc at first use.
+The products come without sort, gather, rounding, activation and sum, which are the caller's in
+DeepGEMM: a whole layer is slower than this bound. Their masked layout holds 128 rows an expert, of
+which the routed ones count; scales are per 128 channels and token, and per 128 x 128 block of the
+weights. Kernels are compiled with nvcc at first use.
 """
 
 from __future__ import annotations
