@@ -285,7 +285,7 @@ def held_out(model: Any, recipe: Any, config: Any, count: int | None) -> dict[st
         found = {"bits_per_byte": loss.bits_per_byte, "held_out_tokens": loss.tokens}
         if not getattr(config, "num_experts", 0):
             return found
-        few = windows.spread(min(len(windows), SAMPLED // windows.length))
+        few = windows.spread(min(len(windows), max(1, SAMPLED // windows.length)))
         with record_routing(model) as recording:
             held_out_loss(model, few, batch_size=16)
     return found | balance_numbers(recording.ids(), config.num_experts, config.router_n_groups)
@@ -307,7 +307,8 @@ def balance_numbers(ids: Any, num_experts: int, num_groups: int) -> dict[str, An
     }
     # A decode step holds tokens of many sequences: windows are interleaved, not cut.
     for batch in BATCHES:
-        steps = ids.shape[1] // batch
+        if not (steps := ids.shape[1] // batch):
+            continue  # fewer held-out tokens than one such step
         cut = ids[:, : steps * batch].reshape(len(ids), batch, steps, -1)
         some = cut[:, :, :: max(1, steps // 64)].swapaxes(1, 2).reshape(-1, batch, ids.shape[2])
         for devices in DEVICES:
@@ -373,20 +374,33 @@ def show(results: list[dict[str, Any]]) -> None:
         Table(title=scale, columns=columns, rows=rows, notes=notes).show()
 
 
-def differences(runs: list[dict[str, Any]]) -> list[str]:
-    """Each variant against the first, seed by seed: both saw the same batches."""
+def gaps_by_seed(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each variant less the first, seed by seed: both saw the same batches."""
     by: dict[str, dict[int, float]] = {}
     for run in runs:
         by.setdefault(run["variant"], {})[run["seed"]] = run["bits_per_byte"]
     names = [name for name in (*VARIANTS, *SECOND) if name in by]
-    found = []
+    found = {}
     for name in names[1:]:
-        gaps = [by[name][s] - by[names[0]][s] for s in by[name] if s in by[names[0]]]
-        if gaps:
-            spread = f", sd {stdev(gaps):.4f}" if len(gaps) > 1 else ""
-            found.append(
-                f"{name} less {names[0]}: {mean(gaps):+.4f}{spread} ({len(gaps)} common seeds)"
-            )
+        common = sorted(set(by[name]) & set(by[names[0]]))
+        if common:
+            found[f"{name} less {names[0]}"] = [by[name][s] - by[names[0]][s] for s in common]
+    return found
+
+
+def differences(runs: list[dict[str, Any]]) -> list[str]:
+    """What the gaps say, and the smallest mean gap that would be found."""
+    gaps = gaps_by_seed(runs)
+    found = []
+    for name, each in gaps.items():
+        spread = f", sd {stdev(each):.4f}" if len(each) > 1 else ""
+        found.append(f"{name}: {mean(each):+.4f}{spread} ({len(each)} common seeds)")
+    if spread := detectable(gaps):
+        smallest = spread[1] / 2**0.5  # one mean against 0, not two against each other
+        found.append(
+            f"seed by seed: pooled sd {spread[0]:.4f}, smallest detectable difference "
+            f"{smallest:.4f} bits a byte"
+        )
     return found
 
 
@@ -452,11 +466,16 @@ def summary(variant: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
     if seen := [run for run in found if "rho" in run]:  # lacks where a run was cut off at its end
         vio = f"{mean(run['max_vio'] for run in seen):.2f}"
         dead = f"{mean(run['dead_experts'] for run in seen):.1f}"
-        rhos = (f"{mean(run['rho'][key] for run in seen):.3f}" for key in ("D8 T16", "D8 T512"))
-        delta = f"{mean(run['delta']['D8 T16'] for run in seen):.3f}"
-        balance = (vio, dead, *rhos, delta)
+        asked = (("rho", "D8 T16"), ("rho", "D8 T512"), ("delta", "D8 T16"))
+        balance = (vio, dead, *(mean_of(seen, what, key) for what, key in asked))
     speed = round(mean(speeds)) if speeds else None
     return (variant, len(found), f"{mean(bits):.4f}", spread, *balance, speed)
+
+
+def mean_of(runs: list[dict[str, Any]], what: str, key: str) -> str | None:
+    """Mean over the runs that know it: too few held-out tokens tell nothing of large steps."""
+    found = [run[what][key] for run in runs if key in run[what]]
+    return f"{mean(found):.3f}" if found else None
 
 
 if __name__ == "__main__":

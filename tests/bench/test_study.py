@@ -38,6 +38,28 @@ def test_detectable_difference(study):
     assert study.detectable({"a": [1.0]}) is None
 
 
+def test_differences_are_taken_seed_by_seed(study):
+    def run(variant, seed, bits):
+        return {"variant": variant, "seed": seed, "bits_per_byte": bits}
+
+    runs = [run("topk-aux", s, 1.0 + s) for s in range(3)]
+    runs += [run("moge4", s, 1.1 + s + 0.01 * s) for s in range(3)] + [run("moge8", 7, 9.0)]
+    gaps = study.gaps_by_seed(runs)
+    assert list(gaps) == ["moge4 less topk-aux"]
+    assert gaps["moge4 less topk-aux"] == pytest.approx([0.1, 0.11, 0.12])
+    *_, last = study.differences(runs)
+    smallest = (4.3027 + 1.0607) * 0.01 / 3**0.5  # t tables, 2 degrees of freedom
+    assert float(last.split()[-4]) == pytest.approx(smallest, rel=0.1)
+
+
+def test_few_tokens_say_nothing_of_large_steps(study):
+    picks = np.random.default_rng(0).integers(0, 64, (1, 100, 8))
+    found = study.balance_numbers(picks, 64, 1)
+    assert "D8 T64" in found["rho"]
+    assert "D8 T512" not in found["rho"]
+    assert study.mean_of([found], "rho", "D8 T512") is None
+
+
 def test_grouped_picks_have_rho_one_where_devices_divide_the_groups(study):
     rng = np.random.default_rng(0)
     picks = rng.integers(0, 16, (2, 4096, 4)) + 16 * np.arange(4)  # 4 groups of 16

@@ -79,3 +79,15 @@ def test_matrices_follow_their_weight():
     turned = torch.randn(3, 2, 4)
     views = matrices(turned, ExpertLayout(is_transposed=True))
     assert all(torch.equal(a, b.T) for a, b in zip(views, turned, strict=True))
+
+
+def test_views_of_a_weight_that_moved_do_not_keep_its_memory():
+    moved, other = torch.randn(EXPERTS, 4, 6), torch.randn(EXPERTS, 4, 6)
+    layout = ExpertLayout()
+    matrices(moved, layout)
+    assert id(moved) in workspace._matrices
+    moved.data = torch.randn(EXPERTS, 4, 6)  # as a module's `to(device)` does
+    matrices(other, layout)
+    assert id(moved) not in workspace._matrices
+    assert id(other) in workspace._matrices
+    assert torch.equal(matrices(moved, layout)[2], moved[2])

@@ -212,3 +212,15 @@ def test_muon_in_halves_is_muon_with_masters(monkeypatch, compile):
     for got, want in zip(halves, copies, strict=True):
         assert (got - want).abs().max() < 1e-6
         assert (got - got.bfloat16().float()).abs().max() > 1e-5  # finer than bfloat16
+
+
+def test_muon_keeps_the_precision_of_every_stack():
+    """A float64 matrix moves in float64 whatever kind of matrix stands before it."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(2, 8, 12, dtype=torch.float64)
+    alone, beside = (nn.Parameter(start.clone()) for _ in range(2))
+    small = nn.Parameter(torch.randn(6, 4))
+    MuonAdamW([{"params": [alone], "kind": "muon"}], lr=0.1 / 3).update([gradient], 1 / 3)
+    both = MuonAdamW([{"params": [small, beside], "kind": "muon"}], lr=0.1 / 3)
+    both.update([torch.randn(6, 4), gradient], 1 / 3)
+    assert torch.equal(alone, beside)

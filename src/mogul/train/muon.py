@@ -194,12 +194,17 @@ def _look(gradient: Tensor, momentum: Tensor, numbers: Tensor, dtype: torch.dtyp
 
 
 def numbers_on_device(stacks: Sequence[Stack], rule: MuonRule) -> list[Tensor]:
-    """The numbers of every stack in one copy, which is waited for.
+    """The numbers of every stack in its own precision, one copy a device, which is waited for.
 
     An unpinned tensor must not be copied without waiting: where the device reads pageable memory
     by itself, it may do so after the host has given the memory to something else.
     """
-    first = stacks[0].weights[0]
-    wide = torch.promote_types(first.dtype, torch.float32)
-    rows = torch.tensor([stack.numbers_of(rule) for stack in stacks], dtype=wide)
-    return list(rows.to(first.device).unbind())
+    rows = torch.tensor([stack.numbers_of(rule) for stack in stacks], dtype=torch.float64)
+    if all(stack.weights[0].dtype != torch.float64 for stack in stacks):
+        rows = rows.float()
+    there = {device: rows.to(device) for device in {stack.weights[0].device for stack in stacks}}
+    found = []
+    for place, weight in enumerate(stack.weights[0] for stack in stacks):
+        row = there[weight.device][place]
+        found.append(row.to(torch.promote_types(weight.dtype, torch.float32)))
+    return found

@@ -83,7 +83,11 @@ _matrices: dict[int, _Kept] = {}
 
 
 def matrices(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
-    """One view [out, in] an expert, made once a weight: sixteen views cost as much as an expert."""
+    """One view [out, in] an expert, made once a weight: sixteen views cost as much as an expert.
+
+    Views of weights whose memory is another since (a model that moved to a device) are let go here:
+    they would keep the old memory.
+    """
     kept = _matrices.get(id(weight))
     if (
         kept is not None
@@ -93,6 +97,9 @@ def matrices(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
         and kept.is_transposed == layout.is_transposed
     ):
         return kept.views
+    for key, other in list(_matrices.items()):
+        if (owner := other.weight()) is None or owner.data_ptr() != other.address:
+            _matrices.pop(key, None)
     with torch.inference_mode(False):
         plain = weight.detach()
         views = (plain.mT if layout.is_transposed else plain).unbind()
