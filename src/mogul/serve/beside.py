@@ -75,5 +75,6 @@ def _products(block: Any, dtype: torch.dtype) -> tuple[PackedLinear, PackedLinea
     if not fits:
         return None
     joined: Any = gate.joined[0]  # pyright: ignore[reportOptionalMemberAccess]
-    plain = type(joined) is PackedLinear and joined.bias is None and down.bias is None
-    return (joined, down) if plain else None  # pyright: ignore[reportReturnType]
+    last: Any = down
+    plain = type(joined) is PackedLinear and joined.bias is None and last.bias is None
+    return (joined, last) if plain else None
