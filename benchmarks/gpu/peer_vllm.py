@@ -126,16 +126,23 @@ def _stand_ins(chosen: dict[str, Any], own_silu: bool) -> None:
     )
 
 
+def _has_own_silu(library: Path) -> bool:
+    """Load vLLM's elementwise kernels, if they are there and fit this torch."""
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        print(f"vllm runs with our SiLU and without fp8: {str(error)[:160]}")
+        return False
+    return True
+
+
 def _load(folder: Path) -> Any:
     """VLLM's fused_moe.py, once a process; `bench_chosen["config"]` overrides its tiles."""
     if NAME in sys.modules:
         return sys.modules[NAME]
     torch.ops.load_library(str(folder / "_moe_C.abi3.so"))
-    more = folder / "_C_stable_libtorch.abi3.so"
-    if more.exists():
-        torch.ops.load_library(str(more))
     chosen: dict[str, Any] = {}
-    _stand_ins(chosen, more.exists())
+    _stand_ins(chosen, _has_own_silu(folder / "_C_stable_libtorch.abi3.so"))
     module: Any = None
     for name in ("moe_align_block_size", "fused_moe"):
         spec = importlib.util.spec_from_file_location(
