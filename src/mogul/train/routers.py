@@ -129,7 +129,6 @@ class TrainedRouter:
         pull = rules.loss_factor * loss + rules.z_factor * z
         return _Pull.apply(weights, pull, rules.share)  # pyright: ignore[reportReturnType]
 
-
     def _shift(self, logits: Tensor, ids: Tensor) -> Tensor:
         rules = self.balance_rules
         bias: Tensor = self.e_score_correction_bias  # pyright: ignore[reportAttributeAccessIssue]
