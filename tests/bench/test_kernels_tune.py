@@ -15,6 +15,7 @@ from mogul.bench.kernels_tune import (
     row_tiles,
     search,
     search_few,
+    use,
     write,
 )
 from mogul.cli.main import main
@@ -102,8 +103,8 @@ def test_what_is_written_is_used(tmp_path, monkeypatch):
     write([plan_row(SHAPE, 300, mine)], tmp_path, "NVIDIA H100 80GB HBM3")
     write([plan_row(SHAPE, 8, mine)], tmp_path, "NVIDIA H100 80GB HBM3")
     assert [row["tokens"] for row in json.loads((tmp_path / "plans.json").read_text())] == [300, 8]
-    monkeypatch.setenv(USER_PLANS, str(tmp_path / "plans.json"))
-    plan_for.cache_clear()
+    monkeypatch.setenv(USER_PLANS, "")
+    use(tmp_path / "plans.json")
     try:
         found = plan_for(SHAPE, 200)
         assert (found.rows, found.up, found.down) == (mine.rows, mine.up, mine.down)

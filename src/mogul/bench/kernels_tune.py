@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +28,18 @@ from mogul.core.errors import HardwareError
 from mogul.core.files import atomic_write
 from mogul.core.log import progress, say
 from mogul.kernels import moe_forward
-from mogul.kernels.triton.plans import USER_PLANS, FewPlan, Plan, Shape, Tile, few_rule, rule
+from mogul.kernels.triton.plans import (
+    USER_PLANS,
+    FewPlan,
+    Plan,
+    Shape,
+    Tile,
+    few_plan,
+    few_rule,
+    plan_for,
+    rule,
+    table,
+)
 
 SHARED_BYTES = 200_000
 """Shared memory that a candidate may fill; those that don't fit fail and are left out anyway."""
@@ -47,7 +60,7 @@ class Timer(Protocol):
 
 
 def tune(request: Request, folder: Path | None) -> list[dict[str, Any]]:
-    """Measure, write `folder`/plans.json and `folder`/vllm/, and return the rows."""
+    """Measure, write `folder`/plans.json and `folder`/vllm/, use them here, and return the rows."""
     device, dtype, token_counts = request.resolved()
     if device.type != "cuda":
         raise HardwareError(
@@ -61,15 +74,21 @@ def tune(request: Request, folder: Path | None) -> list[dict[str, Any]]:
         sizes.experts, sizes.picks, sizes.width, sizes.inner, 10 * major + minor, processors
     )
     timer = _ForwardTimer(Layer.random(sizes, DTYPES[dtype], device))
-    rows = [
-        plan_row(
-            shape, tokens, (search_few if shape.uses_few(tokens) else search)(shape, tokens, timer)
-        )
-        for tokens in token_counts
-    ]
-    if folder is not None:
-        write(rows, folder, device_name(device))
+    rows = []
+    for tokens in token_counts:
+        find = search_few if shape.uses_few(tokens) else search
+        rows.append(plan_row(shape, tokens, find(shape, tokens, timer)))
+    use(write(rows, folder or Path(mkdtemp()), device_name(device)))
     return rows
+
+
+def use(path: Path) -> None:
+    """Let the layers of this process look into a file of plans, those made already too."""
+    from mogul.kernels.triton.layer import layer_of
+
+    os.environ[USER_PLANS] = str(path)
+    for known in (table, few_plan, plan_for, layer_of):
+        known.cache_clear()
 
 
 def search(shape: Shape, tokens: int, timer: Timer) -> Plan:
@@ -226,8 +245,8 @@ def plan_row(shape: Shape, tokens: int, plan: Plan | FewPlan) -> dict[str, Any]:
     return {**facts, "plan": {"rows": plan.rows, **tiles}}
 
 
-def write(rows: list[dict[str, Any]], folder: Path, device: str) -> None:
-    """Both files; rows of other shapes that `plans.json` holds already stay."""
+def write(rows: list[dict[str, Any]], folder: Path, device: str) -> Path:
+    """Both files; rows of other shapes that `plans.json` holds already stay. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plans.json"
     keys = ("capability", "experts", "picks", "width", "inner", "tokens")
@@ -240,6 +259,7 @@ def write(rows: list[dict[str, Any]], folder: Path, device: str) -> None:
     (folder / "vllm").mkdir(exist_ok=True)
     atomic_write(folder / "vllm" / name, json.dumps(vllm_config(rows), indent=4) + "\n")
     say(f"wrote {path}: set {USER_PLANS}={path} to use it; VLLM_TUNED_CONFIG_FOLDER={folder}/vllm")
+    return path
 
 
 def vllm_config(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
