@@ -39,6 +39,9 @@ def test_times_are_told_from_token_times() -> None:
     # From 3.0 (last first token) to 4.0 (first last token) each of the two gained one token.
     assert line.decode_s == 1.0
     assert Timeline((0.0, 0.0), ((1.0, 2.0), (3.0, 4.0)), 1).decode_s is None
+    # Steps that decode end at 2.0, 3.5, 4.0 and 6.0, each for one of the two.
+    assert line.decoding == 1.0
+    assert Timeline((0.0, 0.0), ((1.0, 2.0, 3.0), (1.5, 3.0, 3.0)), 1).decoding == 1.5
 
 
 def test_a_poisson_load_arrives_at_its_rate() -> None:
@@ -88,7 +91,7 @@ def test_bytes_of_a_step_by_hand(model: Qwen3MoeForCausalLM) -> None:
     assert weights.uniform_distinct(1) == 2
     assert weights.uniform_distinct(1000) == pytest.approx(8)
     workload = Workload(4, 10, 6)
-    step = serve.step_bytes(weights, workload, 3.0, token_bytes=100)
+    step = serve.step_bytes(weights, workload, 4, 3.0, token_bytes=100)
     assert step == weights.dense_bytes + 3 * 2 * expert + 4 * 13 * 100
 
 
@@ -118,6 +121,18 @@ def test_a_run_measures_every_load(model: Qwen3MoeForCausalLM) -> None:
         "decode step", "prefill speed", "decode step", "prefill speed", "time to first token",
     ]  # fmt: skip
     assert all(row["value"] > 0 for row in rows)
+    for row in (rows[0], rows[2], rows[4]):
+        for what in ("ttft_ms", "tpot_ms", "itl_ms"):
+            assert 0 < row[what]["p50"] <= row[what]["p95"] <= row[what]["p99"]
+        assert row["ratio"] > 0
+        assert row["output_per_s"] > 0
+    opened = result.cells[2]
+    assert 1 <= opened.decoding <= 6
+    assert rows[4]["decoding"] == round(opened.decoding, 2)
+    assert opened.decode_s == opened.percentile("itl_s", 50)
+    assert opened.distinct is not None
+    assert opened.distinct <= opened.uniform * 1.5
+    assert any("decode together" in note for note in shown.notes)
 
 
 def test_guesses_are_told_by_position(model: Qwen3MoeForCausalLM) -> None:

@@ -64,14 +64,24 @@ class Cell:
     workload: Workload
     runs: tuple[Timeline, ...]
     distinct: float | None
+    """Distinct experts a layer of a step that decodes `decoding` requests; None without experts."""
+
     uniform: float
+    decoding: float
+    """Requests that decode together: all of a closed load, the average of an open one."""
+
     floor_s: float
     acceptance: tuple[float, ...] = ()
     """Share of guessed tokens that stood, by position."""
 
     @property
     def decode_s(self) -> float | None:
-        """Median time of a token while all requests decode together."""
+        """Median time of a token while all requests decode together.
+
+        Of an open load, the middle time between two tokens.
+        """
+        if self.workload.rate is not None:
+            return self.percentile("itl_s", 50)
         found = [one for run in self.runs if (one := run.decode_s) is not None]
         return median(found) if found else None
 
@@ -147,9 +157,14 @@ def measure(
     for (runs, acceptance, token_bytes), workload, count in zip(
         _timed(model, workloads, request), workloads, distinct, strict=True
     ):
-        floor_s = step_bytes(weights, workload, count, token_bytes) / bytes_per_s
+        decoding = float(workload.requests)
         uniform = weights.uniform_distinct(workload.requests)
-        cells.append(Cell(workload, runs, count, uniform, floor_s, acceptance))
+        if workload.rate is not None:  # spread over experts as when all of them decode together
+            decoding = median(run.decoding for run in runs)
+            fewer = weights.uniform_distinct(decoding)
+            count, uniform = None if count is None else count * fewer / uniform, fewer
+        floor_s = step_bytes(weights, workload, decoding, count, token_bytes) / bytes_per_s
+        cells.append(Cell(workload, runs, count, uniform, decoding, floor_s, acceptance))
     dtype = str(model.dtype).removeprefix("torch.")
     return Result(name, device_name(where), dtype, bytes_per_s, tuple(cells))
 
@@ -179,11 +194,15 @@ def _spread(
 
 
 def step_bytes(
-    weights: Weights, workload: Workload, distinct: float | None, token_bytes: int
+    weights: Weights,
+    workload: Workload,
+    decoding: float,
+    distinct: float | None,
+    token_bytes: int,
 ) -> float:
     """Bytes a decode step reads: weights, and the keys and values halfway through the answers."""
     keys = workload.input_tokens + workload.output_tokens / 2
-    kv_bytes = workload.requests * keys * token_bytes
+    kv_bytes = decoding * keys * token_bytes
     return weights.step_bytes(distinct or 0.0) + kv_bytes
 
 
@@ -242,12 +261,14 @@ def table(result: Result) -> Table:
     sizes = f"{one.input_tokens} + {one.output_tokens} tokens a request, none shared"
     notes = [
         f"{result.device}; {speed}; {sizes}",
-        "decode: a token of every request while all decode",
+        "decode: a token of every request while all decode (arriving at random: median ITL)",
         "floor: weights, distinct experts, keys and values read once",
     ]
     for cell in result.cells:
         if cell.workload.temperature == FORCED_TEMPERATURE:
             notes.append(f"{load_name(cell.workload)}: tokens at random")
+        if cell.workload.rate is not None:
+            notes.append(f"{load_name(cell.workload)}: {cell.decoding:.1f} decode together")
         if cell.acceptance:
             shares = ", ".join(f"{share:.2f}" for share in cell.acceptance)
             notes.append(f"{load_name(cell.workload)}: guesses that stood, by position: {shares}")
@@ -278,6 +299,9 @@ def load_name(workload: Workload) -> str:
     return f"{workload.rate:g}/s x {workload.requests}"
 
 
+PERCENTILES = (50, 95, 99)
+
+
 def ledger_rows(result: Result) -> list[dict[str, Any]]:
     """Two rows a closed load (decode step, prefill), one an open load (time to first token)."""
     rows = []
@@ -290,24 +314,36 @@ def ledger_rows(result: Result) -> list[dict[str, Any]]:
             "runs": len(cell.runs),
             "tokens": "random" if one.temperature == FORCED_TEMPERATURE else "greedy",
         }
+        more = _about(cell)
         if one.rate is not None:
-            rows.append(
-                _row(result, common, "time to first token", "ms",
-                     [run.ttft_s().mean() * 1e3 for run in cell.runs],
-                     p95=cell.percentile("ttft_s", 95) * 1e3,
-                     tpot_p50=cell.percentile("tpot_s", 50) * 1e3)
-            )  # fmt: skip
+            waits = [run.ttft_s().mean() * 1e3 for run in cell.runs]
+            more["decoding"] = round(cell.decoding, 2)
+            rows.append(_row(result, common, "time to first token", "ms", waits, **more))
             continue
         steps = [run.decode_s * 1e3 for run in cell.runs if run.decode_s is not None]
-        floor = {"floor": round(cell.floor_s * 1e3, 4), "distinct_experts": cell.distinct}
         if steps:
-            ratio = round(median(steps) / (cell.floor_s * 1e3), 3)
-            tpot = round(cell.percentile("tpot_s", 50) * 1e3, 4)
-            more = {**floor, "ratio": ratio, "tpot_p50": tpot, "acceptance": list(cell.acceptance)}
             rows.append(_row(result, common, "decode step", "ms", steps, **more))
         speeds = [run.prefill_per_s for run in cell.runs]
         rows.append(_row(result, common, "prefill speed", "tokens/s", speeds))
     return rows
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    """What stands beside a load's time: percentiles in milliseconds, experts, floor, ratio."""
+    found: dict[str, Any] = {
+        f"{what}_ms": {
+            f"p{share}": round(cell.percentile(f"{what}_s", share) * 1e3, 4)
+            for share in PERCENTILES
+        }
+        for what in ("ttft", "tpot", "itl")
+    }
+    return found | {
+        "output_per_s": round(cell.typical("output_per_s"), 2),
+        "distinct_experts": None if cell.distinct is None else round(cell.distinct, 3),
+        "floor": round(cell.floor_s * 1e3, 4),
+        "ratio": None if cell.ratio is None else round(cell.ratio, 3),
+        "acceptance": list(cell.acceptance),
+    }
 
 
 def _row(

@@ -44,7 +44,7 @@ class Weights:
         """Bytes of weights that a step reads with so many distinct experts a layer."""
         return self.dense_bytes + distinct * sum(self.expert_bytes)
 
-    def uniform_distinct(self, tokens: int) -> float:
+    def uniform_distinct(self, tokens: float) -> float:
         """Distinct experts that so many tokens pick, where every expert is as likely."""
         if not self.num_experts:
             return 0.0

@@ -112,6 +112,12 @@ class Timeline:
         return len(self.tokens_s) * self.input_tokens / max(t[0] for t in self.tokens_s)
 
     @property
+    def decoding(self) -> float:
+        """Requests that decode together, on the average over the steps that decode any."""
+        steps = {at for t in self.tokens_s for at in t[1:]}
+        return sum(len(set(t[1:])) for t in self.tokens_s) / len(steps)
+
+    @property
     def decode_s(self) -> float | None:
         """Time of a token while all requests decode together; None where they never do.
 
