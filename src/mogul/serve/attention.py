@@ -200,14 +200,15 @@ def _attend_turned(
     key_norm: Tensor | None,
     query_eps: Tensor | None,
     key_eps: Tensor | None,
-    eps: float,
+    eps: list[float],
     layer: Tensor,
     scaling: float,
     sliding_window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Queries and keys as their products left them; a norm's eps is a number or one on the host."""
-    each = [eps if one is None else float(one) for one in (query_eps, key_eps)]
+    found = zip((query_eps, key_eps), eps, strict=True)
+    each = [number if one is None else float(one) for one, number in found]
     turn = Turn(cos[0], sin[0], query_norm, key_norm, *each)
     return _attend(query, key, value, layer, scaling, sliding_window, sinks, turn)
 
@@ -219,7 +220,7 @@ _LIB.define(
 )
 _LIB.define(
     "attend_turned(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, "
-    "Tensor? query_norm, Tensor? key_norm, Tensor? query_eps, Tensor? key_eps, float eps, "
+    "Tensor? query_norm, Tensor? key_norm, Tensor? query_eps, Tensor? key_eps, float[] eps, "
     "Tensor layer, float scaling, int? sliding_window, Tensor? sinks) -> Tensor"
 )
 _LIB.impl("attend", _attend, "CompositeExplicitAutograd")

@@ -124,16 +124,14 @@ def turn_inside(graph: Graph, node: Any) -> None:
     raw = [turn.x if norm is None else norm.x for turn, norm in zip(turns, norms, strict=True)]
     weights = [None if norm is None else norm.weight for norm in norms]
     each = [0.0 if norm is None else norm.eps for norm in norms]
-    numbers = {eps for eps in each if isinstance(eps, float)}
-    if len(numbers) > 1:
-        return
+    numbers = [eps if isinstance(eps, float) else 0.0 for eps in each]
     nodes = [None if isinstance(eps, float) else eps for eps in each]
     with graph.inserting_before(node):
         rows = []
         for x in raw:
             rows.append(graph.call_function(aten.select.int, (x, 0, 0)))
             rows[-1].meta = {"val": value(x)[0]}
-        angles = (cos, sin, *weights, *nodes, numbers.pop() if numbers else 0.0)
+        angles = (cos, sin, *weights, *nodes, numbers)
         args = (*rows, val, *angles, *rest)
         turned = graph.call_function(torch.ops.mogul.attend_turned.default, args)
     turned.meta = {"val": value(node)}

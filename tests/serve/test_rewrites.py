@@ -1,0 +1,157 @@
+"""Norms, rotations, residuals and routers inside the operators beside them: numbers as before."""
+
+from __future__ import annotations
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+from mogul.serve.attention import LayerCache, StepState, running
+from mogul.serve.passes import FewRows
+
+_spec = spec_from_file_location("passes_tests", Path(__file__).with_name("test_passes.py"))
+assert _spec
+assert _spec.loader
+_tests = module_from_spec(_spec)
+_spec.loader.exec_module(_tests)
+as_inductor_sees_it = _tests.as_inductor_sees_it
+
+HEADS, KV_HEADS, WIDTH, TOKENS = 4, 2, 16, 6
+
+
+def norm(x, weight, eps=1e-6):
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def product(x, weight, w):
+    return F.linear(norm(x, weight), w)
+
+
+def residual(x, w, more):
+    return more + F.linear(x, w)
+
+
+def router(x, weight, w):
+    rows = norm(x, weight)
+    values, ids = F.linear(rows, w).softmax(-1, dtype=torch.float).topk(3, -1)
+    values /= values.sum(-1, keepdim=True)
+    return rows, values.to(x.dtype), ids
+
+
+def other_norm(x, weight, w):
+    """A mean of four powers: not recognised."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(4).mean(-1, keepdim=True) + 1e-6)
+    return F.linear(weight * wide.to(x.dtype), w)
+
+
+def shared(x, weight, w):
+    """Normed rows that others read too, and no router: the norm stays."""
+    rows = norm(x, weight)
+    return rows, F.linear(rows, w)
+
+
+def rewritten(function, *args):
+    graph = as_inductor_sees_it(function, *args)
+    want = graph(*args)
+    FewRows()(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    names = [str(node.target).removesuffix(".default") for node in graph.graph.nodes]
+    return graph, want, [name for name in names if name.startswith("mogul")]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "operators"),
+    [
+        (product, ((5, 32), (32,), (16, 32)), ["mogul.normed_linear"]),
+        (residual, ((5, 32), (16, 32), (5, 16)), ["mogul.added_linear"]),
+        (router, ((5, 32), (32,), (16, 32)), ["mogul.normed_route"]),
+        (other_norm, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
+        (shared, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
+    ],
+)
+def test_products_say_the_same_in_fewer_operators(function, shapes, operators):
+    torch.manual_seed(0)
+    args = [torch.randn(shape).bfloat16() for shape in shapes]
+    graph, want, found = rewritten(function, *args)
+    assert found == operators
+    got = graph(*args)
+    pairs = [(got, want)] if isinstance(want, torch.Tensor) else list(zip(got, want, strict=True))
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+
+
+def rotate(x, cos, sin):
+    left, right = x[..., : WIDTH // 2], x[..., WIDTH // 2 :]
+    return x * cos[:, None] + torch.cat((-right, left), -1) * sin[:, None]
+
+
+def attention(*, norms=True, rotation=rotate):
+    def run(query, key, value, cos, sin, query_norm, key_norm, layer):
+        if norms:
+            query, key = norm(query, query_norm), norm(key, key_norm, 1e-3)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key = rotation(query, cos, sin), rotation(key, cos, sin)
+        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+        return torch.ops.mogul.attend(*rows, layer, 0.25, None, None)
+
+    return run
+
+
+def state():
+    pages = [torch.zeros(2, 16, KV_HEADS, WIDTH).bfloat16() for _ in range(2)]
+    ends = torch.tensor([0, TOKENS], dtype=torch.int32)
+    table = torch.tensor([[1]], dtype=torch.int32)
+    return StepState(
+        16 + torch.arange(TOKENS), table, ends, ends[1:].clone(), TOKENS, [LayerCache(*pages)]
+    )
+
+
+def inputs():
+    torch.manual_seed(0)
+    angle = torch.randn(1, TOKENS, WIDTH // 2).repeat(1, 1, 2)
+    heads = [torch.randn(1, TOKENS, n, WIDTH).bfloat16() for n in (HEADS, KV_HEADS, KV_HEADS)]
+    norms = [(1 + torch.randn(WIDTH) / 4).bfloat16() for _ in range(2)]
+    return *heads, angle.cos().bfloat16(), angle.sin().bfloat16(), *norms, torch.tensor(0)
+
+
+def other_rotation(x, cos, sin):
+    """Neighbours paired instead of halves: not recognised."""
+    return (
+        x * cos[:, None]
+        + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * (sin[:, None])
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [
+        (attention(), "mogul.attend_turned"),
+        (attention(norms=False), "mogul.attend_turned"),
+        (attention(rotation=other_rotation), "mogul.attend"),
+    ],
+)
+def test_attention_norms_and_rotates_by_itself(function, operator):
+    args = inputs()
+    first, second = state(), state()
+    with running(first):
+        graph = as_inductor_sees_it(function, *args)
+        want = graph(*args)
+    FewRows()(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    names = [str(node.target).removesuffix(".default") for node in graph.graph.nodes]
+    assert [name for name in names if name.startswith("mogul")] == [operator]
+    with running(second):
+        got = graph(*args)
+    torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
+    keys = [one.caches[0].key for one in (first, second)]
+    torch.testing.assert_close(*keys, atol=3e-2, rtol=3e-2)
+    assert keys[0].any()
