@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from mogul.core.errors import BackendError
 from mogul.kernels import choose_backend
-from mogul.kernels.triton import why_not_triton
+from mogul.kernels.triton import plans, why_not_triton
 from mogul.kernels.triton.layer import tell_of_rule
 from mogul.kernels.triton.plans import Shape, few_plan, last_width, plan_for, table
 
@@ -19,11 +22,32 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_known_shapes_come_from_the_table() -> None:
-    bounds = [entry.tokens for entry in table()[(64, 8, 5120, 1344)]]
+    bounds = [entry.tokens for entry in table()[(64, 8, 5120, 1344)] if not entry.device]
     assert bounds == sorted(bounds)
     assert plan_for(PANGU, 64).up.swap
     assert plan_for(PANGU, 16384).up.split
     assert few_plan(PANGU).up_k == 1024
+
+
+def test_rows_of_a_device_come_first_there_and_count_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = {"n": 64, "k": 64}
+    facts = {"experts": 48, "picks": 6, "width": 1280, "inner": 640}
+    rows = [
+        {**facts, "tokens": 9, "plan": {"rows": 16, "up": tile, "down": tile}},
+        {**facts, "tokens": 20, "device": "H200", "plan": {"rows": 32, "up": tile, "down": tile}},
+    ]
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(rows))
+    monkeypatch.setenv(plans.USER_PLANS, str(path))
+    here = plans.Shape(48, 6, 1280, 640, device="NVIDIA H200")
+    elsewhere = plans.Shape(48, 6, 1280, 640, device="NVIDIA H100 80GB HBM3")
+    assert [plans.plan_for(here, tokens).rows for tokens in (1, 20)] == [32, 32]
+    assert plans.plan_for(elsewhere, 9).rows == 16
+    assert plans.plan_for(elsewhere, 20) == plans.rule(elsewhere, 20)
+    assert plans.plan_for(here, 21) == plans.rule(here, 21)
+    plans.plan_for.cache_clear()
 
 
 def test_an_unknown_shape_says_once_why_it_waits(caplog: pytest.LogCaptureFixture) -> None:

@@ -481,6 +481,6 @@ def layer_of(
     properties = torch.cuda.get_device_properties(device)
     capability = properties.major * 10 + properties.minor
     sms = properties.multi_processor_count
-    shape = Shape(experts, picks, width, inner, capability, sms)
+    shape = Shape(experts, picks, width, inner, capability, sms, properties.name)
     tell_of_rule(shape)
     return Layer(shape, device, pdl=capability >= 90)

@@ -2,7 +2,7 @@
 
 A plan is chosen from the shape alone; nothing is tuned inside a request.
 The table is `plans.json` beside this file; the finest match on (device, E, K, D, F) and the
-smallest `tokens` bound that holds wins.
+smallest `tokens` bound that holds wins; rows with a `device` only count on GPUs of that name.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Shape:
     inner: int
     capability: int = 90
     sms: int = 132
+    device: str = ""
+    """Name of the GPU, as its driver says it."""
 
     def uses_few(self, tokens: int) -> bool:
         """True where a sort costs more than reading an expert twice."""
@@ -156,6 +158,8 @@ class Entry:
     tokens: int
     plan: Plan | None
     few: FewPlan | None = None
+    device: str = ""
+    """Only for GPUs with this in their name; such rows come first."""
     note: str = field(default="", compare=False)
 
 
@@ -182,16 +186,19 @@ def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entr
             continue
         key = (row["experts"], row["picks"], row["width"], row["inner"])
         few = FewPlan(**row["few"]) if "few" in row else None
-        entry = Entry(row["tokens"], _plan(row["plan"]) if "plan" in row else None, few)
-        out.setdefault(key, []).append(entry)
-    return {key: sorted(entries, key=lambda e: e.tokens) for key, entries in out.items()}
+        plan = _plan(row["plan"]) if "plan" in row else None
+        out.setdefault(key, []).append(Entry(row["tokens"], plan, few, row.get("device", "")))
+    return {
+        key: sorted(entries, key=lambda e: (not e.device, e.tokens)) for key, entries in out.items()
+    }
 
 
 def _entries(shape: Shape) -> list[Entry]:
     """Rows of the user's own file (MOGUL_PLANS, from `mogul bench kernels --tune`), then ours."""
     key = (shape.experts, shape.picks, shape.width, shape.inner)
     own = table(shape.capability, Path(os.environ[USER_PLANS])) if USER_PLANS in os.environ else {}
-    return own.get(key, []) + table(shape.capability).get(key, [])
+    found = own.get(key, []) + table(shape.capability).get(key, [])
+    return [entry for entry in found if entry.device in shape.device]
 
 
 def is_measured(shape: Shape) -> bool:
