@@ -33,6 +33,9 @@ WIDE, WIDE_ROWS = 4096, 64
 _FP8_CAPABILITY = (8, 9)
 NARROW_BLOCK = 4
 
+FETCHED_BYTES, _LINE_BYTES = 24 << 20, 128
+"""Of a weight that the kernel before lets into the L2 cache; a whole large one would not fit."""
+
 Tile = tuple[int, int, int, int]
 """Columns, contracted numbers, warps, stages."""
 
@@ -175,6 +178,7 @@ def _launch(
     constants: dict[str, Any] = {
         "N": columns, "K": inner, "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_K": block_k,
         "STAGES": stages, "SCALED": dtypes[0].itemsize == 1, "ADD": adds, "PDL": pdl,
+        "LINES": max(1, FETCHED_BYTES // (columns * _LINE_BYTES)),
     }  # fmt: skip
     return Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl)
 

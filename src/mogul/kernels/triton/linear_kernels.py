@@ -10,16 +10,16 @@ def linear_few(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, plus_ptr, out_ptr, num_rows,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr,
-    PDL: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row, col] = x[row] @ w[col], SCALED: times both scales, ADD: and what stands in `plus`.
 
     Weights are the left operand. They do not depend on the kernel before, so this program's come
-    into the cache while that one still runs.
+    into the cache while that one still runs: LINES of each column.
     """
     if PDL:
         gdc_launch_dependents()
-        fetch(w_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
+        fetch(w_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, LINES)
         gdc_wait()
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -50,10 +50,12 @@ def linear_few(
 
 
 @triton.jit
-def fetch(w_ptr, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
-    """Bring ROWS rows of [N, K] from `first` on into the L2 cache, line by line."""
+def fetch(
+    w_ptr, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr = 4096
+):  # fmt: skip
+    """Bring MOST lines of ROWS rows of [N, K] from `first` on into the L2 cache."""
     LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (K + LINE - 1) // LINE
+    LINES: tl.constexpr = min((K + LINE - 1) // LINE, MOST)
     BLOCK: tl.constexpr = 32
     rows = (first + tl.arange(0, ROWS)) % N
     lines = tl.arange(0, BLOCK)
