@@ -13,6 +13,7 @@ from mogul.bench.serve_load import FORCED_TEMPERATURE, Timeline, Workload
 from mogul.cli.bench_serve import engine_options
 from mogul.cli.main import main
 from mogul.core.errors import ConfigError
+from mogul.serve.kv_scales import KvScales
 
 CONFIG = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 16,
@@ -180,3 +181,26 @@ def test_the_verb_prints_and_records(tmp_path, capsys) -> None:
     assert len(ledger.read_text().splitlines()) == 2
     assert main(["bench", "serve", str(config)]) == 2
     assert "add --load random" in capsys.readouterr().err
+
+
+def test_scales_of_a_checkpoint_reach_the_engine(tmp_path, monkeypatch, model) -> None:
+    model.save_pretrained(tmp_path)
+    one = tuple(torch.tensor([float(2 + layer)]) for layer in range(len(model.model.layers)))
+    KvScales(one, tuple(scale.clone() for scale in one)).save(tmp_path)
+    seen: list[KvScales | None] = []
+    whole = serve._engine
+
+    def note(model, request, *args, **more):
+        seen.append(request.kv_scales)
+        return whole(model, request, *args, **more)
+
+    monkeypatch.setattr(serve, "_engine", note)
+    options = {"cache_tokens": 400, "kv_dtype": "fp8"}
+    request = serve.Request((Workload(2, input_tokens=8, output_tokens=4),), 1, False, options)
+    serve.open_and_measure(str(tmp_path), request, device="cpu")
+    assert seen
+    assert all(scales is not None and scales.keys[0].tolist() == [2.0] for scales in seen)
+    seen.clear()
+    options["kv_dtype"] = "auto"
+    serve.open_and_measure(str(tmp_path), request, device="cpu")
+    assert not any(seen)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mogul.serve import Engine
+    from mogul.serve.kv_scales import KvScales
 
 LEAST_SPREAD = 0.9
 """Share of the uniform expectation of distinct experts below which tokens are forced."""
@@ -50,6 +51,9 @@ class Request:
 
     guesses: int = 4
     """Guessed tokens a request at most."""
+
+    kv_scales: KvScales | None = None
+    """Of a cache in fp8."""
 
     def __post_init__(self) -> None:
         """Refuse to measure nothing."""
@@ -122,6 +126,7 @@ def open_and_measure(
     quantise: str | None = None,
 ) -> Result:
     """Open a model as the engine would, and measure it; see `measure`."""
+    from mogul.serve.kv_scales import read_scales
     from mogul.serve.loading import open_model
 
     where = device_of(device)
@@ -134,6 +139,8 @@ def open_and_measure(
         experts=experts,
         quantise=quantise,
     )
+    if request.engine.get("kv_dtype") == "fp8" and load == "checkpoint":
+        request = replace(request, kv_scales=read_scales(path))
     result = measure(model, request, name=name or path, bytes_per_s=bytes_per_s)
     return replace(result, dtype=f"{result.dtype}, {quantise}") if quantise else result
 
@@ -216,7 +223,7 @@ def _engine(
     length = max(one.input_tokens + one.output_tokens for one in request.workloads)
     options = {"max_sequences": most, "max_length": length, "reuse_prefix": False, "seed": 0}
     settled = EngineOptions(**{**options, **request.engine, **more})
-    return Engine(model, None, settled, speculator=speculator)
+    return Engine(model, None, settled, speculator=speculator, kv_scales=request.kv_scales)
 
 
 def _timed(

@@ -27,7 +27,7 @@ from mogul.serve.kv_scales import KvScales, read_scales
 from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
-from mogul.serve.ranks import settle_options, settle_sizes, spread
+from mogul.serve.ranks import check_spread, settle_options, settle_sizes, spread
 from mogul.serve.requests import Answer, Chunk, Live
 from mogul.serve.results import take
 from mogul.serve.runner import Runner
@@ -85,7 +85,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.parallel = parallel
         if parallel is not None:
-            spread(model, parallel, speculator)
+            heads = spread(model, parallel, speculator)
+            kv_scales = None if kv_scales is None else kv_scales.of_rank(*heads)
             self.options = settle_options(self.options, model.device)
         fuse = self.options.fuse and model.device.type != "cpu"
         self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)
@@ -175,6 +176,8 @@ class Engine:
             BackendError: the family's attention cannot be given pages.
         """
         settled = EngineOptions(**options)
+        if parallel is not None:
+            check_spread(parallel, speculator, quantise)
         model = open_model(
             path,
             load=load,

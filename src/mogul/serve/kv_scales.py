@@ -49,6 +49,24 @@ class KvScales:
 
     values: tuple[Tensor, ...]
 
+    def of_rank(self, rank: int, ranks: int) -> KvScales:
+        """Those of the heads that one of some ranks keeps; a number for all heads is everybody's.
+
+        Raises:
+            ConfigError: the heads of a layer cannot be dealt out evenly.
+        """
+
+        def share(scale: Tensor) -> Tensor:
+            if scale.numel() == 1:
+                return scale
+            if scale.numel() % ranks:
+                raise ConfigError(
+                    f"scales of {scale.numel()} heads cannot be cut for {ranks} ranks"
+                )
+            return scale.chunk(ranks)[rank]
+
+        return KvScales(*(tuple(map(share, part)) for part in (self.keys, self.values)))
+
     def save(self, folder: str | Path) -> Path:
         """Write them where `read_scales` finds them, beside the checkpoint."""
         path = Path(folder) / FILE

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from mogul.serve.speculate import Speculator
 
 
-def spread(model: Any, parallel: Parallel, speculator: Speculator | None = None) -> None:
-    """Cut a model over the ranks of this run; each keeps its heads, experts and pages.
+def check_spread(
+    parallel: Parallel, speculator: Speculator | None = None, quantise: str | None = None
+) -> None:
+    """Refuse what can be refused before any weight is read.
 
     Raises:
         ConfigError: copies of the attention or stages, which would be engines of their own, no
@@ -41,16 +43,30 @@ def spread(model: Any, parallel: Parallel, speculator: Speculator | None = None)
         )
     if speculator is not None:
         _check_guesses(speculator)
+    if quantise is not None:
+        raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
     if not dist.is_initialized():
         raise ConfigError(
             f"an engine over {parallel.devices} devices needs as many processes",
             fix="start them with torchrun and call mogul.parallel.start(), or use parallel.launch",
         )
-    if any(isinstance(module, (PackedExperts, PackedLinear)) for module in model.modules()):
-        raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
-    lay_out(model, parallel, wire="auto")
+
+
+def spread(model: Any, parallel: Parallel, speculator: Speculator | None = None) -> tuple[int, int]:
+    """Cut a model over the ranks of this run; each keeps its heads, experts and pages.
+
+    Returns:
+        Which share of the heads this rank has, of how many.
+
+    Raises:
+        ConfigError: as `check_spread`.
+    """
+    packed = any(isinstance(module, (PackedExperts, PackedLinear)) for module in model.modules())
+    check_spread(parallel, speculator, "packed" if packed else None)
+    heads = lay_out(model, parallel, wire="auto").groups.tp
     if speculator is not None:
         speculator.length.agree = agree_on_times(model.device)
+    return heads.rank(), heads.size()
 
 
 def _check_guesses(speculator: Speculator) -> None:
