@@ -93,7 +93,7 @@ class Tape:
                 plain.append(self._place_of(arg))
                 place += 1
             else:
-                one = _Descriptor(arg, next(metadata))
+                one = _Descriptor(arg, next(metadata, None))
                 described.append((place, *self._place_of(arg.base), one))
                 place += len(one.at(arg.base.data_ptr()))
         return entry.call, (*grid, 1), entry.fixed, plain, described, entry.tail
