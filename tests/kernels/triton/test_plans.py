@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from mogul.core.errors import BackendError
-from mogul.kernels import choose_backend
-from mogul.kernels.triton import plans, why_not_triton
+from mogul.kernels import ExpertLayout, choose_backend
+from mogul.kernels.triton import moe_forward_triton, plans, why_not_triton
 from mogul.kernels.triton.layer import tell_of_rule
 from mogul.kernels.triton.plans import Shape, few_plan, last_width, plan_for, table
 
@@ -106,6 +106,9 @@ def test_weights_that_are_views_are_refused_by_name() -> None:
     assert caught.value.__notes__[0].startswith("fix: pass gate_up.contiguous()")
     with pytest.raises(BackendError, match="down with strides"):
         ops.moe_train(torch.zeros(3, 16), gate_up.contiguous(), down.mT[..., ::2], ids, ids)
+    layout = ExpertLayout(activation="gelu")  # other layouts have kernels of their own
+    with pytest.raises(BackendError, match="gate_up with strides"):
+        moe_forward_triton(torch.zeros(3, 16), gate_up, down, ids, torch.ones(3, 2), layout=layout)
 
 
 def test_no_tokens_are_no_work() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.triton.any_layer import Call, Form, layer_for
 from mogul.kernels.triton.launch import aligned
+from mogul.kernels.triton.ops import check_weights
 from mogul.kernels.triton.sorting import sorted_size
 
 _TENSORS = (
@@ -32,6 +33,7 @@ _LIB.define(
 
 def _call(tensors: tuple[Any, ...]) -> Call:
     """Contiguous tensors on 16-byte addresses, as the compiled kernels assume."""
+    check_weights(*tensors[1:3])
     whole: Any = (None if tensor is None else aligned(tensor) for tensor in tensors)
     return Call(*whole)
 

@@ -39,7 +39,8 @@ def layer_of_call(x: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Laye
     return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], dtypes, device)
 
 
-def _check_weights(gate_up: Tensor, down: Tensor) -> None:
+def check_weights(gate_up: Tensor, down: Tensor) -> None:
+    """Refuse weights that would have to be copied at every call."""
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if not weight.is_contiguous() or weight.data_ptr() % 16:
             raise BackendError(
@@ -65,7 +66,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 @_on_its_device
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Forward without anything kept."""
-    _check_weights(gate_up, down)
+    check_weights(gate_up, down)
     if x.shape[0] == 0:
         return torch.empty_like(x)
     layer = layer_of_call(x, down, ids, weights)
@@ -78,7 +79,7 @@ def moe_train(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward that also returns what backward needs: (out, pre, sort)."""
-    _check_weights(gate_up, down)
+    check_weights(gate_up, down)
     if x.shape[0] == 0:
         return (
             torch.empty_like(x),
