@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import resource
-import time
-
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mogul.bench.soak import Soak, slope, soak
 from mogul.serve import SamplingParams
 from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
 
@@ -187,51 +184,11 @@ def test_any_life(tiny):
     )
 
 
-def soak(tiny, seconds: float, speculator: Speculator | None = None) -> tuple[int, float]:
-    """Add and abort at random; returns finished requests and MB/min of memory growth."""
-    chance = random.Random(0)
+def run_soak(tiny, seconds: float, speculator: Speculator | None = None) -> Soak:
     engine = tiny.engine(
         "moge", cache_tokens=600, max_sequences=8, max_length=200, speculator=speculator
     )
-    running: list[int] = []
-    done = 0
-    start_s = time.perf_counter()
-    sizes: list[tuple[float, float]] = []
-    while (now_s := time.perf_counter() - start_s) < seconds:
-        if len(running) < 12 and chance.random() < 0.3:
-            prompt = [chance.randrange(tiny.vocab) for _ in range(chance.randrange(1, 120))]
-            params = SamplingParams(max_tokens=chance.randrange(1, 60), logprobs=2)
-            running.append(engine.add(prompt, params, priority=chance.randrange(2)))
-        if running and chance.random() < 0.02:
-            number = running.pop(chance.randrange(len(running)))
-            assert engine.abort(number)
-            engine.take(number)
-        for chunk in engine.step():
-            if chunk.answer is not None:
-                assert chunk.answer.finish == "length"
-                engine.take(chunk.id)
-                running.remove(chunk.id)
-                done += 1
-        engine.check()
-        sizes.append((now_s / 60, resident_mb()))
-    late = sizes[len(sizes) // 3 :]
-    mean_t = sum(t for t, _ in late) / len(late)
-    mean_s = sum(s for _, s in late) / len(late)
-    slope = sum((t - mean_t) * (s - mean_s) for t, s in late)
-    slope /= sum((t - mean_t) ** 2 for t, _ in late)
-    for number in running:
-        engine.abort(number)
-    engine.check()
-    assert engine.stats.free_pages + engine.stats.cached_pages == engine.stats.num_pages
-    return done, slope
-
-
-def resident_mb() -> float:
-    try:
-        with open("/proc/self/statm") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-    except OSError:
-        return 0.0
+    return soak(engine, seconds, prompt_tokens=120, answer_tokens=60)
 
 
 def guessing() -> Speculator:
@@ -240,14 +197,39 @@ def guessing() -> Speculator:
 
 @pytest.mark.parametrize("speculator", [None, guessing()], ids=["plain", "guessing"])
 def test_a_short_soak_loses_nothing(tiny, speculator):
-    assert soak(tiny, 2.0, speculator)[0] > 5
+    found = run_soak(tiny, 2.0, speculator)
+    assert found.finished > 5
+    assert found.device_mb_min == 0
+
+
+def test_a_soak_finds_what_is_lost(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "engine", lossy(tiny.engine))
+    with pytest.raises(AssertionError, match="readers are miscounted"):
+        run_soak(tiny, 3.0)
+
+
+def lossy(make):
+    """Engines that forget a page of every request that ends."""
+
+    def engine(*args, **kind):
+        made = make(*args, **kind)
+        give_back = made.pool.give_back
+        made.pool.give_back = lambda pages: give_back(pages[1:])
+        return made
+
+    return engine
+
+
+def test_growth_is_the_slope_of_a_line():
+    assert slope([(0.0, 5.0), (1.0, 7.0), (2.0, 9.0)]) == pytest.approx(2.0)
+    assert slope([(1.0, 5.0)]) == 0.0
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("speculator", [None, guessing()], ids=["plain", "guessing"])
 def test_ten_minutes_of_random_add_and_abort(tiny, speculator):
-    done, slope_mb = soak(tiny, 600.0, speculator)
-    print(f"{done} requests done, memory grew by {slope_mb:.3f} MB/min")
-    assert done > 1000
-    assert slope_mb < 1.0
+    found = run_soak(tiny, 600.0, speculator)
+    print(found)
+    assert found.finished > 1000
+    assert found.resident_mb_min < 1.0
