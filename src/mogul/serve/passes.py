@@ -15,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 from mogul.kernels.triton import linear, topk
-from mogul.serve import patterns, rewrites
+from mogul.serve import patterns, rewrites, routes
 from mogul.serve.patterns import CAST, SHORT
 from mogul.serve.patterns import value as _value
 
@@ -34,11 +34,12 @@ class FewRows(CustomGraphPass):
             _replace_product(graph, node)
         graph.eliminate_dead_code()  # what is replaced uses nothing any more
         rewrites.join(graph)
+        routes.route_inside(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         """Names this pass in the caches of compiled code."""
-        return get_hash_for_files((__file__, patterns.__file__, rewrites.__file__))
+        return get_hash_for_files((__file__, patterns.__file__, rewrites.__file__, routes.__file__))
 
 
 def _is_short(rows: Any, k: Any, dim: int = -1, largest: bool = True, *_: Any) -> bool:

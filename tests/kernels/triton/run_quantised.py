@@ -87,9 +87,10 @@ def gated_error() -> float:
 def shared_error() -> float:
     """Routed and shared experts as one operator against one after the other; torch's checks."""
     from mogul.kernels import moe_with_shared
-    from mogul.kernels.triton import quant_shared
+    from mogul.kernels.triton import quant_shared, routing
     from mogul.kernels.triton.quant import moe_shared_triton
 
+    assert routing, "it registers mogul::route"
     quant_shared.rounded_rows = torch_rounds
     quant_shared.gated_rows = torch_gates
     packed = quantise_experts(torch.randn(4, 64, 32), torch.randn(4, 32, 32), "fp8")
@@ -105,6 +106,13 @@ def shared_error() -> float:
     operator = torch.ops.mogul.moe_quantised_shared.default
     checks = ("test_faketensor",)  # the others multiply fp8 on the processor
     torch.library.opcheck(operator, (x, *routed, *shared[0], *shared[1]), test_utils=checks)
+    router, rule = torch.randn(4, 32), [4, 2, 1, 0, 0, 0, 1]
+    logits = torch.ops.mogul.linear(x, router, torch.float32)
+    ids, weights, _, _ = torch.ops.mogul.route(logits, None, None, rule, 1.0)
+    want = moe_with_shared(x, packed, ids, weights, *shared)
+    inside = (x, x, router, None, None, rule, 1.0, *routed[:4], *shared[0], *shared[1])
+    got = torch.ops.mogul.moe_routed_shared(*inside)
+    errors += [float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)]
     return max(errors)
 
 

@@ -2,12 +2,15 @@
 
 Both read the same rows, which are rounded once. In captured steps, and where the work outlasts its
 launches, the shared expert runs on a second stream: a step of few tokens is a chain of short
-launches, and the reading of the shared weights fills the gaps of the other chain.
+launches, and the reading of the shared weights fills the gaps of the other chain. With the router
+inside (`mogul::moe_routed_shared`) it fills those of the routing as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +24,58 @@ from mogul.kernels.triton.quant_layer import SILU, Weights, rounded_rows, run_qu
 _COLUMNS = 2048
 
 
-def _run(
+def _run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """What the routed experts give and what the shared one gives, [T, D] each.
+
+    `tensors` are the experts' (gate_up, its scale, down, its scale), ids, weights and the shared
+    expert's, as the experts'.
+    """
+    ids, weights = tensors[4:6]
+    return _beside(x, tensors[:4], tensors[6:], lambda: (ids, weights))
+
+
+def _run_routed(
     x: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    shared_up: Tensor,
-    shared_up_scale: Tensor,
-    shared_down: Tensor,
-    shared_down_scale: Tensor,
+    rows: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    rule: list[int],
+    factor: float,
+    *tensors: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What the routed experts give and what the shared one gives, [T, D] each."""
+    """The same, picking first: `router` multiplies `rows`, the rest is as in `mogul::route`."""
+
+    def pick() -> tuple[Tensor, Tensor]:
+        logits = torch.ops.mogul.linear(rows, router, torch.float32)
+        ids, weights, _, _ = torch.ops.mogul.route(logits, bias, scale, rule, factor)
+        return ids, weights
+
+    return _beside(x, tensors[:4], tensors[4:], pick)
+
+
+def _beside(
+    x: Tensor,
+    experts: Sequence[Any],
+    shared: Sequence[Any],
+    pick: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
     x = aligned(x)
     if not len(x):
         return torch.empty_like(x), torch.empty_like(x)
-    experts = (gate_up, gate_up_scale, down, down_scale, None, None, 0, SILU, 0.0, 0.0)
     rows, scale = rounded_rows(x)
 
-    def shared() -> Tensor:
-        both = linear_fp8(rows, scale, shared_up, shared_up_scale, x.dtype)
-        return linear_fp8(*gated_rows(both), shared_down, shared_down_scale, x.dtype)
+    def of_all() -> Tensor:
+        up, up_scale, last, last_scale = shared
+        both = linear_fp8(rows, scale, up, up_scale, x.dtype)
+        return linear_fp8(*gated_rows(both), last, last_scale, x.dtype)
 
-    def routed() -> Tensor:
-        return run_quantised(x, Weights(*experts), ids, weights, (rows, scale))
+    def of_picked() -> Tensor:
+        up, up_scale, down, down_scale = experts
+        weights = Weights(up, up_scale, down, down_scale, None, None, 0, SILU, 0.0, 0.0)
+        return run_quantised(x, weights, *pick(), (rows, scale))
 
-    return side_by_side(routed, shared, x)
+    return side_by_side(of_picked, of_all, x)
 
 
 def gated_rows(both: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,18 +97,24 @@ def _gated(inner: int, _dtype: torch.dtype, device: int) -> Launch:
 
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")
+_EXPERTS = "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale"
+_SHARED = "Tensor up, Tensor up_scale, Tensor last, Tensor last_scale"
 _LIB.define(
-    "moe_quantised_shared(Tensor x, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
-    "Tensor down_scale, Tensor ids, Tensor weights, Tensor shared_up, Tensor shared_up_scale, "
-    "Tensor shared_down, Tensor shared_down_scale) -> (Tensor, Tensor)"
+    f"moe_quantised_shared(Tensor x, {_EXPERTS}, Tensor ids, Tensor weights, {_SHARED}) "
+    "-> (Tensor, Tensor)"
 )
-for _key in ("CUDA", "CPU"):  # CPU: the interpreter's path
-    _LIB.impl("moe_quantised_shared", _run, _key)
+_LIB.define(
+    "moe_routed_shared(Tensor x, Tensor rows, Tensor router, Tensor? bias, Tensor? scale, "
+    f"int[] rule, float factor, {_EXPERTS}, {_SHARED}) -> (Tensor, Tensor)"
+)
 
 
-@torch.library.register_fake("mogul::moe_quantised_shared", lib=_LIB)
-def _(x: Tensor, *_args: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
+def _empty(x: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
+    kind = torch.contiguous_format
+    return torch.empty_like(x, memory_format=kind), torch.empty_like(x, memory_format=kind)
+
+
+for _name, _function in (("moe_quantised_shared", _run), ("moe_routed_shared", _run_routed)):
+    for _key in ("CUDA", "CPU"):  # CPU: the interpreter's path
+        _LIB.impl(_name, _function, _key)
+    torch.library.register_fake(f"mogul::{_name}", _empty, lib=_LIB)
