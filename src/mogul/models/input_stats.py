@@ -139,8 +139,7 @@ def read_stats(path: str | Path, *, checkpoint: str | Path | None = None) -> Inp
         tuple(json.loads(about["unseen"])),
         tuple(json.loads(about["sources"])),
     )
-    is_tied = checkpoint is not None and stats.weights
-    if is_tied and stats.weights != weights_hash(find_folder(checkpoint)):
+    if checkpoint is not None and stats.weights not in ("", weights_hash(find_folder(checkpoint))):
         raise ArtifactError(f"{file} was measured on other weights", fix=_AGAIN)
     return stats
 

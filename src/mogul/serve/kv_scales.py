@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.files import atomic_write
 from mogul.models.load import find_folder
 from mogul.serve.params import SamplingParams
 
@@ -75,7 +76,7 @@ class KvScales:
             for kind, scales in (("k", self.keys), ("v", self.values))
             for layer, scale in enumerate(scales)
         }
-        save_file(named, path)
+        atomic_write(path, save(named))
         return path
 
 
