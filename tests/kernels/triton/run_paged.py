@@ -144,7 +144,8 @@ def turns(name: str) -> None:
     """Queries and keys normed and rotated on the way: few, many, and both together."""
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
     paged.many_tile = paged.ManyTile(rows=32, block=16)
-    for sequences in ([(1, 30), (2, 31)], [(40, 60)], [(18, 18), (1, 40)]):
+    lengths = [(1, 5 + s) for s in range(1 + paged.TURNED_INSIDE)]
+    for sequences in ([(1, 30), (2, 31)], [(40, 60)], [(18, 18), (1, 40)], lengths):
         for width, norms in ((16, True), (24, True), (16, False)):
             call = calls.make(sequences, width=width, group=3, padding=1, page_size=16)
             tokens = len(call["query_THC"])

@@ -85,7 +85,7 @@ POINTERS = {
     **dict.fromkeys(("tables_ptr", "starts_ptr", "lengths_ptr"), "i32"),
     **dict.fromkeys(("key_scale_ptr", "value_scale_ptr", "acc_ptr", "stat_ptr"), "fp32"),
     **dict.fromkeys(("sinks_ptr",), "bf16"),
-    **dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), "bf16"),
+    **dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "turned_ptr"), "bf16"),
     "slots_ptr": "i64",
 }
 CONSTANTS = {
@@ -93,7 +93,7 @@ CONSTANTS = {
     **{"BLOCK_L": 64, "WORKERS": 66, "MIN_BLOCKS": 2, "WINDOW": 0, "SCALE": 0.088, "STAGES": 3},
     **{"Q_T": 4096, "Q_H": 128, "K_T": 512, "K_N": 128, "V_T": 512, "V_N": 128, "WRITE": True},
     **{"BLOCK_W": 16, "SINKS": False, "FP8": False, "PDL": True, "FEW": 8, "BLOCK_Q": 16},
-    **{"N_POW2": 4, "H": 32, "BLOCK_OUT": 4096, "Q_EPS": 1e-6, "K_EPS": 1e-6},
+    **{"N_POW2": 4, "H": 32, "BLOCK_H": 16, "BLOCK_OUT": 4096, "Q_EPS": 1e-6, "K_EPS": 1e-6},
     **{"TURN": True, "NORM": True},
 }
 

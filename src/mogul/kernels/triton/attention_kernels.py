@@ -177,8 +177,8 @@ def attend_few(
     queries and new keys come as their products left them.
     """
     if PDL:
+        gdc_launch_dependents()  # whose weights then come while this runs
         gdc_wait()
-        gdc_launch_dependents()
     w = tl.program_id(0)
     n = tl.program_id(1)
     ends, total, chunk = shares(
@@ -300,8 +300,8 @@ def merge_few(
 ):  # fmt: skip
     """out[token of (sequence, query), head] from the partial sums; padding tokens become 0."""
     if PDL:
+        gdc_launch_dependents()  # whose weights then come while this runs
         gdc_wait()
-        gdc_launch_dependents()
     x = tl.program_id(0)
     h = tl.program_id(1)
     c = tl.arange(0, C_POW2)
@@ -351,14 +351,18 @@ def merge_few(
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def write_pages(
-    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, starts_ptr, key_scale_ptr,
-    value_scale_ptr, cos_ptr, sin_ptr, k_norm_ptr, out_ptr, num_seqs,
+    q_ptr, key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, starts_ptr, key_scale_ptr,
+    value_scale_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, turned_ptr, out_ptr, num_seqs,
     N: tl.constexpr, C: tl.constexpr, N_POW2: tl.constexpr, C_POW2: tl.constexpr, H: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, FP8: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr,
-    V_T: tl.constexpr, V_N: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr,
-    K_EPS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_OUT: tl.constexpr, FP8: tl.constexpr, Q_T: tl.constexpr,
+    Q_H: tl.constexpr, K_T: tl.constexpr, K_N: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
+    TURN: tl.constexpr, NORM: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Key and value of one token into its slot; the output of a padding token becomes 0."""
+    """Key and value of one token into its slot; the output of a padding token becomes 0.
+
+    With TURN the key is normed and rotated, and so are the queries, which go to `turned_ptr`.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -386,17 +390,27 @@ def write_pages(
         v = to_page(v, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
         tl.store(key_cache_ptr + to, k, mask=keep)
         tl.store(value_cache_ptr + to, v, mask=keep)
+        if TURN:
+            for first in tl.static_range(0, H, BLOCK_H):
+                h = first + tl.arange(0, BLOCK_H)
+                keep_q = (h < H)[:, None] & (c < C)[None, :]
+                q = turned(
+                    q_ptr, t * Q_T + h * Q_H, t + tl.zeros((1,), tl.int64), keep_q,
+                    (c < C)[None, :], c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM,
+                ).to(turned_ptr.dtype.element_ty)  # fmt: skip
+                put = turned_ptr + (t * H + h)[:, None] * C + c[None, :]
+                tl.store(put, q, mask=keep_q)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def attend_many(
     q_ptr, key_cache_ptr, value_cache_ptr, out_ptr, tables_ptr, starts_ptr, lengths_ptr, sinks_ptr,
-    key_scale_ptr, value_scale_ptr, cos_ptr, sin_ptr, q_norm_ptr, num_seqs, table_stride,
+    key_scale_ptr, value_scale_ptr, num_seqs, table_stride,
     S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C_POW2: tl.constexpr,
     Z: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_L: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SINKS: tl.constexpr,
     FP8: tl.constexpr, Q_T: tl.constexpr, Q_H: tl.constexpr, STAGES: tl.constexpr,
-    TURN: tl.constexpr, NORM: tl.constexpr, Q_EPS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_Q queries times G heads, of a sequence with more than FEW queries."""
     if PDL:
@@ -422,13 +436,7 @@ def attend_many(
         row = (start + i).to(tl.int64)
         head = n * G + r % G
         keep = live[:, None] & (c < C)[None, :]
-        q_at = row * Q_T + head * Q_H
-        if TURN:
-            q = turned(
-                q_ptr, q_at, row, keep, keep, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM
-            ).to(q_ptr.dtype.element_ty)  # fmt: skip
-        else:
-            q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=keep, other=0.0)
+        q = tl.load(q_ptr + (row * Q_T + head * Q_H)[:, None] + c[None, :], mask=keep, other=0.0)
         factor = SCALE * LOG2E
         if FP8:  # as in `attend_few`: e4m3 becomes fp16 in one instruction, bf16 in three
             q = (q.to(tl.float32) * factor).to(tl.float16)

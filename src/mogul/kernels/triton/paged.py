@@ -7,7 +7,7 @@ each kernel passes over the sequences of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,9 @@ from mogul.kernels.turn import Turn
 
 FEW_ROWS = 64
 FEW_QUERIES = 16
+TURNED_INSIDE = 16
+"""Sequences up to which one launch norms, rotates, writes and attends: of more, workers would wait
+for that at every sequence they come to, so a launch before does it."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,13 @@ class Call:
             "WINDOW": self.window,
         }
 
+    def query_strides(self) -> dict[str, int]:
+        """Strides of the queries."""
+        return dict(zip(("Q_T", "Q_H"), self.strides, strict=False))
+
     def of_queries(self) -> dict[str, Any]:
         """Strides of the queries, and what is done to them."""
-        strides = dict(zip(("Q_T", "Q_H"), self.strides, strict=False))
-        return {**strides, **self._turn(), "Q_EPS": self.eps[0]}
+        return {**self.query_strides(), **self._turn(), "Q_EPS": self.eps[0]}
 
     def of_new(self) -> dict[str, Any]:
         """Strides of new keys and values, and what is done to the keys."""
@@ -157,21 +163,30 @@ def _few(call: Call, max_queries: int, writes: bool, tile: FewTile) -> tuple[Lau
 
 
 @cache
-def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, Launch, int]:
-    """Launches of the writing and of the tiles, with the queries of a tile."""
-    rows = max(tile.rows, 16, next_power_of_2(call.group))
-    queries = rows // call.group
-    write = {
+def _writer(call: Call) -> Launch:
+    """The launch that writes pages, and norms and rotates where that is asked for."""
+    heads = call.kv_heads * call.group
+    constants = {
         **call.shape(),
+        **call.of_queries(),
         **call.of_new(),
         "N_POW2": next_power_of_2(call.kv_heads),
         "C_POW2": call.width_pow2,
-        "H": call.kv_heads * call.group,
-        "BLOCK_OUT": next_power_of_2(call.kv_heads * call.group * call.width),
+        "H": heads,
+        "BLOCK_H": min(16, next_power_of_2(heads)),
+        "BLOCK_OUT": next_power_of_2(heads * call.width),
     }
+    return Launch(kernels.write_pages, constants, warps=4, stages=1, pdl=call.pdl)
+
+
+@cache
+def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, int]:
+    """Launch of the tiles, with the queries of a tile."""
+    rows = max(tile.rows, 16, next_power_of_2(call.group))
+    queries = rows // call.group
     constants = {
         **call.sizes(),
-        **call.of_queries(),
+        **call.query_strides(),
         "Z": call.page_size,
         "FEW": few,
         "BLOCK_Q": queries,
@@ -181,11 +196,10 @@ def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, Launch, int]:
         "SINKS": call.has_sinks,
         "STAGES": tile.stages,
     }
-    return (
-        Launch(kernels.write_pages, write, warps=4, stages=1, pdl=call.pdl),
-        Launch(kernels.attend_many, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl),
-        queries,
+    launch = Launch(
+        kernels.attend_many, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
     )
+    return launch, queries
 
 
 def most_few(group: int) -> int:
@@ -267,12 +281,36 @@ def paged_attention_triton(
     where = (slots_T, tables_SB, query_starts, lengths_S)
     turns = _turn_tensors(turn, query)
     most = most_few(call.group)
+    writes = max_query_len > most or (turn is not None and len(lengths_S) > TURNED_INSIDE)
+    if writes:
+        call, query = _write(call, (query, key, value), pages, where, scales, turns, out)
     if max_query_len > most:
-        _run_many(call, most, (query, key, value), pages, where, scales, turns, sinks, out)
-    queries = min(max_query_len, most)
-    writes = max_query_len <= most
-    _run_few(call, queries, writes, (query, key, value), pages, where, scales, turns, sinks, out)
+        _run_many(call, most, query, pages, where, scales, sinks, out)
+    queries, new = min(max_query_len, most), (query, key, value)
+    _run_few(call, queries, not writes, new, pages, where, scales, turns, sinks, out)
     return out
+
+
+def _write(
+    call: Call,
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+    turns: Turns,
+    out: Tensor,
+) -> tuple[Call, Tensor]:
+    """Write keys and values; the call that is left to do, and its queries."""
+    query, (slots, _, starts, lengths) = new[0], where
+    ready = torch.empty_like(out) if call.turns else query
+    _writer(call)(
+        (len(out), 1), call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
+        len(lengths),
+    )  # fmt: skip
+    if call.turns:
+        strides = (*ready.stride()[:2], *call.strides[2:])
+        call = replace(call, strides=strides, turns=False, norms=False, eps=(0.0, 0.0))
+    return call, ready
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
@@ -328,24 +366,18 @@ def _run_few(
 def _run_many(
     call: Call,
     few: int,
-    new: tuple[Tensor, Tensor, Tensor],
+    query: Tensor,
     pages: tuple[Tensor, Tensor],
     where: tuple[Tensor, Tensor, Tensor, Tensor],
     scales: tuple[Tensor, Tensor],
-    turns: Turns,
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    write, attend, queries = _many(call, few, many_tile)
-    slots, tables, starts, lengths = where
-    query, key, value = new
+    attend, queries = _many(call, few, many_tile)
+    _, tables, starts, lengths = where
     num_seqs = len(lengths)
-    write(
-        (len(out), 1), call.device, key, value, *pages, slots, starts, *scales, *turns[:2],
-        turns[3], out, num_seqs,
-    )  # fmt: skip
     tiles = cdiv(len(out), queries) + num_seqs
     attend(
         (call.kv_heads, tiles), call.device, query, *pages, out, tables, starts, lengths,
-        out if sinks is None else sinks, *scales, *turns[:3], num_seqs, tables.stride(0),
+        out if sinks is None else sinks, *scales, num_seqs, tables.stride(0),
     )  # fmt: skip
