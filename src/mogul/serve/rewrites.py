@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from mogul.kernels.triton import normed
+from mogul.kernels.triton import normed, ops
 from mogul.serve.patterns import Norm, find_norm, find_rotated, is_call, value
 
 aten = torch.ops.aten
 mogul = torch.ops.mogul
-assert normed, "its operators stand in the graphs"
+_DEFINED = (normed, ops)
+"""Imported for the operators that they define."""
 
 
 def join(graph: Graph) -> None:
@@ -27,7 +28,9 @@ def join(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
         _norm_inside(graph, node)
     for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
-        _add_inside(graph, node)
+        _add_inside(graph, node, mogul.added_linear.default, node.args[:2])
+    for node in graph.find_nodes(op="call_function", target=mogul.moe.default):
+        _add_inside(graph, node, mogul.moe_added.default, node.args)
 
 
 def _reshaped(node: Any) -> Any:
@@ -84,26 +87,24 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     rows.replace_all_uses_with(parts[0])
 
 
-def _add_inside(graph: Graph, node: Any) -> None:
-    """Add the residual inside the product that is added to it."""
-    x, weight, dtype = node.args
-    if len(node.users) != 1 or dtype != value(x).dtype:
-        return
-    last = next(iter(node.users))
+def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> None:
+    """Add the residual inside the product, or experts, that it is added to: `joined` does both."""
+    kept = value(node)
+    last = next(iter(node.users)) if len(node.users) == 1 else None
     last = last if is_call(last, aten.reshape.default) else node
     total = next(iter(last.users)) if len(last.users) == 1 else None
-    if not is_call(total, aten.add.Tensor) or len(total.args) != 2:
+    if not is_call(total, aten.add.Tensor) or len(total.args) != 2 or total.kwargs:
         return
     residual = next((one for one in total.args if one is not last), None)
-    if not isinstance(residual, torch.fx.Node) or value(residual).dtype != dtype:
+    if not isinstance(residual, torch.fx.Node) or value(residual).dtype != kept.dtype:
         return
-    if value(residual).shape != value(total).shape or total.kwargs:
+    if value(residual).shape != value(total).shape or kept.dtype != value(args[0]).dtype:
         return
     with graph.inserting_before(total):
-        rows = graph.call_function(aten.reshape.default, (residual, [-1, value(weight).shape[0]]))
-        rows.meta = {"val": value(node)}
-        product = graph.call_function(mogul.added_linear.default, (x, weight, rows))
-        product.meta = {"val": value(node)}
+        rows = graph.call_function(aten.reshape.default, (residual, [-1, kept.shape[1]]))
+        rows.meta = {"val": kept}
+        product = graph.call_function(joined, (*args, rows))
+        product.meta = {"val": kept}
         shaped = product
         if last is not node:
             shaped = graph.call_function(aten.reshape.default, (product, last.args[1]))

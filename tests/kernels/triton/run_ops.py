@@ -64,6 +64,13 @@ def main() -> None:
         held["export"] = torch.equal(program.module()(*call), module(*call))
         held["export_one_node"] = program.graph_module.code.count("mogul.moe.default") == 1
     plain = [t.detach() for t in (x, gate_up, down, ids, weights)]
+    held["residual"] = True
+    for count in (1, 9):  # two launches without a sort, and a sorted forward
+        x, ids, weights = plain[0][:count], plain[3][:count], plain[4][:count]
+        args = (x, plain[1], plain[2], ids, weights)
+        for residual in torch.randn(2, count, 32):  # the second time from a tape
+            got, want = ops.moe_added(*args, residual), ops.moe(*args) + residual
+            held["residual"] &= bool((got - want).abs().max() < 1e-5)
     for name, operator in (("moe", torch.ops.mogul.moe), ("moe_train", torch.ops.mogul.moe_train)):
         tests = ("test_schema", "test_faketensor")
         verdicts = torch.library.opcheck(operator.default, plain, test_utils=tests)

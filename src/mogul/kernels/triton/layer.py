@@ -89,12 +89,20 @@ class Layer:
 
     # ---- forward
 
-    def infer(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Forward that keeps nothing; a number of tokens seen before is replayed from its tape."""
-        inputs = (x, gate_up, down, ids, weights)
-        key = (x.shape[0], plan_for, few_plan)  # with forced plans these are other functions
+    def infer(self, x: Tensor, *others: Tensor) -> Tensor:
+        """Forward that keeps nothing; a number of tokens seen before is replayed from its tape.
+
+        Args:
+            x: tokens.
+            others: gate_up, down, ids, weights, and a residual to add where there is one.
+        """
+        inputs = (x, *others)
+        key = (
+            x.shape[0],
+            len(inputs),
+            plan_for,
+            few_plan,
+        )  # with forced plans these are other functions
         if (tape := self._tapes.get(key)) is not None:
             return tape.replay(inputs, self.device)
         run = self.few if self.shape.uses_few(x.shape[0]) else self._forward_alone
@@ -109,27 +117,37 @@ class Layer:
     def _forward_alone(self, *inputs: Tensor) -> Tensor:
         return self.forward(*inputs)[0]
 
-    def few(self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def few(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Two launches, no sort: each slot reads its expert on its own."""
         plan, tokens, slots = few_plan(self.shape), x.shape[0], ids.numel()
         act = torch.empty((slots, self.shape.inner), dtype=torch.float32, device=x.device)
         out = torch.empty_like(x)
 
-        def build(kernel: Any, n: int, k: int) -> Launch:
-            blocks = {"BLOCK_N": n, "BLOCK_K": k, "STAGES": plan.stages, "PDL": self.pdl}
+        def build(kernel: Any, n: int, k: int, **more: bool) -> Launch:
+            blocks = {"BLOCK_N": n, "BLOCK_K": k, "STAGES": plan.stages, "PDL": self.pdl, **more}
             return Launch(kernel, {**self._dims(), **blocks}, warps=plan.warps, pdl=self.pdl)
 
         up = self._launch(
             ("few_up", plan), None, lambda: build(token_kernels.up_tokens, plan.up_n, plan.up_k)
         )
+        adds = residual is not None
         last = self._launch(
-            ("few_down", plan),
+            ("few_down", plan, adds),
             None,
-            lambda: build(token_kernels.down_tokens, plan.down_n, plan.down_k),
+            lambda: build(token_kernels.down_tokens, plan.down_n, plan.down_k, ADD=adds),
         )
         up((cdiv(self.shape.inner, plan.up_n), slots), self.device, x, gate_up, ids, act)
         grid = (cdiv(self.shape.width, plan.down_n), tokens)
-        last(grid, self.device, act, down, ids, weights, out)
+        plus = out if residual is None else residual
+        last(grid, self.device, act, down, ids, weights, plus, out)
         return out
 
     def forward(
@@ -139,6 +157,7 @@ class Layer:
         down: Tensor,
         ids: Tensor,
         weights: Tensor,
+        residual: Tensor | None = None,
         *,
         save: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +168,9 @@ class Layer:
         act = x.new_empty((slots, inner))
         pre = x.new_empty((slots, 2 * inner)) if save else act
         self.up(plan, x, gate_up, act, pre, sort, save=save)
-        out = self.product_sum(plan, plan.down, act, down, sort, ids, weights, transposed=False)
-        return out, pre, sort.buffer
+        more = {} if residual is None else {"residual": residual}
+        args = (plan, plan.down, act, down, sort, ids, weights)
+        return self.product_sum(*args, transposed=False, **more), pre, sort.buffer
 
     def up(
         self,
@@ -242,27 +262,39 @@ class Layer:
         weights: Tensor,
         *,
         transposed: bool,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Product, then the ordered sum over picks: weighted forward, plain in backward."""
         y = a.new_empty((a.shape[0], self.shape.width))
         self.product(plan, tile, a, weight, y, sort, transposed=transposed)
-        return self.sum(plan, y, ids, weights, weighted=not transposed)
+        return self.sum(plan, y, ids, weights, weighted=not transposed, residual=residual)
 
-    def sum(self, plan: Plan, y: Tensor, ids: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
-        """Ordered sum over picks."""
+    def sum(
+        self,
+        plan: Plan,
+        y: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        weighted: bool,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Ordered sum over picks, and a residual where there is one."""
         width, tokens = self.shape.width, ids.shape[0]
         block = even_block(width)
         out = y.new_empty((tokens, width))
-        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "PDL": self.pdl}
+        adds = residual is not None
+        flags = {"BLOCK_D": block, "WEIGHTED": weighted, "ADD": adds, "PDL": self.pdl}
         dims = {"D": width, "K": self.shape.picks, "E": self.shape.experts}
         launch = self._launch(
-            ("sum", weighted),
+            ("sum", weighted, adds),
             plan,
             lambda: Launch(
                 token_kernels.sum_slots, {**dims, **flags}, warps=max(1, block // 256), pdl=self.pdl
             ),
         )
-        launch((tokens, cdiv(width, block)), self.device, y, ids, weights, out)
+        plus = out if residual is None else residual
+        launch((tokens, cdiv(width, block)), self.device, y, ids, weights, plus, out)
         return out
 
     def sum_parts(self, part: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

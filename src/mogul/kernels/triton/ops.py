@@ -22,6 +22,10 @@ from mogul.kernels.triton.sorting import sorted_size
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define("moe(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) -> Tensor")
 _LIB.define(
+    "moe_added(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor residual) "
+    "-> Tensor"
+)
+_LIB.define(
     "moe_train(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights) "
     "-> (Tensor, Tensor, Tensor)"
 )
@@ -75,6 +79,19 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
 
 
 @_on_its_device
+def moe_added(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, residual: Tensor
+) -> Tensor:
+    """The same and a residual [T, D], added by the last launch."""
+    check_weights(gate_up, down)
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    layer = layer_of_call(x, down, ids, weights)
+    x, ids, weights, residual = aligned(x), aligned(ids), aligned(weights), aligned(residual)
+    return layer.infer(x, gate_up, down, ids, weights, residual)
+
+
+@_on_its_device
 def moe_train(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,13 +141,19 @@ def moe_grad(
     )
 
 
-for _name, _fn in (("moe", moe), ("moe_train", moe_train), ("moe_grad", moe_grad)):
+for _name, _fn in (
+    ("moe", moe),
+    ("moe_added", moe_added),
+    ("moe_train", moe_train),
+    ("moe_grad", moe_grad),
+):
     _LIB.impl(_name, _fn, "CUDA")
     _LIB.impl(_name, _fn, "CPU")  # the interpreter's path
 
 
 @torch.library.register_fake("mogul::moe", lib=_LIB)
-def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+@torch.library.register_fake("mogul::moe_added", lib=_LIB)
+def _(x: Tensor, *_others: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -7,11 +7,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def sum_slots(
-    y_ptr, ids_ptr, weights_ptr, out_ptr,
+    y_ptr, ids_ptr, weights_ptr, plus_ptr, out_ptr,
     D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
-    WEIGHTED: tl.constexpr, PDL: tl.constexpr,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k of (weight *) y[t * K + k], in the order of k; null picks are skipped."""
+    """out[t] = sum over k of (weight *) y[t * K + k], in the order of k; null picks are skipped.
+
+    ADD: and plus[t], last.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -27,6 +30,8 @@ def sum_slots(
         if WEIGHTED:
             y *= tl.load(weights_ptr + t * K + k, mask=live, other=0.0).to(tl.float32)
         acc += y
+    if ADD:
+        acc += tl.load(plus_ptr + t * D + cols, mask=cols < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + t * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
 
 
@@ -88,11 +93,15 @@ def up_tokens(
 
 @triton.jit
 def down_tokens(
-    act_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr,
+    act_ptr, w_ptr, ids_ptr, weights_ptr, plus_ptr, out_ptr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k of weight * down[e] @ act[slot]: product and combine in one launch."""
+    """out[t] = sum over k of weight * down[e] @ act[slot]: product and combine in one launch.
+
+    ADD: and plus[t], last.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -114,8 +123,8 @@ def down_tokens(
             tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
             * a[None, :]
         )
-    tl.store(
-        out_ptr + t.to(tl.int64) * D + cols,
-        tl.sum(acc, 1).to(out_ptr.dtype.element_ty),
-        mask=cols < D,
-    )
+    out = tl.sum(acc, 1)
+    at = t.to(tl.int64) * D + cols
+    if ADD:
+        out += tl.load(plus_ptr + at, mask=cols < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=cols < D)
