@@ -20,6 +20,9 @@ from mogul.core.errors import MogulError
 if TYPE_CHECKING:
     from mogul.serve import Engine
 
+LOOKS = 500
+"""Times that memory is looked at: what a look keeps must not be what grows."""
+
 MOST_WAITING = 1.5
 """Requests that run or wait at most, in sequences of the engine."""
 
@@ -89,7 +92,8 @@ def soak(
                 finished += 1
         engine.check()
         steps += 1
-        sizes.append((now_s / 60, resident_mb(), device_mb(engine)))
+        if now_s >= len(sizes) * seconds / LOOKS:
+            sizes.append((now_s / 60, resident_mb(), device_mb(engine)))
     for number in running:
         engine.abort(number)
     while engine.has_work:
