@@ -6,6 +6,7 @@ activation checkpointing see one node.  Outside of tracing and autograd `run` sk
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -109,6 +110,19 @@ def moe_train(
     return layer.forward(*inputs, save=True)
 
 
+_thread = threading.local()
+
+
+def _bind_context() -> None:
+    """Give this thread a CUDA context, which making a TMA descriptor needs.
+
+    Autograd's threads have none while all that they ask for is memory that torch already holds.
+    """
+    if not getattr(_thread, "is_bound", False):
+        torch.cuda.is_current_stream_capturing()  # a runtime call, allowed while capturing
+        _thread.is_bound = True
+
+
 @_on_its_device
 def moe_grad(
     dout: Tensor,
@@ -123,6 +137,8 @@ def moe_grad(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weights; an empty tensor for one not needed."""
+    if x.is_cuda:
+        _bind_context()
     if x.shape[0] == 0:
         none = x.new_empty(0)
         grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)
@@ -229,3 +245,34 @@ def run(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) 
     ):
         return torch.ops.mogul.moe(x, gate_up, down, ids, weights)
     return moe(x, gate_up, down, ids, weights)
+
+
+class Quick:
+    """Calls of one kind that were served before, without asking anything twice.
+
+    The kind fixes shapes, dtypes and devices; what may still differ is checked here.
+    """
+
+    def __init__(self, layer: Layer, tokens: int) -> None:
+        self._layer, self._tokens = layer, tokens
+
+    def __call__(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor | None:
+        """The layer without gradient; None where the longer way has to be gone."""
+        layer = self._layer
+        tape = layer.tape(self._tokens)
+        if (
+            tape is None
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._cuda_getDevice() != layer.device
+            or not (
+                x.is_contiguous()
+                and gate_up.is_contiguous()
+                and down.is_contiguous()
+                and ids.is_contiguous()
+                and weights.is_contiguous()
+            )
+        ):
+            return None
+        return tape.replay((x, gate_up, down, ids, weights), layer.device)
