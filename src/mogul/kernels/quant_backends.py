@@ -7,6 +7,8 @@ summed in fp32 and scaled once. int4: weights are dequantised to the dtype of x 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,11 +22,10 @@ from mogul.kernels.quant import (
     QuantisedWeight,
     moe_forward_quantised,
 )
-from mogul.kernels.quant_format import quantise_rows
+from mogul.kernels.quant_format import expert_format, quantise_rows
 from mogul.kernels.triton.linear import linear_fp8
 from mogul.kernels.triton.quant import (
     moe_quantised_triton,
-    moe_shared_triton,
     why_not_triton_quantised,
 )
 
@@ -81,29 +82,43 @@ def takes_shared(experts: QuantisedExperts, dtype: torch.dtype) -> bool:
     if experts.format.kind != "fp8" or has_bias or experts.layout.activation != "silu":
         return False
     facts = QuantisedFacts(experts.device, dtype, experts.format, *experts.sizes, experts.layout)
-    return MOE_QUANTISED.reasons(**facts._asdict())["triton"] is None
+    if MOE_QUANTISED.reasons(**facts._asdict())["triton"] is not None:
+        return False
+    from mogul.kernels.triton import quant_shared  # it registers the operator
+
+    return bool(quant_shared)
 
 
 def moe_with_shared(
     x: Tensor,
-    experts: QuantisedExperts,
+    experts: Sequence[Tensor],
     ids: Tensor,
     weights: Tensor,
-    gate_up: tuple[Tensor, Tensor],
-    down: tuple[Tensor, Tensor],
+    shared: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """What routed fp8 experts and a shared one give, [T, D] each; gate rows before up rows.
 
     On a GPU one operator that rounds the rows once and runs both side by side where that pays; the
-    caller has asked `takes_shared`. Elsewhere one after the other.
+    caller has asked `takes_shared`. Elsewhere one after the other. Nothing here hides a graph from
+    a compiler: tensors only, no choice among backends.
+
+    Args:
+        x: rows [T, D].
+        experts: gate_up [E, 2F, D] in e4m3, its scales, down [E, D, F], its scales.
+        ids: picks [T, K].
+        weights: of the picks.
+        shared: gate and up [2S, D] in e4m3, their scales, down [D, S], its scales.
     """
     if x.is_cuda:
-        return moe_shared_triton(x, experts, ids, weights, gate_up, down)
+        return torch.ops.mogul.moe_quantised_shared(x, *experts, ids, weights, *shared)
+    gate_up, gate_up_scale, down, down_scale = experts
+    up, last = QuantisedWeight(gate_up, gate_up_scale), QuantisedWeight(down, down_scale)
+    routed = QuantisedExperts(expert_format("fp8"), up, last)
     rows, scale = quantise_rows(x)
-    gate, up = linear_fp8(rows, scale, *gate_up, x.dtype).chunk(2, -1)
-    rows, scale = quantise_rows(torch.nn.functional.silu(gate) * up)
-    shared = linear_fp8(rows, scale, *down, x.dtype)
-    return moe_forward_quantised(x, experts, ids.to(torch.int64), weights), shared
+    gate, more = linear_fp8(rows, scale, *shared[:2], x.dtype).chunk(2, -1)
+    rows, scale = quantise_rows(torch.nn.functional.silu(gate) * more)
+    beside = linear_fp8(rows, scale, *shared[2:], x.dtype)
+    return moe_forward_quantised(x, routed, ids.to(torch.int64), weights), beside
 
 
 MOE_QUANTISED.add("triton", moe_quantised_triton, why_not=why_not_triton_quantised)

@@ -50,6 +50,9 @@ class Packed(nn.Module):
         return self
 
 
+_FP8_BUFFERS = ("gate_up_value", "gate_up_scale", "down_value", "down_scale")
+
+
 class PackedExperts(Packed):
     """Stands where a Transformers experts module stood, with its call."""
 
@@ -79,9 +82,10 @@ class PackedExperts(Packed):
     ) -> Float[Tensor, "T D"]:
         """As the module it replaced."""
         if self.beside and torch.compiler.is_compiling():
-            products = [(one.value, one.scale) for one in self.beside]
+            routed = [getattr(self, name) for name in _FP8_BUFFERS]
+            products = [tensor for one in self.beside for tensor in (one.value, one.scale)]
             out, shared = moe_with_shared(
-                hidden_states, self.experts, top_k_index, top_k_weights, *products
+                hidden_states, routed, top_k_index, top_k_weights, products
             )
             self.kept = (shared,)
             return out

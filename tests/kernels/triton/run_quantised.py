@@ -88,7 +88,6 @@ def shared_error() -> float:
     """Routed and shared experts as one operator against one after the other; torch's checks."""
     from mogul.kernels import moe_with_shared
     from mogul.kernels.triton import quant_shared, routing
-    from mogul.kernels.triton.quant import moe_shared_triton
 
     assert routing, "it registers mogul::route"
     quant_shared.rounded_rows = torch_rounds
@@ -96,20 +95,18 @@ def shared_error() -> float:
     packed = quantise_experts(torch.randn(4, 64, 32), torch.randn(4, 32, 32), "fp8")
     shared = (quantise_rows(torch.randn(96, 32)), quantise_rows(torch.randn(32, 48)))
     x, ids, weights = torch.randn(5, 32), torch.randint(0, 5, (5, 2)), torch.rand(5, 2)
-    call = (x, packed, ids, weights, *shared)
-    errors = [
-        float((got - want).norm() / want.norm())
-        for got, want in zip(moe_shared_triton(*call), moe_with_shared(*call), strict=True)
-    ]
     up, down = packed.gate_up, packed.down
-    routed = (up.value, up.scale, down.value, down.scale, ids, weights)
+    experts, products = (up.value, up.scale, down.value, down.scale), (*shared[0], *shared[1])
+    routed = (*experts, ids, weights)
     operator = torch.ops.mogul.moe_quantised_shared.default
+    found = operator(x, *routed, *products), moe_with_shared(x, experts, ids, weights, products)
+    errors = [float((got - want).norm() / want.norm()) for got, want in zip(*found, strict=True)]
     checks = ("test_faketensor",)  # the others multiply fp8 on the processor
     torch.library.opcheck(operator, (x, *routed, *shared[0], *shared[1]), test_utils=checks)
     router, rule = torch.randn(4, 32), [4, 2, 1, 0, 0, 0, 1]
     logits = torch.ops.mogul.linear(x, router, torch.float32)
     ids, weights, _, _ = torch.ops.mogul.route(logits, None, None, rule, 1.0)
-    want = moe_with_shared(x, packed, ids, weights, *shared)
+    want = moe_with_shared(x, experts, ids, weights, products)
     inside = (x, x, router, None, None, rule, 1.0, *routed[:4], *shared[0], *shared[1])
     got = torch.ops.mogul.moe_routed_shared(*inside)
     errors += [float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)]

@@ -75,20 +75,3 @@ def moe_quantised_triton(
         layout.alpha,
         layout.limit,
     )
-
-
-def moe_shared_triton(
-    x: Tensor,
-    experts: QuantisedExperts,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: tuple[Tensor, Tensor],
-    down: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """See `mogul.kernels.moe_with_shared`: fp8 experts without biases, SiLU gates."""
-    from mogul.kernels.triton import quant_shared  # noqa: F401 (it registers the operator)
-
-    routed = (experts.gate_up.value, experts.gate_up.scale, experts.down.value, experts.down.scale)
-    return torch.ops.mogul.moe_quantised_shared(
-        x, *routed, ids.to(torch.int64), weights, *gate_up, *down
-    )
