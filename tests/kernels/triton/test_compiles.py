@@ -108,7 +108,8 @@ def split_product(element: str, boxes: tuple[list[int] | None, list[int]], **cha
         **dict.fromkeys(pointers, f"*{element}"),
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), INT),
         **dict.fromkeys(("weights_ptr", "part_ptr"), "*fp32"),
-        **{"w_desc": tile_type(weights, element), "num_slots": "i32"},
+        **{"w_desc": tile_type(weights, element), "pre_desc": tile_type([64, 128], element)},
+        "num_slots": "i32",
     }
     if rows:
         types["a_desc"] = tile_type(rows, element)
@@ -132,7 +133,7 @@ def test_split_product_fits_hopper(element: str) -> None:
 
 
 def test_backward_of_down_fits_hopper() -> None:
-    sizes = {"MODE": 2, "STAGES": 6, "TRANSPOSED": True, "NARROW": True}
+    sizes = {"MODE": 2, "TRANSPOSED": True, "NARROW": True}
     done = split_product("bf16", (None, [64, 128]), **sizes)
     assert done.metadata.shared <= 232_448
     assert "m64n128k16" in done.asm["ptx"]

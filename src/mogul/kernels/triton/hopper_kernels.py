@@ -95,8 +95,21 @@ def _load_pair(w_desc, row, k, is_last, ready, b, N: gl.constexpr, BLOCK_N: gl.c
 
 
 @gluon.jit
+def _load_pre(pre_desc, start, n, turn, pre, pre_full, pre_free, N: gl.constexpr):
+    """Both up products of a tile, for its epilogue, as soon as the last epilogue is done."""
+    ROWS: gl.constexpr = pre_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = pre_desc.block_type.shape[1]
+    mbarrier.wait(pre_free, (turn + 1) & 1)
+    mbarrier.expect(pre_full, 4 * ROWS * BLOCK_N * 2)
+    for half in gl.static_range(4):
+        at = [start + half // 2 * ROWS, n * BLOCK_N + half % 2 * N]
+        tma.async_copy_global_to_shared(pre_desc, at, pre_full, pre.index(half))
+
+
+@gluon.jit
 def _load(
-    a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
+    a_ptr, a_desc, w_desc, pre_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
+    pre, pre_full, pre_free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
@@ -108,6 +121,8 @@ def _load(
     NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_bytes: gl.constexpr = 0 if GATHER else BLOCK_T * BLOCK_K * 2
     step = 0
+    # the multipliers have left the last tile when the ring has gone round once
+    pre_at: gl.constexpr = min(STAGES + 1, (C + BLOCK_K - 1) // BLOCK_K - 1) * BLOCK_K
     num_tiles = num_m * NUM_N
     e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -128,6 +143,10 @@ def _load(
             if GATHER and C % BLOCK_K != 0:
                 # behind a row lies the next one, which would meet the next expert's weights
                 keep = live[:, None] & (k + cols < C)[None, :]
+            if MODE == DOWN_GRAD and k == pre_at:
+                # before the step itself: no multiplier can be done with the tile earlier
+                turn = tile // gl.num_programs(0)
+                _load_pre(pre_desc, start, n, turn, pre, pre_full, pre_free, N)
             s = step % STAGES
             mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
             ready = full.index(s)
@@ -161,15 +180,6 @@ def _store(value, out_ptr, row, live, first, N: gl.constexpr, PITCH: gl.constexp
     cols = first + gl.arange(0, value.shape[1], gl.SliceLayout(0, layout))
     at = out_ptr + row[:, None] * PITCH + cols[None, :]
     gl.store(at, out, mask=live[:, None] & (cols < N)[None, :])
-
-
-@gluon.jit
-def _fetch(ptr, row, live, first, COLS: gl.constexpr, N: gl.constexpr, PITCH: gl.constexpr):
-    """ptr[row, first..] of COLS columns, in the store layout."""
-    layout: gl.constexpr = row.type.layout.parent
-    cols = first + gl.arange(0, COLS, gl.SliceLayout(0, layout))
-    at = ptr + row[:, None] * PITCH + cols[None, :]
-    return gl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0)
 
 
 @gluon.jit
@@ -281,9 +291,9 @@ def _steps(
 
 @gluon.jit
 def _tile_product(
-    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDTH: gl.constexpr, start, end, n, step,
+    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDTH: gl.constexpr, start, end, n, step, turn,
     out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full,
-    free,
+    free, pre, pre_full, pre_free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
@@ -308,42 +318,39 @@ def _tile_product(
 
 @gluon.jit
 def _tile_grad(
-    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDTH: gl.constexpr, start, end, n, step,
+    ROWS: gl.constexpr, OFFSET: gl.constexpr, WIDTH: gl.constexpr, start, end, n, step, turn,
     out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full,
-    free,
+    free, pre, pre_full, pre_free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
-    """_tile_product for DOWN_GRAD.
+    """_tile_product for DOWN_GRAD; the epilogue takes 2,048 elements at a time.
 
-    The epilogue goes 2,048 elements at a time and fetches `pre` one piece ahead, the first piece
-    before the steps: more at once would not fit the registers, less would wait for memory.
+    `pre` came to shared memory beside the steps. Columns of it past the width meet a product of 0.
     """
     PIECE: gl.constexpr = 2048 // ROWS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PIECE, PIECE // 8], [4, 1], [1, 0])
-    first = n * BLOCK_N
     row = start + OFFSET + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     live = row < end
     slot = gl.load(order_ptr + row, mask=live, other=0)
     weight = gl.load(weights_ptr + slot, mask=live, other=0.0).to(gl.float32)
     row = row.to(gl.int64)
-    g = _fetch(pre_ptr, row, live, first, PIECE, N, 2 * N)
-    u = _fetch(pre_ptr + N, row, live, first, PIECE, N, 2 * N)
     acc = _steps(
         ROWS, OFFSET, WIDTH, step, a_ring, b_ring, full, free, C, BLOCK_K, STAGES, GATHER,
         TRANSPOSED,
     )  # fmt: skip
     pieces = _pieces(acc, PIECE)
     share = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
+    mbarrier.wait(pre_full, turn & 1)
+    gate = pre.index(2 * (OFFSET // ROWS))
+    up = pre.index(2 * (OFFSET // ROWS) + 1)
     for i in gl.static_range(WIDTH // PIECE):
-        next_g, next_u = g, u
-        if i < WIDTH // PIECE - 1:
-            next_g = _fetch(pre_ptr, row, live, first + PIECE, PIECE, N, 2 * N)
-            next_u = _fetch(pre_ptr + N, row, live, first + PIECE, PIECE, N, 2 * N)
+        g = gate.slice(i * PIECE, PIECE, dim=1).load(layout)
+        u = up.slice(i * PIECE, PIECE, dim=1).load(layout)
+        first = n * BLOCK_N + i * PIECE
         share += _grad_piece(pieces[i], g, u, weight, dpre_ptr, out_ptr, row, live, first, N)
-        g, u = next_g, next_u
-        first += PIECE
+    mbarrier.arrive(pre_free)
     gl.store(part_ptr + n.to(gl.int64) * num_slots + slot, share, mask=live)
 
 
@@ -361,7 +368,7 @@ def _skip(step, full, free, C: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.c
 def _multiply(
     PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
     head_ptr, tiles_ptr,
-    a_ring, b_ring, full, free,
+    a_ring, b_ring, full, free, pre, pre_full, pre_free,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
@@ -385,19 +392,22 @@ def _multiply(
         _, next_start, next_end, next_n = _tile_at(
             tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
         )
+        turn = tile // gl.num_programs(0)
         if start + OFFSET >= end:
             _skip(step, full, free, C, BLOCK_K, STAGES)
+            if MODE == DOWN_GRAD:
+                mbarrier.arrive(pre_free)
         elif LAST < BLOCK_N and n == NUM_N - 1:
             product(
-                HALF, OFFSET, LAST, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
-                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+                HALF, OFFSET, LAST, start, end, n, step, turn, out_ptr, pre_ptr, dpre_ptr,
+                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, pre,
+                pre_full, pre_free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         else:
             product(
-                HALF, OFFSET, BLOCK_N, start, end, n, step, out_ptr, pre_ptr, dpre_ptr,
-                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, MODE, N, C,
-                BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
+                HALF, OFFSET, BLOCK_N, start, end, n, step, turn, out_ptr, pre_ptr, dpre_ptr,
+                weights_ptr, part_ptr, num_slots, order_ptr, a_ring, b_ring, full, free, pre,
+                pre_full, pre_free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         step += num_k
         start, end, n = next_start, next_end, next_n
@@ -405,8 +415,8 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["num_slots"])
 def row_product(
-    a_ptr, a_desc, w_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr, head_ptr,
-    tiles_ptr, num_slots,
+    a_ptr, a_desc, w_desc, pre_desc, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, order_ptr,
+    head_ptr, tiles_ptr, num_slots,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
@@ -428,6 +438,14 @@ def row_product(
     b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    pre, pre_full, pre_free = full, full, full  # of no use
+    if MODE == DOWN_GRAD:
+        pre_box: gl.constexpr = pre_desc.block_type.shape
+        pre = gl.allocate_shared_memory(dtype, [4] + pre_box, pre_desc.layout)  # noqa: RUF005
+        pre_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        pre_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(pre_full, 1)
+        mbarrier.init(pre_free, 2)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), 1 + (LOAD_WARPS * 32 if GATHER else 0))
         mbarrier.init(free.index(s), 2)
@@ -438,19 +456,19 @@ def row_product(
             (_multiply, (
                 0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                 head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
+                a_ring, b_ring, full, free, pre, pre_full, pre_free, MODE, N, C, E, BLOCK_T,
+                BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
             )),
             (_multiply, (
                 1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
                 head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, MODE, N, C, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
+                a_ring, b_ring, full, free, pre, pre_full, pre_free, MODE, N, C, E, BLOCK_T,
+                BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
             )),
             (_load, (
-                a_ptr, a_desc, w_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full,
-                free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER,
-                TRANSPOSED, SYNC, SLACK, PATIENCE,
+                a_ptr, a_desc, w_desc, pre_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring,
+                full, free, pre, pre_full, pre_free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K,
+                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SYNC, SLACK, PATIENCE,
             )),
         ],
         [4, LOAD_WARPS],

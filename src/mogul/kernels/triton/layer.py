@@ -89,23 +89,17 @@ class Layer:
 
     # ---- forward
 
-    def infer(self, x: Tensor, *others: Tensor) -> Tensor:
-        """Forward that keeps nothing; a number of tokens seen before is replayed from its tape.
-
-        Args:
-            x: tokens.
-            others: gate_up, down, ids, weights, and a residual to add where there is one.
-        """
-        inputs = (x, *others)
-        key = (
-            x.shape[0],
-            len(inputs),
-            plan_for,
-            few_plan,
-        )  # with forced plans these are other functions
-        if (tape := self._tapes.get(key)) is not None:
-            return tape.replay(inputs, self.device)
+    def infer(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Forward that keeps nothing, of aligned tensors; recorded the first time."""
+        inputs = (x, gate_up, down, ids, weights)
+        if (tape := self.tape(x.shape[0])) is not None:
+            out = tape.replay(inputs, self.device)
+            assert out is not None, "the caller has aligned them"
+            return out
         run = self.few if self.shape.uses_few(x.shape[0]) else self._forward_alone
+        key = _tape_key(x.shape[0])
         if key in self._tapes:
             return run(*inputs)
         if len(self._tapes) >= _MOST_TAPES:
@@ -113,6 +107,10 @@ class Layer:
         compile_ahead(self, inputs, train=False)
         out, self._tapes[key] = record(run, inputs)
         return out
+
+    def tape(self, tokens: int) -> Tape | None:
+        """What replays a forward of so many tokens, once there was one."""
+        return self._tapes.get(_tape_key(tokens))
 
     def _forward_alone(self, *inputs: Tensor) -> Tensor:
         return self.forward(*inputs)[0]
@@ -192,7 +190,7 @@ class Layer:
             box = last_width(inner, tile.n) if narrow else tile.n
             desc = split_descriptor(gate_up.view(-1, width), [box, tile.k])
             launch = self._split_product("UP", plan, tile, inner, width, save=save)
-            launch(grid, self.device, x, x, desc, act, pre, pre, act, act, *tables, 0)
+            launch(grid, self.device, x, x, desc, x, act, pre, pre, act, act, *tables, 0)
             return
         flags = {"SAVE": save, **_flags(tile), "PDL": self.pdl}
         launch = self._launch(
@@ -230,7 +228,7 @@ class Layer:
             w_desc = split_descriptor(weight.view(-1, weight.shape[-1]), block)
             mode = "UP_GRAD" if transposed else "DOWN"
             launch = self._split_product(mode, plan, tile, width, contracted)
-            launch(grid, self.device, a, a_desc, w_desc, *[out] * 5, *tables, 0)
+            launch(grid, self.device, a, a_desc, w_desc, *[out] * 6, *tables, 0)
             return
         sizes = {"N": width, "C": contracted, "E": self.shape.experts, **_blocks(plan, tile)}
         flags = {"TRANSPOSED": transposed, **_flags(tile), "PDL": self.pdl}
@@ -361,7 +359,8 @@ class Layer:
         if tile.split:
             desc = split_descriptor(down.view(-1, inner), block)
             launch = self._split_product("DOWN_GRAD", plan, tile, inner, self.shape.width)
-            tensors = (dout, dout, desc, act, pre, dpre, weights, part)
+            pre_desc = split_descriptor(pre, [plan.rows // 2, tile.n])
+            tensors = (dout, dout, desc, pre_desc, act, pre, dpre, weights, part)
             launch(grid, self.device, *tensors, *tables, slots)
             return part
         flags = {"TMA": tile.tma, "FLATTEN": tile.flatten}
@@ -468,6 +467,11 @@ class Layer:
             **(_GATHER_ROLES if gathers else _TMA_ROLES),
         }
         return Launch(kernels.row_product, constants, pdl=self.pdl)
+
+
+def _tape_key(tokens: int) -> tuple[Any, ...]:
+    """Forced plans, of a search, are other functions: their forwards have tapes of their own."""
+    return (tokens, plan_for, few_plan)
 
 
 def _tile(tile: Tile | None) -> Tile:

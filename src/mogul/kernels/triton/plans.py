@@ -137,7 +137,7 @@ def _with_backward(plan: Plan, shape: Shape) -> Plan:
         tile = Tile(n=256, k=64, group=8, stages=4, split=True, per_sm=1)
         return replace(
             plan,
-            down_grad=replace(tile, n=128, stages=6, sync=plan.up.sync),
+            down_grad=replace(tile, n=128, sync=plan.up.sync),
             up_grad=Tile(n=256, k=64, group=8, stages=3, tma=True, flatten=True, per_sm=1),
             gate_up_weight=tile,
             down_weight=tile,
