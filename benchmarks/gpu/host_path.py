@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -73,16 +72,11 @@ def launches_alone(case: Case, inputs: tuple[Tensor, ...]) -> Callable[[], objec
     layer = layer_for(case)
     everything = (x, case.gate_up, case.down, ids, weights)
     layer.infer(*everything)
-    tape = next(reversed(layer._tapes.values()))
+    tape = layer.tape(x.shape[0])
     if tape is None:
         return None
-    ready: list[tuple[Any, tuple[Any, ...]]] = []
-    steps = tape._steps
-    tape._steps = [
-        (lambda *args, entry=entry: ready.append((entry, args)), *rest) for entry, *rest in steps
-    ]
-    tape.replay(everything, layer.device)  # its memory is free again: nothing is made until timed
-    tape._steps = steps
+    tape.replay(everything, layer.device)
+    ready = next(reversed(tape._known.values()))  # their memory is free: nothing is made meanwhile
 
     def call() -> None:
         for entry, args in ready:

@@ -27,7 +27,7 @@ from mogul.bench.kernels_layer import Layer
 from mogul.core.errors import HardwareError
 from mogul.core.files import atomic_write
 from mogul.core.log import progress, say
-from mogul.kernels import moe_forward
+from mogul.kernels.moe import forget_calls, moe_forward
 from mogul.kernels.triton.plans import (
     USER_PLANS,
     FewPlan,
@@ -89,6 +89,7 @@ def use(path: Path) -> None:
     os.environ[USER_PLANS] = str(path)
     for known in (table, few_plan, plan_for, layer_of):
         known.cache_clear()
+    forget_calls()
 
 
 def search(shape: Shape, tokens: int, timer: Timer) -> Plan:

@@ -38,12 +38,15 @@ class Registry(Generic[F]):
         self.operation = operation
         self._entries: dict[str, _Entry[F]] = {}
         self._on_choice = on_choice
+        self.changes = 0
+        """How often something was registered: who keeps a choice must look."""
         # torch.compile warns of functools.lru_cache, so the cache is a plain one.
         self._resolved: dict[tuple[Any, ...], tuple[str, F]] = {}
 
     def add(self, name: str, function: F, *, why_not: WhyNot = always, first: bool = False) -> F:
         """Register `function`; `first=True` puts it before all others in preference."""
         entry = _Entry(function, why_not)
+        self.changes += 1
         if first:
             self._entries = {name: entry, **self._entries}
         else:

@@ -7,6 +7,7 @@ must read the ids are made only under MOGUL_DEBUG, as they would cost time in ev
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.moe import moe_forward_cpu
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.reference.moe import moe_forward_reference
-from mogul.kernels.triton import moe_forward_triton, why_not_triton
+from mogul.kernels.triton import moe_forward_triton, quick_call, why_not_triton
 
 DEBUG = os.environ.get("MOGUL_DEBUG", "0") not in ("", "0")
 DEFAULT_LAYOUT = ExpertLayout()
@@ -125,9 +126,11 @@ def moe_forward(
             if len(_SETTLED) >= _MOST_SETTLED:
                 _SETTLED.clear()
             _SETTLED[kind] = known
-    run, dtype, is_plain = known
+    run, dtype, is_plain, quick, _ = known
     if DEBUG:
         _check_ids(ids, gate_up.shape[0])
+    if quick is not None and (y := quick(x, gate_up, down, ids, weights)) is not None:
+        return y
     if is_plain:
         return run(
             x, gate_up, down, ids, weights,
@@ -147,11 +150,16 @@ def moe_forward(
 
 
 class Settled(NamedTuple):
-    """What follows from a call's kind: who serves it, in which dtype, whether nothing is cast."""
+    """What follows from a call's kind."""
 
     run: MoeForward
     dtype: torch.dtype
     is_plain: bool
+    """Nothing is cast."""
+    quick: Callable[..., Tensor | None] | None
+    """Serves further calls without another look, or answers None."""
+    layout: ExpertLayout
+    """Held so that no other gets its identity."""
 
 
 _SETTLED: dict[tuple[Any, ...], Settled] = {}
@@ -184,7 +192,7 @@ def _kind(
     return (
         x.shape, x.dtype, device, gate_up.shape, gate_up.dtype, gate_up.device,
         down.shape, down.dtype, ids.shape, ids.dtype, ids.device, weights.shape, weights.dtype,
-        biases, layout, backend, grad, *MOE_FORWARD.names(),
+        biases, id(layout), backend, grad, MOE_FORWARD.changes,
         autocast and torch.get_autocast_dtype(device.type),
     )  # fmt: skip
 
@@ -213,7 +221,15 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
     run = MOE_FORWARD.resolve(backend, facts)[1]
     of_dtype = (x, gate_up, down, *(b for b in (gate_up_bias, down_bias) if b is not None))
     is_plain = ids.dtype == torch.int64 and all(tensor.dtype == dtype for tensor in of_dtype)
-    return Settled(run, dtype, is_plain)
+    quick = None
+    if run is moe_forward_triton and is_plain and not (facts.has_bias or facts.needs_grad):
+        quick = quick_call(x, down, ids, weights, layout)
+    return Settled(run, dtype, is_plain, quick, layout)
+
+
+def forget_calls() -> None:
+    """Settle every kind of call anew, for who changes what serves them."""
+    _SETTLED.clear()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,4 +65,4 @@ def test_a_kind_of_call_is_rehearsed_once(compiled: list[list[str]]) -> None:
     assert len(layer.ready) == len(compiled) == 1
     ahead.compile_ahead(layer, inputs(600), train=True)
     assert len(layer.ready) == len(compiled) == 2
-    assert layer._tapes == {}
+    assert layer.tapes._known == {}

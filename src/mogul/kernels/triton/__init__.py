@@ -79,6 +79,20 @@ def moe_forward_triton(
     return run_any(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
 
 
+def quick_call(
+    x: Tensor, down: Tensor, ids: Tensor, weights: Tensor, layout: ExpertLayout
+) -> Any | None:
+    """What serves further calls of this kind without gradient and biases, or None.
+
+    It takes x, gate_up, down, ids and weights, and may answer None: then the call is made anew.
+    """
+    if not _is_fast(layout) or not x.is_cuda or not x.shape[0]:
+        return None
+    from mogul.kernels.triton.ops import Quick, layer_of_call
+
+    return Quick(layer_of_call(x, down, ids, weights), x.shape[0])
+
+
 _loaded: list[Any] = []
 
 

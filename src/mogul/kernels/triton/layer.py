@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mogul.core.log import log
 from mogul.kernels.triton import row_kernels, token_kernels, weight_kernels
-from mogul.kernels.triton.ahead import compile_ahead
 from mogul.kernels.triton.launch import (
     INTERPRETED,
     Launch,
@@ -35,7 +34,7 @@ from mogul.kernels.triton.plans import (
 )
 from mogul.kernels.triton.sorter import Sorter
 from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_views
-from mogul.kernels.triton.tape import Tape, record
+from mogul.kernels.triton.tape import Tape, Tapes
 
 _COUNTER_OF = {
     "UP": 1,
@@ -46,7 +45,6 @@ _COUNTER_OF = {
     "DOWN_WEIGHT": 6,
 }
 """Counter of the sort's head that keeps the programs of a product in step."""
-_MOST_TAPES = 1024
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
@@ -61,7 +59,7 @@ class Layer:
         self.pdl = pdl
         self._launches: dict[Any, Launch] = {}
         self._plans: list[Plan] = []
-        self._tapes: dict[Any, Tape | None] = {}
+        self.tapes = Tapes()
         self.ready: dict[Any, Any] = {}
         """Kinds of calls whose kernels are compiled (compile_ahead)."""
         self.sort = Sorter(shape.experts, device, pdl=pdl)
@@ -89,31 +87,13 @@ class Layer:
 
     # ---- forward
 
-    def infer(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Forward that keeps nothing, of aligned tensors; recorded the first time."""
-        inputs = (x, gate_up, down, ids, weights)
-        if (tape := self.tape(x.shape[0])) is not None:
-            out = tape.replay(inputs, self.device)
-            assert out is not None, "the caller has aligned them"
-            return out
-        run = self.few if self.shape.uses_few(x.shape[0]) else self._forward_alone
-        key = _tape_key(x.shape[0])
-        if key in self._tapes:
-            return run(*inputs)
-        if len(self._tapes) >= _MOST_TAPES:
-            self._tapes.clear()
-        compile_ahead(self, inputs, train=False)
-        out, self._tapes[key] = record(run, inputs)
-        return out
+    def infer(self, *inputs: Tensor) -> Tensor:
+        """Forward that keeps nothing, of x, gate_up, down, ids, weights and perhaps a residual."""
+        return self.tapes.forward(self, inputs, (plan_for, few_plan))
 
     def tape(self, tokens: int) -> Tape | None:
-        """What replays a forward of so many tokens, once there was one."""
-        return self._tapes.get(_tape_key(tokens))
-
-    def _forward_alone(self, *inputs: Tensor) -> Tensor:
-        return self.forward(*inputs)[0]
+        """What replays a forward of so many tokens without a residual, once there was one."""
+        return self.tapes.get(tokens, 5, (plan_for, few_plan))
 
     def few(
         self,
@@ -467,11 +447,6 @@ class Layer:
             **(_GATHER_ROLES if gathers else _TMA_ROLES),
         }
         return Launch(kernels.row_product, constants, pdl=self.pdl)
-
-
-def _tape_key(tokens: int) -> tuple[Any, ...]:
-    """Forced plans, of a search, are other functions: their forwards have tapes of their own."""
-    return (tokens, plan_for, few_plan)
 
 
 def _tile(tile: Tile | None) -> Tile:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mogul.kernels.triton.ahead import compile_ahead
 from mogul.kernels.triton.launch import Entry, Heard, current_stream, listening
 
 _HARMLESS = {"empty", "new_empty", "empty_like", "view", "slice", "select", "detach", "alias"}
 """Operators that start nothing on the device."""
 _ALIGNMENT = 512
 _MOST_DESCRIPTORS = 1024
+_MOST_PLACES = 256
+_MOST_TAPES = 1024
 
 
 class _Watch(TorchDispatchMode):
@@ -74,6 +77,7 @@ class Tape:
         self._bases = [*inputs, out]
         self._work: dict[int, int] = {}
         self._work_bytes = 0
+        self._known: dict[tuple[int, ...], list[tuple[Any, tuple[Any, ...]]]] = {}
         self._steps = [
             self._step(entry, grid, args)
             for entry, (_, grid, args) in zip(entries, heard, strict=True)
@@ -112,19 +116,36 @@ class Tape:
             self._work_bytes += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
         return len(self._bases), start + address - storage.data_ptr()
 
-    def replay(self, inputs: tuple[Tensor, ...], device: int) -> Tensor:
-        """The recorded forward on other tensors of the same sizes, dtypes and alignment."""
+    def replay(self, inputs: tuple[Tensor, ...], device: int) -> Tensor | None:
+        """The recorded forward on contiguous tensors of the same sizes and dtypes.
+
+        None where one lies on no 16-byte address.
+        """
         out = torch.empty_like(inputs[0])
         work = out.new_empty(self._work_bytes, dtype=torch.uint8)
-        at = [tensor.data_ptr() for tensor in inputs]
-        at += (out.data_ptr(), work.data_ptr(), 0)
-        stream = current_stream(device)
+        places = [tensor.data_ptr() for tensor in inputs]
+        at = (current_stream(device), *places, out.data_ptr(), work.data_ptr())
+        ready = self._known.get(at)
+        if ready is None:
+            if any(place % 16 for place in places):
+                return None
+            ready = self._entered(*at)
+        for call, args in ready:
+            call(*args)
+        return out
+
+    def _entered(self, stream: int, *places: int) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Every launcher with all it takes, kept for the next call at the same addresses."""
+        if len(self._known) >= _MOST_PLACES:
+            self._known.clear()
+        at = (*places, 0)
+        ready = self._known[stream, *places] = []
         for call, grid, fixed, plain, described, tail in self._steps:
             args: list[Any] = [at[base] + offset for base, offset in plain]
             for place, base, offset, descriptor in described:
                 args[place:place] = descriptor.at(at[base] + offset)
-            call(*grid, stream, *fixed, *args, *tail)
-        return out
+            ready.append((call, (*grid, stream, *fixed, *args, *tail)))
+        return ready
 
 
 def record(
@@ -140,3 +161,39 @@ def record(
     if not watch.harmless or len(entries) < len(heard) or out.shape != inputs[0].shape:
         return out, None
     return out, Tape(heard, entries, inputs, out)
+
+
+class Tapes:
+    """The tapes of one layer, by number of tokens, of inputs, and by what chooses its plans."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Tape | None] = {}
+
+    def get(self, tokens: int, inputs: int, plans: Any) -> Tape | None:
+        """The tape of a kind of forward, if it can have one and ran before.
+
+        Forced plans, of a search, come from other functions: their forwards have their own tapes.
+        """
+        return self._known.get((tokens, inputs, plans))
+
+    def forward(self, layer: Any, inputs: tuple[Tensor, ...], plans: Any) -> Tensor:
+        """A forward of aligned tensors that keeps nothing, recorded the first time."""
+        tokens = inputs[0].shape[0]
+        key = (tokens, len(inputs), plans)
+        if (tape := self._known.get(key)) is not None:
+            out = tape.replay(inputs, layer.device)
+            assert out is not None, "the caller has aligned them"
+            return out
+
+        def run(*tensors: Tensor) -> Tensor:
+            if layer.shape.uses_few(tokens):
+                return layer.few(*tensors)
+            return layer.forward(*tensors)[0]
+
+        if key in self._known:
+            return run(*inputs)
+        if len(self._known) >= _MOST_TAPES:
+            self._known.clear()
+        compile_ahead(layer, inputs, train=False)
+        out, self._known[key] = record(run, inputs)
+        return out
