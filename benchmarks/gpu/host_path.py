@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Case, make_case, make_tokens
 from torch import Tensor, nn
-from tune import layer_for, precompile
+from tune import layer_for
 
 from mogul.bench import ledger
 from mogul.kernels import RouterSpec, moe_forward, route
@@ -38,7 +38,7 @@ def host_us(call: Callable[[], object]) -> float:
         call()
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
-        torch.cuda._sleep(100_000_000)
+        torch.cuda._sleep(20_000_000)
         start = time.perf_counter()
         for _ in range(CALLS):
             call()
@@ -111,7 +111,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     sizes = [int(part) for part in args.tokens.split(",")]
-    precompile([(name, tokens) for name in args.shapes.split(",") for tokens in sizes], [])
     for name in args.shapes.split(","):
         case = make_case(name)
         for tokens in sizes:
