@@ -7,7 +7,7 @@ slots, tables, starts and lengths, so a captured call is replayed with new ones.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.attention import paged_attention_cpu
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
 from mogul.kernels.triton.attention import paged_attention_triton, why_not_triton_attention
-from mogul.kernels.turn import Turn, check_turn, turned
+from mogul.kernels.turn import ALL_KINDS, Turn, check_turn, turned
 
 
 class PagedAttention(Protocol):
@@ -44,7 +44,7 @@ class PagedAttention(Protocol):
         key_scale: Tensor | None,
         value_scale: Tensor | None,
     ) -> Tensor:
-        """Write, then attend. Those of `TURNS` also take `turn`."""
+        """Write, then attend. Those of `TURNS` also take `turn` and `kinds`."""
         ...
 
 
@@ -66,7 +66,8 @@ PAGED_ATTENTION.add("cpu", paged_attention_cpu, why_not=why_not_cpu)
 PAGED_ATTENTION.add("reference", paged_attention_reference)
 
 TURNS = ["triton"]
-"""Backends that norm and rotate by themselves; for others it is done before."""
+"""Backends that norm and rotate by themselves, and look at the kinds of sequences; for others it
+is done before, and their kernels serve all kinds."""
 
 
 def paged_attention(
@@ -87,6 +88,7 @@ def paged_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     turn: Turn | None = None,
+    kinds: int = ALL_KINDS,
     backend: str = "auto",
 ) -> Float[Tensor, "T H C"]:
     """Write the keys and values of new tokens into pages; attend causally over the pages.
@@ -112,6 +114,7 @@ def paged_attention(
         key_scale: of an fp8 cache: one number, or one a key-value head (fp32).
         value_scale: the same for values.
         turn: norms and rotates queries and keys first; None where that has been done.
+        kinds: of `kernels.turn`, those of the sequences; more than there are cost a little time.
         backend: a name of `PAGED_ATTENTION`, or "auto" for the most preferred that can run.
 
     Raises:
@@ -136,6 +139,7 @@ def paged_attention(
         value_scale,
         *(turn or NO_TURN)[:4],
         [] if turn is None else list(turn[4:]),
+        kinds,
         backend,
     )
 
@@ -164,6 +168,7 @@ def _run(
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: list[float],
+    kinds: int,
     backend: str,
 ) -> Tensor:
     facts = _check_call(query, key, value, key_cache, value_cache)
@@ -173,12 +178,12 @@ def _run(
     if sinks is not None and sinks.shape != (facts.num_heads,):
         raise ConfigError(f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]")
     name, run = PAGED_ATTENTION.resolve(backend, facts)
-    more: dict[str, Turn] = {}
+    more: dict[str, Any] = {"kinds": kinds} if name in TURNS else {}
     if cos is not None and sin is not None:
         turn = Turn(cos, sin, query_norm, key_norm, *eps)
         check_turn(turn, len(query), facts.head_width)
         if name in TURNS:
-            more = {"turn": turn}
+            more["turn"] = turn
         else:
             query = turned(query, turn, query_norm, turn.query_eps)
             key = turned(key, turn, key_norm, turn.key_eps)
@@ -270,7 +275,7 @@ _LIB.define(
     "Tensor(b!) value_cache, Tensor slots, Tensor tables, Tensor query_starts, Tensor lengths, "
     "SymInt max_query_len, float scaling, SymInt? sliding_window, Tensor? sinks, "
     "Tensor? key_scale, Tensor? value_scale, Tensor? cos, Tensor? sin, Tensor? query_norm, "
-    "Tensor? key_norm, float[] eps, str backend) -> Tensor"
+    "Tensor? key_norm, float[] eps, int kinds, str backend) -> Tensor"
 )
 _LIB.impl("paged_attention", _run, "CompositeExplicitAutograd")
 

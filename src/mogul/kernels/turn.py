@@ -1,8 +1,9 @@
-"""Norm and rotation of queries and keys as part of attention, which reads both anyway.
+"""What paged attention may be told besides its tensors: a turn of queries and keys, and kinds.
 
-Decides what `Turn` means: the numbers of every head are divided by their root mean square and
-multiplied by a weight (where one is given), then rotated by the position's cosines and sines, whose
-halves are paired as Transformers' `apply_rotary_pos_emb` pairs them. All in fp32, rounded once.
+Norm and rotation of queries and keys can be part of attention, which reads both anyway. Decides
+what `Turn` means: the numbers of every head are divided by their root mean square and multiplied by
+a weight (where one is given), then rotated by the position's cosines and sines, whose halves are
+paired as Transformers' `apply_rotary_pos_emb` pairs them. All in fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
+
+FEW, FRESH, CHUNKS = 1, 2, 4
+ALL_KINDS = FEW | FRESH | CHUNKS
+"""Kinds of sequences that a call may hold: of at most `FEW_QUERIES` queries; of more, without
+earlier keys or with some. A launch for a kind that is not there can be left out."""
+
+FEW_QUERIES = 16
 
 
 class Turn(NamedTuple):

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mogul.core.errors import BackendError
 from mogul.kernels.paged_attention import paged_attention
-from mogul.kernels.turn import Turn
+from mogul.kernels.turn import ALL_KINDS, Turn
 
 NAME = "mogul_paged"
 
@@ -65,6 +65,8 @@ class StepState:
     lengths_S: Tensor
     max_query_len: int
     caches: list[LayerCache]
+    kinds: int = ALL_KINDS
+    """Of sequences that may be there (`kernels.turn`)."""
 
 
 _turn = threading.RLock()
@@ -187,6 +189,7 @@ def _attend(
         key_scale=cache.key_scale,
         value_scale=cache.value_scale,
         turn=turn,
+        kinds=_state.kinds,
     )
 
 

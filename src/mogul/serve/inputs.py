@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH
 from mogul.serve.requests import Live
 
 UNKNOWN = -1
@@ -54,6 +55,8 @@ class Layout:
     """Columns of the tables."""
 
     max_query_len: int
+    kinds: int = ALL_KINDS
+    """Of sequences that may be there (`kernels.turn`); no number lies elsewhere for it."""
 
     @property
     def wide(self) -> int:
@@ -195,4 +198,16 @@ def layout_of(entries: Sequence[Entry], page_size: int) -> Layout:
         rows=sum(entry.rows for entry in entries),
         pages=-(-longest // page_size),
         max_query_len=max(entry.count for entry in entries),
+        kinds=_kinds(entries),
     )
+
+
+def _kinds(entries: Sequence[Entry]) -> int:
+    """Kinds of sequences among these; which are few is the kernels' to say, so some are both."""
+    kinds = 0
+    for entry in entries:
+        if entry.count <= FEW_QUERIES:
+            kinds |= FEW
+        if entry.count > 1:
+            kinds |= FRESH if entry.first == 0 else CHUNKS
+    return kinds

@@ -161,6 +161,7 @@ class Runner:
             lengths_S=inputs.lengths_S,
             max_query_len=inputs.layout.max_query_len,
             caches=self.caches,
+            kinds=inputs.layout.kinds,
         )
 
     def close(self) -> None:

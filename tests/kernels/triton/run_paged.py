@@ -103,7 +103,7 @@ def many(name: str) -> None:
     )
     def check(sequences, page_size, group, padding, window, has_sinks):
         paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
-        paged.many_tile = paged.ManyTile(rows=32, block=16)
+        paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
         sequences = [*sequences, (18, 18)]
         dtype = torch.float16 if name == "many16" else torch.float32
         call = calls.make(
@@ -121,7 +121,7 @@ def fp8(name: str) -> None:
     New keys are multiples of a half: the interpreter itself rounds some others wrongly.
     """
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
-    paged.many_tile = paged.ManyTile(rows=32, block=16)
+    paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
     for sequences in ([(1, 40), (2, 9)], [(20, 33), (1, 17)]):
         for scale in (None, torch.tensor(0.25), torch.tensor([0.5, 2.0])):
             call = calls.make(sequences, width=16, cache_dtype=FP8, page_size=16)
@@ -143,7 +143,7 @@ def views(name: str) -> None:
 def turns(name: str) -> None:
     """Queries and keys normed and rotated on the way: few, many, and both together."""
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
-    paged.many_tile = paged.ManyTile(rows=32, block=16)
+    paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
     lengths = [(1, 5 + s) for s in range(1 + paged.TURNED_INSIDE)]
     for sequences in ([(1, 30), (2, 31)], [(40, 60)], [(18, 18), (1, 40)], lengths):
         for width, norms in ((16, True), (24, True), (16, False)):

@@ -361,7 +361,7 @@ def write_pages(
 ):  # fmt: skip
     """Key and value of one token into its slot; the output of a padding token becomes 0.
 
-    With TURN the key is normed and rotated, and so are the queries, which go to `turned_ptr`.
+    With TURN the key is normed and rotated, and so are the queries: both go to `turned_ptr`.
     """
     if PDL:
         gdc_wait()
@@ -377,14 +377,18 @@ def write_pages(
         c = tl.arange(0, C_POW2)
         keep = (n < N)[:, None] & (c < C)[None, :] & (slot >= 0)
         if TURN:
+            mine = (n < N)[:, None] & (c < C)[None, :]
             k = turned(
-                key_ptr, t * K_T + n * K_N, t + tl.zeros((1,), tl.int64), keep, (c < C)[None, :], c,
+                key_ptr, t * K_T + n * K_N, t + tl.zeros((1,), tl.int64), mine, (c < C)[None, :], c,
                 cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
             ).to(key_ptr.dtype.element_ty)  # fmt: skip
         else:
             k = tl.load(key_ptr + t * K_T + (n * K_N)[:, None] + c[None, :], mask=keep, other=0.0)
         v = tl.load(value_ptr + t * V_T + (n * V_N)[:, None] + c[None, :], mask=keep, other=0.0)
         to = slot * (N * C) + (n * C)[:, None] + c[None, :]
+        if TURN:
+            put = turned_ptr + (t * (H + N) + H + n)[:, None] * C + c[None, :]
+            tl.store(put, k, mask=mine)
         n = tl.minimum(n, N - 1)[:, None]
         k = to_page(k, key_scale_ptr, n, key_cache_ptr.dtype.element_ty, FP8)
         v = to_page(v, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
@@ -398,8 +402,83 @@ def write_pages(
                     q_ptr, t * Q_T + h * Q_H, t + tl.zeros((1,), tl.int64), keep_q,
                     (c < C)[None, :], c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM,
                 ).to(turned_ptr.dtype.element_ty)  # fmt: skip
-                put = turned_ptr + (t * H + h)[:, None] * C + c[None, :]
+                put = turned_ptr + (t * (H + N) + h)[:, None] * C + c[None, :]
                 tl.store(put, q, mask=keep_q)
+
+
+@triton.jit
+def tile_of(
+    starts_ptr, lengths_ptr, num_seqs, back,
+    S: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, FRESH: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """Sequence and tile of a program that is `back` tiles before the last one; -1: there is none.
+
+    The last tiles of a sequence see most, so they go first. FRESH: of sequences without earlier
+    keys; APART: of those with such.
+    """
+    all_s = tl.arange(0, S)
+    begin = tl.load(starts_ptr + all_s, mask=all_s < num_seqs, other=0)
+    many = tl.load(starts_ptr + all_s + 1, mask=all_s < num_seqs, other=0) - begin
+    mine = many > FEW
+    if FRESH or APART:
+        length = tl.load(lengths_ptr + all_s, mask=all_s < num_seqs, other=0)
+        mine &= (length == many) if FRESH else (length != many)
+    tiles = tl.where(mine, (many + BLOCK_Q - 1) // BLOCK_Q, 0)
+    ends = tl.cumsum(tiles)
+    t = tl.sum(tiles) - 1 - back
+    s = tl.sum((ends <= t).to(tl.int32))
+    return tl.where(t >= 0, s, -1), t - tl.sum(tl.where(all_s == s, ends - tiles, 0))
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def attend_fresh(
+    q_ptr, key_desc, value_desc, out_ptr, starts_ptr, lengths_ptr, num_seqs,
+    S: tl.constexpr, N: tl.constexpr, G: tl.constexpr, C: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, SCALE: tl.constexpr,
+    Q_T: tl.constexpr, Q_H: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of a sequence without earlier keys: its new ones are read as they came."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    n = tl.program_id(0)
+    s, tile = tile_of(
+        starts_ptr, lengths_ptr, num_seqs, tl.program_id(1), S, FEW, BLOCK_Q, True, True
+    )
+    if s >= 0:
+        start = tl.load(starts_ptr + s)
+        length = tl.load(starts_ptr + s + 1) - start
+        c = tl.arange(0, C)
+        r = tl.arange(0, ROWS)
+        at = tile * BLOCK_Q + r // G
+        live = (at < length) & (r < BLOCK_Q * G)
+        row = (start + at).to(tl.int64)
+        head = n * G + r % G
+        keep = live[:, None]
+        q = tl.load(q_ptr + (row * Q_T + head * Q_H)[:, None] + c[None, :], mask=keep, other=0.0)
+        acc = tl.zeros((ROWS, C), tl.float32)
+        peak = tl.full((ROWS,), NEVER, tl.float32)
+        norm = tl.zeros((ROWS,), tl.float32)
+        lowest = tile * BLOCK_Q
+        high = (tl.minimum(lowest + BLOCK_Q, length) + BLOCK_L - 1) // BLOCK_L
+        whole = (lowest + 1) // BLOCK_L  # every row of the tile sees all of these blocks
+        for j in tl.range(0, whole, num_stages=STAGES):
+            k = key_desc.load([start + j * BLOCK_L, n * C])
+            v = value_desc.load([start + j * BLOCK_L, n * C])
+            acc, peak, norm = absorb(
+                q, k, v, acc, peak, norm, at, at, length, SCALE * LOG2E, 0, False
+            )
+        for j in tl.range(whole, high, num_stages=STAGES):
+            k = key_desc.load([start + j * BLOCK_L, n * C])
+            v = value_desc.load([start + j * BLOCK_L, n * C])
+            pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
+            acc, peak, norm = absorb(
+                q, k, v, acc, peak, norm, pos, at, length, SCALE * LOG2E, 0, True
+            )
+        to = (row * (N * G) + head) * C
+        out = (acc / norm[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + to[:, None] + c[None, :], out, mask=keep)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
@@ -410,22 +489,20 @@ def attend_many(
     Z: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_L: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SINKS: tl.constexpr,
     FP8: tl.constexpr, Q_T: tl.constexpr, Q_H: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_Q queries times G heads, of a sequence with more than FEW queries."""
+    """A tile of BLOCK_Q queries times G heads, of a sequence with more than FEW queries.
+
+    APART: and with earlier keys; the others go through `attend_fresh`.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     n = tl.program_id(0)
-    all_s = tl.arange(0, S)
-    begin = tl.load(starts_ptr + all_s, mask=all_s < num_seqs, other=0)
-    many = tl.load(starts_ptr + all_s + 1, mask=all_s < num_seqs, other=0) - begin
-    tiles = tl.where(many > FEW, (many + BLOCK_Q - 1) // BLOCK_Q, 0)
-    ends = tl.cumsum(tiles)
-    t = tl.sum(tiles) - 1 - tl.program_id(1)  # the last tiles of a sequence see most: first
-    if t >= 0:
-        s = tl.sum((ends <= t).to(tl.int32))
-        tile = t - tl.sum(tl.where(all_s == s, ends - tiles, 0))
+    s, tile = tile_of(
+        starts_ptr, lengths_ptr, num_seqs, tl.program_id(1), S, FEW, BLOCK_Q, False, APART
+    )
+    if s >= 0:
         start = tl.load(starts_ptr + s)
         queries = tl.load(starts_ptr + s + 1) - start
         length = tl.load(lengths_ptr + s)

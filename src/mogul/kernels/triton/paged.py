@@ -17,11 +17,17 @@ from torch import Tensor
 from mogul.core.errors import BackendError
 from mogul.kernels.reference.attention import FP8
 from mogul.kernels.triton import attention_kernels as kernels
-from mogul.kernels.triton.launch import INTERPRETED, Launch, aligned, cdiv, next_power_of_2
-from mogul.kernels.turn import Turn
+from mogul.kernels.triton.launch import (
+    INTERPRETED,
+    Launch,
+    aligned,
+    cdiv,
+    descriptor,
+    next_power_of_2,
+)
+from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH, Turn
 
 FEW_ROWS = 64
-FEW_QUERIES = 16
 TURNED_INSIDE = 16
 """Sequences up to which one launch norms, rotates, writes and attends: of more, workers would wait
 for that at every sequence they come to, so a launch before does it."""
@@ -53,10 +59,15 @@ class ManyTile:
 # short work wants long blocks and few partial sums to merge, long work many small blocks in flight.
 small_tile = FewTile(block=64, per_sm=2, min_blocks=1, stages=3)
 large_tile = FewTile(block=32, per_sm=4, min_blocks=2, stages=4)
+# Numbers of fp8 are turned into fp16 first: two warps share less and so turn more of them a cycle.
+fp8_tile = FewTile(block=64, per_sm=6, min_blocks=2, warps=2, stages=3)
+fp8_large_tile = FewTile(block=64, per_sm=3, min_blocks=2, warps=4, stages=3)
+FEW_SEQUENCES = 128
 few_tile: FewTile | None = None
-"""Used instead of these two where set."""
+"""Used instead of these where set."""
 
 many_tile = ManyTile()
+fresh_tile = ManyTile(rows=128, block=128, warps=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -129,8 +140,11 @@ def tile_of(call: Call, sequences: int) -> FewTile:
     """How the keys of so many sequences are shared out."""
     if few_tile is not None:
         return few_tile
-    is_small = 2 * sequences * call.kv_heads < _processors(call.device)
-    return small_tile if is_small else large_tile
+    if 2 * sequences * call.kv_heads < _processors(call.device):
+        return small_tile
+    if call.is_fp8:
+        return fp8_tile if sequences <= FEW_SEQUENCES else fp8_large_tile
+    return large_tile
 
 
 @cache
@@ -180,7 +194,7 @@ def _writer(call: Call) -> Launch:
 
 
 @cache
-def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, int]:
+def _many(call: Call, few: int, tile: ManyTile, apart: bool) -> tuple[Launch, int]:
     """Launch of the tiles, with the queries of a tile."""
     rows = max(tile.rows, 16, next_power_of_2(call.group))
     queries = rows // call.group
@@ -188,6 +202,7 @@ def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, int]:
         **call.sizes(),
         **call.query_strides(),
         "Z": call.page_size,
+        "APART": apart,
         "FEW": few,
         "BLOCK_Q": queries,
         "ROWS": rows,
@@ -198,6 +213,23 @@ def _many(call: Call, few: int, tile: ManyTile) -> tuple[Launch, int]:
     }
     launch = Launch(
         kernels.attend_many, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
+    )
+    return launch, queries
+
+
+@cache
+def _fresh(call: Call, few: int, tile: ManyTile) -> tuple[Launch, int]:
+    """The same for sequences without earlier keys, whose new ones are read where they lie."""
+    rows = max(tile.rows, 16, next_power_of_2(call.group))
+    queries = rows // call.group
+    constants = {
+        **call.query_strides(),
+        **{"S": call.sequences, "N": call.kv_heads, "G": call.group, "C": call.width},
+        **{"FEW": few, "BLOCK_Q": queries, "ROWS": rows, "BLOCK_L": tile.block},
+        **{"SCALE": call.scaling, "STAGES": tile.stages, "PDL": call.pdl},
+    }
+    launch = Launch(
+        kernels.attend_fresh, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
     )
     return launch, queries
 
@@ -248,6 +280,7 @@ def paged_attention_triton(
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     turn: Turn | None = None,
+    kinds: int = ALL_KINDS,
 ) -> Tensor:
     """See `mogul.kernels.paged_attention`. Waits for nothing; can be captured."""
     query, key, value = _rows(query_THC), _rows(key_TNC), _rows(value_TNC)
@@ -282,11 +315,14 @@ def paged_attention_triton(
     turns = _turn_tensors(turn, query)
     most = most_few(call.group)
     writes = max_query_len > most or (turn is not None and len(lengths_S) > TURNED_INSIDE)
+    new = (query, key, value)
     if writes:
-        call, query = _write(call, (query, key, value), pages, where, scales, turns, out)
+        call, new = _write(call, new, pages, where, scales, turns, out)
     if max_query_len > most:
-        _run_many(call, most, query, pages, where, scales, sinks, out)
-    queries, new = min(max_query_len, most), (query, key, value)
+        _run_many(call, most, kinds, new, pages, where, scales, sinks, out)
+        if not kinds & FEW:
+            return out
+    queries = min(max_query_len, most)
     _run_few(call, queries, not writes, new, pages, where, scales, turns, sinks, out)
     return out
 
@@ -299,18 +335,21 @@ def _write(
     scales: tuple[Tensor, Tensor],
     turns: Turns,
     out: Tensor,
-) -> tuple[Call, Tensor]:
-    """Write keys and values; the call that is left to do, and its queries."""
-    query, (slots, _, starts, lengths) = new[0], where
-    ready = torch.empty_like(out) if call.turns else query
+) -> tuple[Call, tuple[Tensor, Tensor, Tensor]]:
+    """Write keys and values; the call that is left to do, and its queries, keys and values."""
+    (query, key, value), (slots, _, starts, lengths) = new, where
+    tokens, heads, width = out.shape
+    ready = out.new_empty((tokens, heads + call.kv_heads, width)) if call.turns else query
     _writer(call)(
-        (len(out), 1), call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
+        (tokens, 1), call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
         len(lengths),
     )  # fmt: skip
-    if call.turns:
-        strides = (*ready.stride()[:2], *call.strides[2:])
-        call = replace(call, strides=strides, turns=False, norms=False, eps=(0.0, 0.0))
-    return call, ready
+    if not call.turns:
+        return call, new
+    query, key = ready[:, :heads], ready[:, heads:]
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    call = replace(call, strides=strides, turns=False, norms=False, eps=(0.0, 0.0))
+    return call, (query, key, value)
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
@@ -366,18 +405,45 @@ def _run_few(
 def _run_many(
     call: Call,
     few: int,
-    query: Tensor,
+    kinds: int,
+    new: tuple[Tensor, Tensor, Tensor],
     pages: tuple[Tensor, Tensor],
     where: tuple[Tensor, Tensor, Tensor, Tensor],
     scales: tuple[Tensor, Tensor],
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    attend, queries = _many(call, few, many_tile)
     _, tables, starts, lengths = where
-    num_seqs = len(lengths)
-    tiles = cdiv(len(out), queries) + num_seqs
+    query, num_seqs = new[0], len(lengths)
+    apart = bool(kinds & FRESH) and _may_read_fresh(call)
+    if apart:
+        attend, queries = _fresh(call, few, fresh_tile)
+        grid = (call.kv_heads, cdiv(len(out), queries) + num_seqs)
+        rows = [_as_rows(one, fresh_tile.block) for one in new[1:]]
+        attend(grid, call.device, query, *rows, out, starts, lengths, num_seqs)
+        if not kinds & CHUNKS:
+            return
+    attend, queries = _many(call, few, many_tile, apart)
     attend(
-        (call.kv_heads, tiles), call.device, query, *pages, out, tables, starts, lengths,
-        out if sinks is None else sinks, *scales, num_seqs, tables.stride(0),
+        (call.kv_heads, cdiv(len(out), queries) + num_seqs), call.device, query, *pages, out,
+        tables, starts, lengths, out if sinks is None else sinks, *scales, num_seqs,
+        tables.stride(0),
     )  # fmt: skip
+
+
+def _may_read_fresh(call: Call) -> bool:
+    """Whether a prompt's keys and values may be read where they lie: not past pages that round."""
+    heads_apart = {call.strides[3], call.strides[5]}
+    return (
+        not (call.is_fp8 or call.window or call.has_sinks)
+        and (INTERPRETED or call.pdl)  # descriptors came with the same devices
+        and call.width == call.width_pow2
+        and heads_apart == {call.width}
+    )
+
+
+def _as_rows(x_TNC: Tensor, block: int) -> Any:
+    """Descriptor of [T, N * C], in blocks of one head."""
+    tokens, heads, width = x_TNC.shape
+    rows = x_TNC.as_strided((tokens, heads * width), (x_TNC.stride(0), 1))
+    return descriptor(rows, [block, width])
