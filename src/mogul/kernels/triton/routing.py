@@ -44,13 +44,22 @@ def route_triton(
     logits: Tensor, spec: RouterSpec, bias: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [T, K], weights [T, K] and scores [T, E]; see `mogul.kernels.route`."""
-    return route_counted(logits, spec, bias, scale)[:3]
+    return _routed(logits, spec, bias, scale)[:3]
 
 
 def route_counted(
     logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `route_triton`, and the rows of every expert [E] and their offsets [E + 1], int32."""
+    ids, weights, scores, rows = _routed(logits, spec, bias, scale)
+    experts = spec.num_experts
+    return ids, weights, scores, rows[:experts], rows[experts : 2 * experts + 1]
+
+
+def _routed(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, weights, scores, and counts and offsets in one piece."""
     flat = None if scale is None else scale.reshape(-1)
     args = (logits, bias, flat, _rule(spec), spec.scaling_factor)
     wants_grad = torch.is_grad_enabled() and (
@@ -58,11 +67,8 @@ def route_counted(
     )
     direct = not (wants_grad or torch.compiler.is_compiling() or type(logits) is not Tensor)
     if direct and torch._C._len_torch_dispatch_stack() == 0:
-        ids, weights, scores, rows = _on_device(*args)  # spares the dispatcher's time
-    else:
-        ids, weights, scores, rows = torch.ops.mogul.route(*args)
-    experts = spec.num_experts
-    return ids, weights, scores, rows[:experts], rows[experts : 2 * experts + 1]
+        return _on_device(*args)  # spares the dispatcher's time
+    return torch.ops.mogul.route(*args)
 
 
 @cache
@@ -153,7 +159,7 @@ _LIB.define(
 )
 
 
-def _on_device(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _on_device(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if logits.is_cuda and logits.device.index != torch.cuda.current_device():
         with torch.cuda.device(logits.device):
             return _run(logits, *args)
