@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mogul.kernels.triton.topk_kernels import pick_by_rank
+
 
 @triton.jit
 def product_one(
@@ -102,33 +104,5 @@ def route_few(
         same = tl.load(at + e, mask=e < N, other=float("-inf"), cache_modifier=".cg")
         pick_by_rank(
             mine, same, e, values_ptr + row * PICKS, ids_ptr + row * PICKS,
-            N, WIDTH, PICKS, SLOTS, RENORMALISE,
+            N, PICKS, SLOTS, True, RENORMALISE,
         )  # fmt: skip
-
-
-@triton.jit
-def pick_by_rank(
-    mine, same, e, values_ptr, ids_ptr,
-    N: tl.constexpr, WIDTH: tl.constexpr, PICKS: tl.constexpr, SLOTS: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-):  # fmt: skip
-    """The PICKS largest of a row, falling; ties: the left. All ranks at once, not one by one."""
-    key = tl.where(e < N, tl.maximum(mine, -3.0e38), float("-inf"))
-    other = tl.where(e < N, tl.maximum(same, -3.0e38), float("-inf"))
-    ahead = (other[None, :] > key[:, None]) | (
-        (other[None, :] == key[:, None]) & (e[None, :] < e[:, None])
-    )
-    rank = tl.sum(ahead.to(tl.int32), 1)
-    slots = tl.arange(0, SLOTS)
-    here = rank[:, None] == slots[None, :]
-    ids = tl.sum(tl.where(here, e[:, None], 0), 0)
-    values = tl.sum(tl.where(here, mine[:, None], 0.0), 0)
-    peak = tl.max(mine, 0)
-    values = tl.exp(values - peak)
-    if RENORMALISE:
-        values /= tl.sum(tl.where(slots < PICKS, values, 0.0), 0)
-    else:
-        values /= tl.sum(tl.where(e < N, tl.exp(mine - peak), 0.0), 0)
-    keep = slots < PICKS
-    tl.store(ids_ptr + slots, tl.minimum(ids, N - 1).to(tl.int64), mask=keep)
-    tl.store(values_ptr + slots, values.to(values_ptr.dtype.element_ty), mask=keep)

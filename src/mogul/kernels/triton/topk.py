@@ -15,6 +15,8 @@ from mogul.kernels.triton.launch import INTERPRETED, Launch, next_power_of_2
 
 MOST_COLUMNS = 1024
 MOST_PICKS = 32
+RANKED_COLUMNS = 128
+"""Columns up to which the rank of every number is cheaper than one search a pick."""
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define("topk(Tensor rows, int k) -> (Tensor, Tensor)")
@@ -68,9 +70,10 @@ def _launch(
     constants = {
         **{"COLUMNS": columns, "K": k, "SLOTS": next_power_of_2(k)},
         **{"WIDTH": next_power_of_2(columns), "SOFTMAX": softmax},
-        **{"RENORMALISE": renormalise, "PDL": pdl},
+        **{"RENORMALISE": renormalise, "RANKED": columns <= RANKED_COLUMNS, "PDL": pdl},
     }
-    return Launch(pick_largest, constants, warps=1, stages=1, pdl=pdl)
+    warps = 4 if columns <= RANKED_COLUMNS else 1
+    return Launch(pick_largest, constants, warps=warps, stages=1, pdl=pdl)
 
 
 def _topk_host(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
