@@ -1,0 +1,120 @@
+"""Norms, residuals and picks in one launch with products: interpreted, compiled for a device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mogul.kernels.triton import linear_kernels, normed_kernels  # noqa: E402
+
+SCRIPT = """
+import torch
+from mogul.kernels.triton import linear, normed
+
+linear.product = lambda x, weight, dtype: (x @ weight.T).to(dtype)  # few rows too: no device
+host = torch.device("cpu")
+
+def wide(tensors):
+    return [t.float() if getattr(t, "dtype", None) == torch.half else t for t in tensors]
+
+def close(got, want):
+    assert (got - want).abs().max() < 3e-3 * want.abs().max()
+
+torch.manual_seed(0)
+for rows, columns, inner in ((1, 48, 64), (1, 40, 2064), (3, 80, 272), (17, 32, 128)):
+    x, weight = torch.randn(rows, inner).half(), (torch.randn(columns, inner) / inner**0.5).half()
+    norm, plus = (1 + torch.randn(inner) / 4).half(), torch.randn(rows, columns).half()
+    for number, eps in ((None, 1e-2), (torch.tensor(1e-2, dtype=torch.float64), 0.0)):
+        args = (x, norm, number, eps, weight)
+        close(normed.normed_linear(*args), normed._normed_linear_host(*wide(args)))
+    args = (x, weight, plus)
+    close(normed.added_linear(*args), normed._added_linear_host(*wide(args)))
+    for columns, k, renormalise in ((32, 4, True), (24, 3, False)):
+        router = (torch.randn(columns, inner) / inner**0.5).half()
+        args = (x, norm, None, 1e-6, router, k, renormalise, torch.float32)
+        got, want = normed.normed_route(*args), normed._normed_route_host(*args)
+        close(got[0], want[0].float())
+        logits = want[0] @ router.T
+        told = torch.ops.mogul.softmax_topk(logits, k, renormalise, torch.float32)
+        assert (logits.gather(1, got[2]) - logits.gather(1, told[1])).abs().max() < 4e-3
+        assert (got[1] - told[0]).abs().max() < 4e-3
+        assert not normed._counters(host).any(), "left as found"
+print("normed is right")
+"""
+
+
+def test_launches_equal_their_definitions() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "normed is right" in done.stdout, done.stderr[-3000:]
+
+
+POINTERS = {
+    **dict.fromkeys(("x_ptr", "norm_ptr", "w_ptr", "plus_ptr", "out_ptr", "normed_ptr"), "bf16"),
+    **dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "logits_ptr"), "fp32"),
+    **{"done_ptr": "i32", "values_ptr": "bf16", "ids_ptr": "i64"},
+}
+CONSTANTS = {
+    **{"N": 2048, "K": 4096, "BLOCK_N": 16, "BLOCK_K": 256, "BLOCK_T": 16, "STAGES": 4},
+    **{"EPS": 1e-6, "NORM": True, "ADD": True, "SCALED": False, "LINES": 16, "PDL": True},
+    **{"WIDTH": 128, "PICKS": 8, "SLOTS": 8, "RENORMALISE": True},
+}
+
+
+def ptx(kernel: Any, **changes: Any) -> str:
+    """Compiled for sm_90."""
+    names = [parameter.name for parameter in kernel.params]
+    values = {**CONSTANTS, **changes}
+    constants = {name: values[name] for name in names if name.isupper()}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else f"*{POINTERS[name]}"
+        if name in POINTERS
+        else "i32"
+        for name in names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in POINTERS
+    }
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "reads"),
+    [
+        (normed_kernels.product_one, {"BLOCK_N": 1, "BLOCK_K": 2048}, "ld.global"),
+        (
+            normed_kernels.route_few,
+            {"N": 128, "K": 2048, "BLOCK_N": 4, "BLOCK_K": 2048},
+            "ld.global",
+        ),
+        (linear_kernels.linear_few, {}, "prefetch.global.L2"),
+    ],
+)
+def test_weights_are_on_their_way_before_the_kernel_before_ends(
+    kernel: Any, sizes: dict[str, int], reads: str
+) -> None:
+    before, wait, after = ptx(kernel, **sizes).partition("griddepcontrol.wait")
+    assert wait
+    assert "griddepcontrol.launch_dependents" in before
+    assert reads in before
+    assert "st.global" in after
+    assert "st.global" not in before
