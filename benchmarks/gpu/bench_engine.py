@@ -75,7 +75,7 @@ def main() -> None:
         EngineOptions(
             max_length=length,
             max_sequences=max(batches),
-            step_tokens=options.step_tokens,
+            step_tokens=options.step_tokens or None,
             cache_tokens=max(batches) * (length + options.page_size),
             page_size=options.page_size,
             reuse_prefix=False,
@@ -172,7 +172,7 @@ def read_options() -> Any:
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--step-tokens", type=int, default=0, help="0: the engine's own choice")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--kv-dtype", "--kv", default="auto")
     parser.add_argument("--quantise", default=None, help="a name of models.quantise_load.WEIGHTS")

@@ -52,7 +52,10 @@ def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
         torch.accelerator.empty_cache()  # what loading and quantising left behind is free again
     context = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
     length = options.max_length or context or DEFAULT_LENGTH
-    step_tokens = options.step_tokens or (CPU_STEP_TOKENS if on_cpu else STEP_TOKENS)
+    # beside a device's whole share of prompts all others decode: else their tokens push the end of
+    # the last prompt into a step of its own
+    own_tokens = CPU_STEP_TOKENS if on_cpu else STEP_TOKENS + options.max_sequences
+    step_tokens = options.step_tokens or own_tokens
     tokens = options.cache_tokens
     page = options.page_size or (CPU_PAGE if on_cpu else PAGE)
     if tokens is None:
