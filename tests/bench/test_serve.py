@@ -136,6 +136,18 @@ def test_a_run_measures_every_load(model: Qwen3MoeForCausalLM) -> None:
     assert any("decode together" in note for note in shown.notes)
 
 
+def test_more_requests_than_sequences_are_counted_as_they_run(model: Qwen3MoeForCausalLM) -> None:
+    loads = (Workload(9, 12, 6, rate=500.0), Workload(9, 12, 6))
+    options = {"page_size": 4, "cache_tokens": 400, "max_sequences": 3}
+    cells = serve.measure(model, serve.Request(loads, runs=1, engine=options), name="tiny").cells
+    weights = serve_floor.weights_of(model)
+    for cell in cells:
+        assert cell.distinct is not None
+        assert cell.decoding <= 3
+        assert cell.uniform == weights.uniform_distinct(cell.decoding)
+    assert cells[1].decoding == 3
+
+
 def test_guesses_are_told_by_position(model: Qwen3MoeForCausalLM) -> None:
     loads = (Workload(2, 12, 24),)
     options = {"page_size": 4, "cache_tokens": 400}

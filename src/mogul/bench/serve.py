@@ -164,8 +164,8 @@ def measure(
     for (runs, acceptance, token_bytes), workload, count in zip(
         _timed(model, workloads, request), workloads, distinct, strict=True
     ):
-        decoding = float(workload.requests)
-        uniform = weights.uniform_distinct(workload.requests)
+        decoding = float(at_once(workload, request))
+        uniform = weights.uniform_distinct(decoding)
         if workload.rate is not None:  # spread over experts as when all of them decode together
             decoding = median(run.decoding for run in runs)
             fewer = weights.uniform_distinct(decoding)
@@ -187,17 +187,23 @@ def _spread(
     distinct: list[float | None] = []
     try:
         for i, workload in enumerate(workloads):
-            count = count_distinct(engine, workload)
-            least = LEAST_SPREAD * weights.uniform_distinct(workload.requests)
+            few = replace(workload, requests=at_once(workload, request))
+            count = count_distinct(engine, few)
+            least = LEAST_SPREAD * weights.uniform_distinct(few.requests)
             is_forced = workload.temperature == FORCED_TEMPERATURE
             if count is not None and count < least and request.may_force and not is_forced:
                 say(f"{count:.1f} distinct experts, below {least:.1f}: tokens at random instead")
                 workloads[i] = replace(workload, temperature=FORCED_TEMPERATURE)
-                count = count_distinct(engine, workloads[i])
+                count = count_distinct(engine, replace(few, temperature=FORCED_TEMPERATURE))
             distinct.append(count)
     finally:
         engine.close()
     return workloads, distinct
+
+
+def at_once(workload: Workload, request: Request) -> int:
+    """Requests of a workload that can run together."""
+    return min(workload.requests, int(request.engine.get("max_sequences", workload.requests)))
 
 
 def step_bytes(
