@@ -4,7 +4,8 @@ Contract of all rows: (x [T, D], ids [T, K], weights [T, K]) -> out [T, D]; the 
 router outside. Inputs rotate (16 sets to 8 tokens, 4 to 456) so that the cache stays cold. Times
 are the median over rounds in which the variants take turns; up to 4096 tokens the better of plain
 calls and a CUDA graph of the rotated calls. Every variant is checked against fp32 on 48 tokens.
-The floor is the larger of arithmetic and bytes at the ceilings measured around a shape's cells.
+The floor is the larger of arithmetic and bytes at the ceilings measured around a shape's cells;
+`ratio_rested` takes those before its first cell.
 
     python benchmarks/bench_moe_layer.py --shapes A,C --tokens 1,64,4096 --train 16384 --out DIR
 """
@@ -184,7 +185,7 @@ def floor_of(row: dict[str, Any], peak: dict[str, float]) -> float:
 
 
 def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) -> None:
-    """All cells of one shape: printed with the ceilings before them, kept with the mean around.
+    """All cells of one shape: printed with the ceilings before all, kept with the mean around, too.
 
     A card under load for seconds runs slower than a rested one, kernels and ceilings alike.
     """
@@ -195,7 +196,7 @@ def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) ->
             forwards[peer] = make(case)
         except Exception as error:
             print(f"{peer} is not here: {type(error).__name__} {str(error)[:160]}")
-    before = ceilings()
+    rested = before = ceilings()
     for kind, sizes, run in (
         ("forward", args.tokens, forward_rows),
         ("train", args.train, train_rows),
@@ -205,7 +206,7 @@ def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) ->
             cell = run(case, tokens, forwards, args)
             for row in cell:
                 row.update(shape=name, kind=kind, tokens=tokens)
-                row["floor_ms"] = floor_of(row, before)
+                row["floor_ms"] = row["rested_floor_ms"] = floor_of(row, rested)
             show(cell)
             rows += cell
         after = ceilings()
@@ -262,6 +263,7 @@ def ledger_rows(rows: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]
             "runs": rounds,
             "floor": round(row["floor_ms"], 5),
             "ratio": round(row["ms"] / row["floor_ms"], 4),
+            "ratio_rested": round(row["ms"] / row["rested_floor_ms"], 4),
             "peers": peers,
             "relative_error": float(f"{row['error']:.1e}"),
             "ceilings": {name: round(value, 3) for name, value in row["peak"].items()},
