@@ -23,10 +23,25 @@ _DEFINED = (normed, ops)
 
 def join(graph: Graph) -> None:
     """Change a graph, whose products are mogul's already, in place."""
+    join_attention(graph)
+    join_norms(graph)
+    join_residuals(graph)
+
+
+def join_attention(graph: Graph) -> None:
+    """Queries and keys are normed and rotated by attention."""
     for node in graph.find_nodes(op="call_function", target=mogul.attend.default):
-        turn_inside(graph, node)
+        _turn_inside(graph, node)
+
+
+def join_norms(graph: Graph) -> None:
+    """Rows are normed by the product or router that reads them."""
     for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
         _norm_inside(graph, node)
+
+
+def join_residuals(graph: Graph) -> None:
+    """Residuals are added by the product, or the experts, that they are added to."""
     for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
         _add_inside(graph, node, mogul.added_linear.default, node.args[:2])
     for node in graph.find_nodes(op="call_function", target=mogul.moe.default):
@@ -112,7 +127,7 @@ def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> 
     total.replace_all_uses_with(shaped)
 
 
-def turn_inside(graph: Graph, node: Any) -> None:
+def _turn_inside(graph: Graph, node: Any) -> None:
     """Let attention norm and rotate its queries and keys where the graph does it before."""
     query, key, val, *rest = node.args
     turns = find_rotated(query), find_rotated(key)
