@@ -19,7 +19,8 @@ from mogul.bench import ledger
 from mogul.bench.calibrate_timing import copy_bandwidth
 from mogul.core.log import say
 from mogul.kernels.quant_format import quantise_rows
-from mogul.kernels.triton import linear
+from mogul.kernels.triton import linear, normed
+from mogul.kernels.triton.topk import softmax_topk
 
 ROTATED_BYTES = 2e8
 TILES = ((16, 256, 4, 4), (32, 128, 4, 5), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 4))
@@ -57,6 +58,60 @@ def main() -> None:
             say(f"{row['case']}: {row['value']} us, floor {row['floor']}, PyTorch {row['peers']}")
             if options.record is not None:
                 ledger.append([row], options.record)
+    for row in measure_joined(options.rows, bandwidth):
+        say(f"{row['case']}: {row['value']} us, floor {row['floor']}, apart {row['apart']}")
+        if options.record is not None:
+            ledger.append([row], options.record)
+
+
+def measure_joined(rows: list[int], bandwidth: float) -> list[dict[str, Any]]:
+    """Ledger rows of Qwen3-30B-A3B's products with norm, residual or picks, beside their parts."""
+    found = []
+    for name, columns, inner in (("norm + query, key, value", 5120, 2048),
+                                 ("output + residual", 2048, 4096),
+                                 ("norm + router + picks", 128, 2048)):  # fmt: skip
+        size = 2 * columns * inner
+        copies = max(2, min(24, int(ROTATED_BYTES // size)))
+        kind = {"device": "cuda", "dtype": torch.bfloat16}
+        weights = [torch.randn(columns, inner, **kind) for _ in range(copies)]
+        norm = torch.ones(inner, **kind)
+        for count in rows:
+            x, plus = torch.randn(count, inner, **kind), torch.randn(count, columns, **kind)
+            joined, apart = joined_and_apart(name, x, norm, plus, weights)
+            floor = 1e6 * size / bandwidth
+            value = clock(joined, copies)
+            found.append(
+                ledger.row(
+                    device=torch.cuda.get_device_name(), bench="linear_joined",
+                    case=f"{name} of Qwen3-30B-A3B, bf16, {count} rows", metric="time a call",
+                    unit="us", value=value, floor=round(floor, 2), ratio=round(value / floor, 3),
+                    runs=5, apart=clock(apart, copies),
+                )
+            )  # fmt: skip
+    return found
+
+
+def joined_and_apart(
+    name: str, x: torch.Tensor, norm: torch.Tensor, plus: torch.Tensor, weights: list[Any]
+) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
+    """The call with the weight of a number, and the same by one launch a part."""
+    dtype = x.dtype
+    if name.startswith("output"):
+        return (
+            lambda i: normed.added_linear(x, weights[i], plus),
+            lambda i: plus + linear.product(x, weights[i], dtype),
+        )
+    if name.endswith("picks"):
+
+        def apart(i: int) -> Any:
+            rows = normed.norm_rows(x, norm, 1e-6)
+            return softmax_topk(linear.product(rows, weights[i], dtype), 8, True, dtype)
+
+        return lambda i: normed.normed_route(x, norm, None, 1e-6, weights[i], 8, True, dtype), apart
+    return (
+        lambda i: normed.normed_linear(x, norm, None, 1e-6, weights[i]),
+        lambda i: linear.product(normed.norm_rows(x, norm, 1e-6), weights[i], dtype),
+    )
 
 
 def measure(case: Case, rows: list[int], bandwidth: float) -> list[dict[str, Any]]:
