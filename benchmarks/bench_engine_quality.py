@@ -55,7 +55,7 @@ def main() -> None:
                     rows.append(quality)
                     if args.record:
                         ledger.append([ledger_row(quality, args)], Path(args.record))
-    columns = ("model", "case", "calibrated", "bits/byte", "worse by %", "same top-1 %",
+    columns = ("model", "case", "calibrated", "bits/byte", "worse by %", "+-", "same top-1 %",
                "same picks %")  # fmt: skip
     Table("Quality through the engine", columns, [table_row(q) for q in rows]).show()
 
@@ -115,7 +115,7 @@ def table_row(q: EngineQuality) -> tuple[Any, ...]:
     picks = "" if q.same_picks is None else f"{100 * q.same_picks:.2f}"
     how = "yes" if q.case.is_calibrated else ""
     return (q.model, q.case.name, how, f"{q.bits_per_byte:.4f}", f"{100 * q.loss:+.3f}",
-            f"{100 * q.same_top1:.1f}", picks)  # fmt: skip
+            f"{100 * q.error:.3f}", f"{100 * q.same_top1:.1f}", picks)  # fmt: skip
 
 
 def ledger_row(q: EngineQuality, args: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def ledger_row(q: EngineQuality, args: argparse.Namespace) -> dict[str, Any]:
     return ledger.row(
         device_name(torch.device(default_device())), bench="engine_quality",
         case=f"{model}, {q.case.name}, {how}", metric="bits per byte", unit="bit", runs=1,
-        value=round(q.bits_per_byte, 5), worse_by=round(q.loss, 5),
+        value=round(q.bits_per_byte, 5), worse_by=round(q.loss, 5), standard_error=round(q.error, 5),
         same_top1=round(q.same_top1, 4), tokens=q.num_tokens, compiled=args.compile,
         same_picks=None if q.same_picks is None else round(q.same_picks, 4),
     )  # fmt: skip

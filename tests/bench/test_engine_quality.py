@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mogul.bench.engine_quality import Case, engine_qualities, same_picks
+from mogul.bench.engine_quality import Case, engine_qualities, same_picks, standard_error
 from mogul.models import load_model, upcycle
 from mogul.models.input_stats import measure_stats
 from mogul.models.quantise import quantise_model
@@ -65,6 +65,16 @@ def test_rows_are_those_of_plain_forwards(folders):
         assert 0.7 < row.same_picks < 1
         assert 0.7 < row.same_top1 < 1
         assert row.num_tokens == 5 * 31
+
+
+def test_the_error_is_that_of_a_ratio_over_windows():
+    dice = np.random.default_rng(0)
+    before = dice.uniform(80, 120, (2000, 50))
+    worse = before * 1.01 + dice.normal(0, 1, before.shape)
+    ratios = worse.sum(1) / before.sum(1) - 1
+    errors = [standard_error(a, b) for a, b in zip(worse, before, strict=True)]
+    assert np.mean(errors) == pytest.approx(ratios.std(), rel=0.05)
+    assert standard_error(before[0] * 1.01, before[0]) == pytest.approx(0, abs=1e-9)
 
 
 def test_picks_are_counted_slot_by_slot_whatever_their_order():

@@ -46,6 +46,9 @@ class Heard:
     """What an engine said about the windows."""
 
     bits_per_byte: float
+    nats: np.ndarray
+    """Of each window."""
+
     top1: np.ndarray
     picks: np.ndarray | None
     """[tokens, layers, K], sorted, of a model with experts."""
@@ -60,6 +63,9 @@ class EngineQuality:
     bits_per_byte: float
     loss: float
     """Bits per byte over those of the unquantised engine, less 1."""
+
+    error: float
+    """Standard error of `loss`, over windows of the same text."""
 
     same_top1: float
     same_picks: float | None
@@ -102,6 +108,7 @@ def engine_qualities(
             case,
             heard.bits_per_byte,
             heard.bits_per_byte / before.bits_per_byte - 1,
+            standard_error(heard.nats, before.nats),
             float((heard.top1 == before.top1).mean()),
             same_picks(before.picks, heard.picks),
             len(heard.top1),
@@ -149,16 +156,22 @@ def hear(engine: Engine, windows: Windows) -> Heard:
         ignore_eos=True,
         routed_experts=engine.options.record_experts and bool(engine.runner.tap.num_layers),
     )
-    nats, top1, picks = 0.0, [], []
+    nats, top1, picks = [], [], []
     for answer in engine.generate(windows.ids.tolist(), asked):
-        for record in (answer.prompt_logprobs or ())[1:]:
-            assert record is not None
-            nats -= record.logprob
-            top1.append(record.top[0][0])
+        records = [one for one in answer.prompt_logprobs or () if one is not None]
+        nats.append(-sum(one.logprob for one in records))
+        top1 += [one.top[0][0] for one in records]
         if answer.routed_experts is not None:
             picks.append(np.sort(answer.routed_experts[: windows.ids.shape[1]], -1))
-    bits = nats / math.log(2.0) / int(windows.bytes_per_token[:, 1:].sum())
-    return Heard(bits, np.array(top1), np.concatenate(picks) if picks else None)
+    bits = sum(nats) / math.log(2.0) / int(windows.bytes_per_token[:, 1:].sum())
+    return Heard(bits, np.array(nats), np.array(top1), np.concatenate(picks) if picks else None)
+
+
+def standard_error(nats: np.ndarray, before: np.ndarray) -> float:
+    """Of the summed nats over the summed nats before, less 1: the windows are the draws."""
+    ratio = nats.sum() / before.sum()
+    left = nats - ratio * before
+    return float(np.sqrt(len(left)) * left.std(ddof=1) / before.sum())
 
 
 def same_picks(before: np.ndarray | None, after: np.ndarray | None) -> float | None:
