@@ -124,8 +124,9 @@ def ledger_row(q: EngineQuality, args: argparse.Namespace) -> dict[str, Any]:
     return ledger.row(
         device_name(torch.device(default_device())), bench="engine_quality",
         case=f"{model}, {q.case.name}, {how}", metric="bits per byte", unit="bit", runs=1,
-        value=round(q.bits_per_byte, 5), worse_by=round(q.loss, 5), standard_error=round(q.error, 5),
-        same_top1=round(q.same_top1, 4), tokens=q.num_tokens, compiled=args.compile,
+        value=round(q.bits_per_byte, 5), worse_by=round(q.loss, 5),
+        standard_error=round(q.error, 5), same_top1=round(q.same_top1, 4), tokens=q.num_tokens,
+        compiled=args.compile,
         same_picks=None if q.same_picks is None else round(q.same_picks, 4),
     )  # fmt: skip
 
