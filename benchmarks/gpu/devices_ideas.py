@@ -148,9 +148,9 @@ def ways(world: World, shape: LayerShape, experts: LocalExperts, inputs: Inputs)
 
 
 @torch.no_grad()
-def measure(world: World, cells: list[tuple[str, int]], turns: int) -> list[dict[str, Any]]:
-    """Ledger rows of every cell."""
-    clock, found = Clock(world.device), []
+def measure(world: World, cells: list[tuple[str, int]], turns: int, file: Path) -> None:
+    """Write the ledger rows of every cell."""
+    clock = Clock(world.device)
     for name, tokens in cells:
         shape = LayerShape(*SHAPES[name])
         weights = local_weights(world, shape, torch.bfloat16)
@@ -180,14 +180,13 @@ def measure(world: World, cells: list[tuple[str, int]], turns: int) -> list[dict
         alone = median(times["experts alone"])
         for label, spent in times.items():
             row = _row(world, name, tokens, label, spent, alone, errors.get(label))
-            found.append(row)
             if world.rank == 0:
+                ledger.append([row], file)
                 print(
                     f"{row['case']}: {row['value'] * 1e6:.0f} us, {row['exposed']:.1%}", flush=True
                 )
         for manager in managers.values():
             manager.__exit__(None, None, None)
-    return found
 
 
 def _row(
@@ -220,8 +219,7 @@ def main() -> None:
         (name, int(tokens)) for name, tokens in (c.split(":") for c in options.cells.split(","))
     ]
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = launch(measure, 2, cells, options.turns)[0]
-    ledger.append(rows, options.out / "ledger.jsonl")
+    launch(measure, 2, cells, options.turns, options.out / "ledger.jsonl")
 
 
 if __name__ == "__main__":
