@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -150,53 +151,64 @@ def ways(world: World, shape: LayerShape, experts: LocalExperts, inputs: Inputs)
 @torch.no_grad()
 def measure(world: World, cells: list[tuple[str, int]], turns: int, file: Path) -> None:
     """Write the ledger rows of every cell."""
-    clock = Clock(world.device)
     for name, tokens in cells:
-        shape = LayerShape(*SHAPES[name])
-        weights = local_weights(world, shape, torch.bfloat16)
-        way = Way("grouped", "static")
-        inputs = make_inputs(world, shape, way, "uniform", tokens, torch.bfloat16)
-        experts, seen = weights.run, []
-        calls: dict[str, Any] = dict(ways(world, shape, experts, inputs))
-        dispatcher = dispatcher_of(world, shape, way, tokens)
-
-        def note(*rows: Tensor, seen: list[Any] = seen, experts: Any = experts) -> Tensor:
-            seen.append([part.clone() for part in rows])
-            return experts(*rows)
-
-        wanted = dispatcher(inputs.x, inputs.ids, inputs.weights, note).float()
-        calls["experts alone"] = lambda seen=seen, experts=experts: experts(*seen[0])
-        errors = {
-            label: clock.most(float((call().float() - wanted).norm() / wanted.norm()))
-            for label, call in calls.items()
-            if label != "experts alone"
-        }
-        managers = {label: clock.captured(call) for label, call in calls.items()}
-        replays = {label: manager.__enter__() for label, manager in managers.items()}
-        times: dict[str, list[float]] = {label: [] for label in calls}
-        for _ in range(turns):
-            for label, replay in replays.items():
-                times[label].append(clock.most(clock.own_s(replay, 0.04)))
-        alone = median(times["experts alone"])
-        for label, spent in times.items():
-            row = _row(world, name, tokens, label, spent, alone, errors.get(label))
+        for row in rows_of(world, name, tokens, turns):
             if world.rank == 0:
                 ledger.append([row], file)
                 print(
                     f"{row['case']}: {row['value'] * 1e6:.0f} us, {row['exposed']:.1%}", flush=True
                 )
-        for manager in managers.values():
-            manager.__exit__(None, None, None)
+
+
+def rows_of(world: World, name: str, tokens: int, turns: int) -> list[dict[str, Any]]:
+    """A row for every way of a cell, and one for the experts alone."""
+    clock, shape = Clock(world.device), LayerShape(*SHAPES[name])
+    experts = local_weights(world, shape, torch.bfloat16).run
+    way = Way("grouped", "static")
+    inputs = make_inputs(world, shape, way, "uniform", tokens, torch.bfloat16)
+    calls = ways(world, shape, experts, inputs)
+    seen: list[list[Tensor]] = []
+
+    def note(*rows: Tensor) -> Tensor:
+        seen.append([part.clone() for part in rows])
+        return experts(*rows)
+
+    plain = dispatcher_of(world, shape, way, tokens)
+    wanted = plain(inputs.x, inputs.ids, inputs.weights, note).float()
+    errors = {
+        label: clock.most(float((call().float() - wanted).norm() / wanted.norm()))
+        for label, call in calls.items()
+    }
+    calls["experts alone"] = lambda: experts(*seen[0])
+    times = in_turns(clock, calls, turns)
+    alone = median(times["experts alone"])
+    return [
+        _row(world, f"{name} x{world.size} uniform T{tokens}: {label}", spent, alone, errors)
+        for label, spent in times.items()
+    ]
+
+
+def in_turns(clock: Clock, calls: dict[str, Call], turns: int) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, each call in a graph."""
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    with ExitStack() as stack:
+        replays = {
+            label: stack.enter_context(clock.captured(call)) for label, call in calls.items()
+        }
+        for _ in range(turns):
+            for label, replay in replays.items():
+                times[label].append(clock.most(clock.own_s(replay, 0.04)))
+    return times
 
 
 def _row(
-    world: World, name: str, tokens: int, label: str, spent: list[float], alone: float, error: Any
+    world: World, case: str, spent: list[float], alone: float, errors: dict[str, float]
 ) -> dict[str, Any]:
     value = median(spent)
     return ledger.row(
         device_name(world.device),
         bench="devices_ideas",
-        case=f"{name} x{world.size} uniform T{tokens}: {label}",
+        case=case,
         metric="layer",
         unit="s",
         value=float(f"{value:.4g}"),
@@ -204,7 +216,7 @@ def _row(
         exposed=round((value - alone) / value, 4),
         experts_s=float(f"{alone:.4g}"),
         turns_us=[round(one * 1e6, 1) for one in spent],
-        error=error,
+        error=errors.get(case.partition(": ")[2]),
     )
 
 
