@@ -93,16 +93,18 @@ def find_rotated(node: Any) -> Rotated | None:
         for x, cos in _both_orders(straight, aten.mul.Tensor):
             for other, sin in _both_orders(crossed, aten.mul.Tensor):
                 is_turned = is_call(x, aten.permute.default) and x.args[1] == [0, 2, 1, 3]
-                if is_turned and _is_crossed(other, x) and _is_angle(cos) and _is_angle(sin):
+                is_turned &= _is_angle(cos, x) and _is_angle(sin, x)
+                if is_turned and _is_crossed(other, x):
                     return Rotated(x.args[0], cos.args[0], sin.args[0])
     return None
 
 
-def _is_angle(node: Any) -> bool:
+def _is_angle(node: Any, x: Any) -> bool:
     """[1, T, C] with a dimension for heads put in."""
     if not is_call(node, aten.unsqueeze.default) or node.args[1] != 1:
         return False
-    return value(node.args[0]).dim() == 3
+    shape = value(node.args[0]).shape
+    return len(shape) == 3 and shape[0] == 1 and shape[-1] == value(x).shape[-1]
 
 
 def _is_crossed(node: Any, x: Any) -> bool:

@@ -102,12 +102,16 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     rows.replace_all_uses_with(parts[0])
 
 
+def _only_user(node: Any) -> Any:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> None:
     """Add the residual inside the product, or experts, that it is added to: `joined` does both."""
     kept = value(node)
-    last = next(iter(node.users)) if len(node.users) == 1 else None
+    last: Any = _only_user(node)
     last = last if is_call(last, aten.reshape.default) else node
-    total = next(iter(last.users)) if len(last.users) == 1 else None
+    total: Any = _only_user(last)
     if not is_call(total, aten.add.Tensor) or len(total.args) != 2 or total.kwargs:
         return
     residual = next((one for one in total.args if one is not last), None)
@@ -130,11 +134,11 @@ def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> 
 def _turn_inside(graph: Graph, node: Any) -> None:
     """Let attention norm and rotate its queries and keys where the graph does it before."""
     query, key, val, *rest = node.args
-    turns = find_rotated(query), find_rotated(key)
-    if turns[0] is None or turns[1] is None or turns[0][1:] != turns[1][1:]:
+    turns = [turn for turn in (find_rotated(query), find_rotated(key)) if turn is not None]
+    if len(turns) < 2 or turns[0][1:] != turns[1][1:]:
         return
     cos, sin = turns[0][1:]
-    norms = [find_norm(turn.x) for turn in turns if turn is not None]
+    norms = [find_norm(turn.x) for turn in turns]
     if (norms[0] is None) != (norms[1] is None):
         return
     raw = [turn.x if norm is None else norm.x for turn, norm in zip(turns, norms, strict=True)]
