@@ -23,6 +23,9 @@ MOST_ROUTED, MOST_INNER = 256, 4096
 one_columns = 1
 """Columns that one program computes of one row: more were measured slower."""
 
+added_rows = 16
+"""Rows up to which a residual is added by the kernel that only reads fast."""
+
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _NORM = "Tensor norm, Tensor? eps_number, float eps"
 _LIB.define(f"normed_linear(Tensor x, {_NORM}, Tensor weight) -> Tensor")
@@ -89,7 +92,7 @@ def added_linear(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """Products of rows, and a residual."""
     if len(x) == 1:
         return product_one(x, weight, residual=residual)
-    if len(x) <= linear.few_rows:
+    if len(x) <= added_rows:
         return linear.linear_few(x, weight, x.dtype, residual=residual)
     return torch.addmm(residual, x, weight.T)
 
