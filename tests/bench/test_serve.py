@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from mogul.bench import serve, serve_floor
+from mogul.bench import serve, serve_floor, serve_report
 from mogul.bench.serve_load import FORCED_TEMPERATURE, Timeline, Workload
 from mogul.cli.bench_serve import engine_options
 from mogul.cli.main import main
@@ -115,9 +115,9 @@ def test_a_run_measures_every_load(model: Qwen3MoeForCausalLM) -> None:
         assert (torch.tensor([list(t) for t in cell.runs[0].tokens_s]).diff() > 0).all()
     assert result.cells[1].decode_s is not None
     assert result.cells[0].distinct == 2
-    shown = serve.table(result)
+    shown = serve_report.table(result)
     assert [row[0] for row in shown.rows] == ["batch 1", "batch 3", "200/s x 6"]
-    rows = serve.ledger_rows(result)
+    rows = serve_report.ledger_rows(result)
     assert [row["metric"] for row in rows] == [
         "decode step", "prefill speed", "decode step", "prefill speed", "time to first token",
     ]  # fmt: skip
@@ -154,7 +154,7 @@ def test_guesses_are_told_by_position(model: Qwen3MoeForCausalLM) -> None:
     request = serve.Request(loads, runs=1, engine=options, guess="ngram", guesses=2)
     result = serve.measure(model, request, name="tiny")
     assert len(result.cells[0].acceptance) == 2
-    assert any("guesses that stood" in note for note in serve.table(result).notes)
+    assert any("guesses that stood" in note for note in serve_report.table(result).notes)
 
 
 def test_alike_tokens_are_replaced_by_random_ones(model: Qwen3MoeForCausalLM, monkeypatch) -> None:

@@ -87,7 +87,8 @@ def run(options: Options) -> int:
     from tempfile import TemporaryDirectory
 
     from mogul.bench import ledger
-    from mogul.bench.serve import ledger_rows, open_and_measure, table
+    from mogul.bench.serve import open_and_measure
+    from mogul.bench.serve_report import ledger_rows, table
 
     with TemporaryDirectory() as folder:
         result = open_and_measure(
