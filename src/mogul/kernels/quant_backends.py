@@ -112,12 +112,12 @@ def moe_with_shared(
     if x.is_cuda:
         return torch.ops.mogul.moe_quantised_shared(x, *experts, ids, weights, *shared)
     gate_up, gate_up_scale, down, down_scale = experts
-    up, last = QuantisedWeight(gate_up, gate_up_scale), QuantisedWeight(down, down_scale)
-    routed = QuantisedExperts(expert_format("fp8"), up, last)
-    rows, scale = quantise_rows(x)
-    gate, more = linear_fp8(rows, scale, *shared[:2], x.dtype).chunk(2, -1)
-    rows, scale = quantise_rows(torch.nn.functional.silu(gate) * more)
-    beside = linear_fp8(rows, scale, *shared[2:], x.dtype)
+    first, last = QuantisedWeight(gate_up, gate_up_scale), QuantisedWeight(down, down_scale)
+    routed = QuantisedExperts(expert_format("fp8"), first, last)
+    both, both_scale, narrow, narrow_scale = shared
+    gate, up = linear_fp8(*quantise_rows(x), both, both_scale, x.dtype).chunk(2, -1)
+    act = torch.nn.functional.silu(gate) * up
+    beside = linear_fp8(*quantise_rows(act), narrow, narrow_scale, x.dtype)
     return moe_forward_quantised(x, routed, ids.to(torch.int64), weights), beside
 
 

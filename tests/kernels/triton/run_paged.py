@@ -122,7 +122,7 @@ def fp8(name: str) -> None:
     """
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
     paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
-    for sequences in ([(1, 40), (2, 9)], [(20, 33), (1, 17)]):
+    for sequences in ([(1, 40), (2, 9)], [(20, 33), (1, 17)], [(40, 40), (20, 33), (18, 18)]):
         for scale in (None, torch.tensor(0.25), torch.tensor([0.5, 2.0])):
             call = calls.make(sequences, width=16, cache_dtype=FP8, page_size=16)
             for new in ("key_TNC", "value_TNC"):

@@ -94,7 +94,7 @@ CONSTANTS = {
     **{"Q_T": 4096, "Q_H": 128, "K_T": 512, "K_N": 128, "V_T": 512, "V_N": 128, "WRITE": True},
     **{"BLOCK_W": 16, "SINKS": False, "FP8": False, "PDL": True, "FEW": 8, "BLOCK_Q": 16},
     **{"N_POW2": 4, "H": 32, "BLOCK_H": 16, "BLOCK_OUT": 4096, "Q_EPS": 1e-6, "K_EPS": 1e-6},
-    **{"TURN": True, "NORM": True},
+    **{"TURN": True, "NORM": True, "APART": True},
 }
 
 

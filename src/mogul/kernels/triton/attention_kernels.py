@@ -407,6 +407,31 @@ def write_pages(
 
 
 @triton.jit
+def round_new(
+    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, key_scale_ptr, value_scale_ptr, key_out_ptr,
+    value_out_ptr, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, K_T: tl.constexpr,
+    K_N: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Key and value of one token as fp8 pages give them back, in rows [T, N * C]."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t = tl.program_id(0).to(tl.int64)
+    x = tl.arange(0, BLOCK)
+    keep = x < N * C
+    n = tl.where(keep, x // C, 0)
+    k = tl.load(key_ptr + t * K_T + n * K_N + x % C, mask=keep, other=0.0)
+    v = tl.load(value_ptr + t * V_T + n * V_N + x % C, mask=keep, other=0.0)
+    k = to_page(k, key_scale_ptr, n, key_cache_ptr.dtype.element_ty, True).to(tl.float32)
+    v = to_page(v, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, True).to(tl.float32)
+    k *= tl.load(key_scale_ptr + n)
+    v *= tl.load(value_scale_ptr + n)
+    to = t * (N * C) + x
+    tl.store(key_out_ptr + to, k.to(key_out_ptr.dtype.element_ty), mask=keep)
+    tl.store(value_out_ptr + to, v.to(value_out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def tile_of(
     starts_ptr, lengths_ptr, num_seqs, back,
     S: tl.constexpr, FEW: tl.constexpr, BLOCK_Q: tl.constexpr, FRESH: tl.constexpr,

@@ -419,7 +419,8 @@ def _run_many(
     if apart:
         attend, queries = _fresh(call, few, fresh_tile)
         grid = (call.kv_heads, cdiv(len(out), queries) + num_seqs)
-        rows = [_as_rows(one, fresh_tile.block) for one in new[1:]]
+        own = _rounded(call, new, pages, scales) if call.is_fp8 else new[1:]
+        rows = [_as_rows(one, fresh_tile.block) for one in own]
         attend(grid, call.device, query, *rows, out, starts, lengths, num_seqs)
         if not kinds & CHUNKS:
             return
@@ -432,14 +433,35 @@ def _run_many(
 
 
 def _may_read_fresh(call: Call) -> bool:
-    """Whether a prompt's keys and values may be read where they lie: not past pages that round."""
+    """Whether a prompt's keys and values may be read where they lie, or where they are rounded."""
     heads_apart = {call.strides[3], call.strides[5]}
     return (
-        not (call.is_fp8 or call.window or call.has_sinks)
+        not (call.window or call.has_sinks)
         and (INTERPRETED or call.pdl)  # descriptors came with the same devices
         and call.width == call.width_pow2
-        and heads_apart == {call.width}
+        and (call.is_fp8 or heads_apart == {call.width})
     )
+
+
+def _rounded(
+    call: Call,
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """New keys and values as their fp8 pages give them back, in the dtype of the queries."""
+    key, value = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in new[1:])
+    _rounder(call)((len(key), 1), call.device, *new[1:], *pages, *scales, key, value)
+    return key, value
+
+
+@cache
+def _rounder(call: Call) -> Launch:
+    columns = call.kv_heads * call.width
+    strides = dict(zip(("K_T", "K_N", "V_T", "V_N"), call.strides[2:], strict=True))
+    constants = {"N": call.kv_heads, "C": call.width, "BLOCK": next_power_of_2(columns), **strides}
+    constants["PDL"] = call.pdl
+    return Launch(kernels.round_new, constants, warps=4, stages=1, pdl=call.pdl)
 
 
 def _as_rows(x_TNC: Tensor, block: int) -> Any:
