@@ -44,5 +44,5 @@ def _route_inside(graph: Graph, node: Any) -> None:
         routing = (*logits.args[:2], bias, scale, rule, factor)
         args = (x, *routing, *tensors[:4], *tensors[6:])
         whole = graph.call_function(mogul.moe_routed_shared.default, args)
-    whole.meta = dict(node.meta)
+    whole.meta = {"val": node.meta["val"]}  # the rest describes the operator that goes
     node.replace_all_uses_with(whole)
