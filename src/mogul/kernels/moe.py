@@ -222,7 +222,8 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
     of_dtype = (x, gate_up, down, *(b for b in (gate_up_bias, down_bias) if b is not None))
     is_plain = ids.dtype == torch.int64 and all(tensor.dtype == dtype for tensor in of_dtype)
     quick = None
-    if run is moe_forward_triton and is_plain and not (facts.has_bias or facts.needs_grad):
+    may = is_plain and not (facts.has_bias or facts.needs_grad or torch.compiler.is_compiling())
+    if run is moe_forward_triton and may:
         quick = quick_call(x, down, ids, weights, layout)
     return Settled(run, dtype, is_plain, quick, layout)
 
