@@ -260,11 +260,12 @@ class Quick:
         self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor | None:
         """The layer without gradient; None where the longer way has to be gone."""
+        if torch._C._len_torch_dispatch_stack() > 0:  # traced: the number of tokens may be a symbol
+            return None
         layer = self._layer
         tape = layer.tape(self._tokens)
         if (
             tape is None
-            or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._cuda_getDevice() != layer.device
             or not (
                 x.is_contiguous()
