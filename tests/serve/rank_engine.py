@@ -77,3 +77,38 @@ def measured_guesses(layout: dict[str, int], prompts: list[list[int]]) -> tuple[
     found = engine.generate(prompts, params)
     engine.check()
     return chosen, [one.token_ids[:10] for one in found]
+
+
+PROMPTS = ("The package", "To install a server, first", "A file that", "This manual")
+
+
+def captured_answers(world: Any, layout: dict[str, int] | None) -> dict[str, Any]:
+    """Greedy answers of `nano` in bf16 on this rank's GPU, over the ranks of `layout` or alone."""
+    from mogul.models import load_model, load_tokenizer
+    from mogul.parallel.window import open_window
+    from mogul.serve import Engine, SamplingParams
+    from mogul.serve.options import EngineOptions
+    from mogul.spec.parallel import Parallel
+
+    model = load_model("nano", dtype="bfloat16", device=world.device, experts="mogul")
+    tokenizer = load_tokenizer("nano")
+    room = {"max_sequences": 4, "max_length": 256, "cache_tokens": 2048}
+    options = EngineOptions(**room, compile=False, seed=0)
+    engine = Engine(model, None, options, parallel=Parallel(**layout) if layout else None)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    params = SamplingParams(max_tokens=48, temperature=0, logprobs=0, ignore_eos=True)
+    found = engine.generate(prompts, params)
+    window = torch.distributed.group.WORLD and open_window(torch.distributed.group.WORLD, "auto")
+    told = {
+        "ids": [list(one.token_ids) for one in found],
+        "logprobs": [[x.logprob for x in one.logprobs or ()] for one in found],
+        "is_captured": engine.runner.ladder is not None,
+        "has_window": window is not None,
+    }
+    engine.close()
+    return told
+
+
+def alone_and_together(world: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The answers of this GPU alone, then of both."""
+    return captured_answers(world, None), captured_answers(world, {"tp": 2, "ep": 2})
