@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -155,3 +156,33 @@ def test_attention_norms_and_rotates_by_itself(function, operator):
     keys = [one.caches[0].key for one in (first, second)]
     torch.testing.assert_close(*keys, atol=3e-2, rtol=3e-2)
     assert keys[0].any()
+
+
+def test_experts_are_one_operator_in_compiled_code(monkeypatch):
+    """Also the second time, when a call of the kind was served before."""
+    from mogul.kernels import moe
+
+    entry = moe.MOE_FORWARD._entries["triton"]
+    served = replace(entry, why_not=lambda **_facts: None)
+    monkeypatch.setitem(moe.MOE_FORWARD._entries, "triton", served)
+    monkeypatch.setattr(moe.MOE_FORWARD, "_resolved", {})
+    monkeypatch.setattr(moe, "_SETTLED", {})
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return lambda *args: tuple(args)
+
+    x, ids = torch.randn(3, 32).bfloat16(), torch.zeros(3, 2, dtype=torch.int64)
+    gate_up, down = torch.randn(4, 48, 32).bfloat16(), torch.randn(4, 32, 24).bfloat16()
+    compiled = torch.compile(moe.moe_forward, backend=keep, fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch._dynamo.reset()
+            compiled(x, gate_up, down, ids, torch.ones(3, 2))
+    operators = [
+        node.target
+        for graph in graphs
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.mogul.moe)
+    ]
+    assert len(graphs) == len(operators) == 2
