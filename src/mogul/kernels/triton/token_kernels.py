@@ -24,9 +24,13 @@ def sum_slots(
     for k in tl.static_range(K):
         e = tl.load(ids_ptr + t * K + k)
         live = (e >= 0) & (e < E)
-        y = tl.load(y_ptr + (t * K + k) * D + cols, mask=live & (cols < D), other=0.0).to(
-            tl.float32
-        )
+        # evicted first: what down wrote last stays in the cache until it is read
+        y = tl.load(
+            y_ptr + (t * K + k) * D + cols,
+            mask=live & (cols < D),
+            other=0.0,
+            eviction_policy="evict_first",
+        ).to(tl.float32)
         if WEIGHTED:
             y *= tl.load(weights_ptr + t * K + k, mask=live, other=0.0).to(tl.float32)
         acc += y
