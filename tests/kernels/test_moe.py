@@ -359,3 +359,22 @@ def test_a_backend_added_later_is_told_the_facts_and_chosen_first(monkeypatch):
         "device": torch.device("cpu"), "dtype": torch.float64, "num_experts": 7, "hidden_size": 12,
         "expert_width": 6, "top_k": 3, "layout": case.layout, "has_bias": False, "needs_grad": True,
     }  # fmt: skip
+
+
+def test_a_kind_of_call_is_settled_once_and_never_while_tracing(monkeypatch):
+    case, settled = make_case(4), []
+    real = moe._settle
+    monkeypatch.setattr(moe, "_settle", lambda *args: settled.append(args) or real(*args))
+    moe.forget_calls()
+    want = case.run("cpu")
+    assert torch.equal(case.run("cpu"), want)
+    assert len(settled) == len(moe._SETTLED) == 1
+    case.run("cpu", x=case.x[:2], ids=case.ids[:2], weights=case.weights[:2])
+    with pytest.raises(ConfigError):
+        case.run("cpu", ids=case.ids[:2])
+    assert len(settled) == 3
+    assert len(moe._SETTLED) == 2  # what is refused is refused again
+    kept = dict(moe._SETTLED)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(case.run("cpu"), want)
+    assert kept == moe._SETTLED

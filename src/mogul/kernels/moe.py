@@ -123,9 +123,7 @@ def moe_forward(
     if known is None:
         known = _settle(call, layout, backend)
         if kind is not None:
-            if len(_SETTLED) >= _MOST_SETTLED:
-                _SETTLED.clear()
-            _SETTLED[kind] = known
+            known = _keep(kind, known, call)
     run, dtype, is_plain, quick, _ = known
     if DEBUG:
         _check_ids(ids, gate_up.shape[0])
