@@ -219,11 +219,20 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
     run = MOE_FORWARD.resolve(backend, facts)[1]
     of_dtype = (x, gate_up, down, *(b for b in (gate_up_bias, down_bias) if b is not None))
     is_plain = ids.dtype == torch.int64 and all(tensor.dtype == dtype for tensor in of_dtype)
-    quick = None
-    may = is_plain and not (facts.has_bias or facts.needs_grad or torch.compiler.is_compiling())
-    if run is moe_forward_triton and may:
-        quick = quick_call(x, down, ids, weights, layout)
-    return Settled(run, dtype, is_plain, quick, layout)
+    return Settled(run, dtype, is_plain, None, layout)
+
+
+def _keep(kind: tuple[Any, ...], known: Settled, call: tuple[Any, ...]) -> Settled:
+    """Remember a kind of call, with the shortest way to serve it."""
+    x, gate_up, down, ids, weights, *biases = call
+    has_bias = any(bias is not None for bias in biases)
+    grad = _needs_grad(x, gate_up, down, weights, *biases)
+    if known.run is moe_forward_triton and known.is_plain and not (has_bias or grad):
+        known = known._replace(quick=quick_call(x, down, ids, weights, known.layout))
+    if len(_SETTLED) >= _MOST_SETTLED:
+        _SETTLED.clear()
+    _SETTLED[kind] = known
+    return known
 
 
 def forget_calls() -> None:
