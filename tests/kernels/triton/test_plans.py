@@ -36,14 +36,15 @@ def test_rows_of_a_device_come_first_there_and_count_nowhere_else(
     facts = {"experts": 48, "picks": 6, "width": 1280, "inner": 640}
     rows = [
         {**facts, "tokens": 9, "plan": {"rows": 16, "up": tile, "down": tile}},
-        {**facts, "tokens": 20, "device": "H200", "plan": {"rows": 32, "up": tile, "down": tile}},
+        {**facts, "tokens": 9, "device": "H200", "plan": {"rows": 32, "up": tile, "down": tile}},
+        {**facts, "tokens": 20, "device": "H200", "plan": {"rows": 64, "up": tile, "down": tile}},
     ]
     path = tmp_path / "plans.json"
     path.write_text(json.dumps(rows))
     monkeypatch.setenv(plans.USER_PLANS, str(path))
     here = plans.Shape(48, 6, 1280, 640, device="NVIDIA H200")
     elsewhere = plans.Shape(48, 6, 1280, 640, device="NVIDIA H100 80GB HBM3")
-    assert [plans.plan_for(here, tokens).rows for tokens in (1, 20)] == [32, 32]
+    assert [plans.plan_for(here, tokens).rows for tokens in (1, 9, 10, 20)] == [32, 32, 64, 64]
     assert plans.plan_for(elsewhere, 9).rows == 16
     assert plans.plan_for(elsewhere, 20) == plans.rule(elsewhere, 20)
     assert plans.plan_for(here, 21) == plans.rule(here, 21)

@@ -159,7 +159,7 @@ class Entry:
     plan: Plan | None
     few: FewPlan | None = None
     device: str = ""
-    """Only for GPUs with this in their name; such rows come first."""
+    """Only for GPUs with this in their name; of equal bounds such a row comes first."""
     note: str = field(default="", compare=False)
 
 
@@ -189,7 +189,7 @@ def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entr
         plan = _plan(row["plan"]) if "plan" in row else None
         out.setdefault(key, []).append(Entry(row["tokens"], plan, few, row.get("device", "")))
     return {
-        key: sorted(entries, key=lambda e: (not e.device, e.tokens)) for key, entries in out.items()
+        key: sorted(entries, key=lambda e: (e.tokens, not e.device)) for key, entries in out.items()
     }
 
 
