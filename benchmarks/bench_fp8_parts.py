@@ -203,7 +203,8 @@ def main() -> None:
             print(*shown[-1], flush=True)
             if args.record:
                 ledger.append([ledger.row(
-                    device_name(torch.device(default_device())), bench="fp8_parts", case=f"SmolLM2-135M, {slices} slices, {name}",
+                    device_name(torch.device(default_device())), bench="fp8_parts",
+                    case=f"SmolLM2-135M, {slices} slices, {name}",
                     metric="bits per byte, worse by", unit="share", runs=1, value=round(loss, 5),
                     standard_error=round(error, 5), same_top1=round(same, 4),
                     tokens=held_out.ids.size,
