@@ -360,7 +360,7 @@ def units_of(options: argparse.Namespace) -> list[Any]:
         ],
         "computing": lambda: [Unit("computing", 300, computing)],
         "layers": lambda: [
-            Unit(f"{name} T{tokens}", 60, layer, (name, tokens, options))
+            Unit(f"{name} T{tokens}", 40, layer, (name, tokens, options))
             for name in options.shapes
             for tokens in options.tokens
         ],
