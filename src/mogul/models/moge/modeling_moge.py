@@ -126,9 +126,12 @@ class MogeRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [..., D]: logits [T, E], weights [T, K] (both float32), ids [T, K] (int64)."""
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x_TD, weight_ED = hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight
         with maybe_autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = self.adjust(self.product(x_TD))
+            if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
+                wide = torch.promote_types(x_TD.dtype, torch.float32)
+                x_TD, weight_ED = x_TD.to(wide), weight_ED.to(wide)
+            logits_TE = self.adjust(F.linear(x_TD, weight_ED))
             bias, scale = self.e_score_correction_bias, self.router_scale
             if not (self.straight_through and self.training):
                 routing = route(logits_TE, self.spec, bias=bias, scale=scale)
@@ -138,14 +141,6 @@ class MogeRouter(nn.Module):
             if scale is not None:
                 weights_TK = weights_TK * F.pad(scale.float(), (0, 1))[routing.ids]
         return logits_TE, weights_TK, routing.ids
-
-    def product(self, x_TD: Tensor) -> Tensor:
-        """Logits in at least float32; training may multiply in fewer passes."""
-        weight_ED = self.weight
-        if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            x_TD, weight_ED = x_TD.to(wide), weight_ED.to(wide)
-        return F.linear(x_TD, weight_ED)
 
     def adjust(self, logits_TE: Tensor) -> Tensor:
         """Change the logits before they choose; a routing warm-up replaces this in training."""
@@ -329,8 +324,10 @@ class MogeAttention(nn.Module):
         """[B, L, D] to [B, L, D], and the attention weights where the implementation has them."""
         batch_length = hidden_states.shape[:-1]
         by_head = (*batch_length, -1, self.head_dim)
-        query, key, value = self.project(hidden_states)
-        query, key = query.view(by_head), key.view(by_head)
+        query, key = (
+            self.q_proj(hidden_states).view(by_head),
+            self.k_proj(hidden_states).view(by_head),
+        )
         query = query if self.q_norm is None else self.q_norm(query)
         key = key if self.k_norm is None else self.k_norm(key)
         interleaved = self.config.rope_interleaved
@@ -338,7 +335,8 @@ class MogeAttention(nn.Module):
             rotate(x, *position_embeddings, interleaved=interleaved).transpose(1, 2)
             for x in (query, key)
         )
-        value = value.view(*batch_length, -1, self.value_head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*batch_length, -1, self.value_head_dim)
+        value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.config.num_sink_keys:
@@ -352,10 +350,6 @@ class MogeAttention(nn.Module):
             scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
         )  # fmt: skip
         return self.o_proj(out.reshape(*batch_length, -1).contiguous()), chances
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of [..., D]; training may make them in one product."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _with_sinks(
         self, key: Tensor, value: Tensor, attention_mask: Tensor | None
