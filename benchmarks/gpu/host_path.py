@@ -75,6 +75,7 @@ def launches_alone(case: Case, inputs: tuple[Tensor, ...]) -> Callable[[], objec
     tape = layer.tape(x.shape[0])
     if tape is None:
         return None
+    tape._known.clear()
     tape.replay(everything, layer.device)
     ready = next(reversed(tape._known.values()))  # their memory is free: nothing is made meanwhile
 
