@@ -120,12 +120,10 @@ class Parts:
         if rows not in self.sorts:
             self.sorts[rows] = [self.quant.layer.sort(ids, rows) for _, ids, _ in self.inputs]
         if not self.rounded:
-            sort = self.sorts[rows][0]
-            round_ = self.quant._rounded
-            self.rounded = [round_(x, sort, counted=False) for x, _, _ in self.inputs]
+            self.rounded = [self.quant._rounded(x) for x, _, _ in self.inputs]
             if not self.act.is_meta:
                 self.act.normal_(0, 0.5)
-            self.rounded_act = round_(self.act, sort, counted=False)
+            self.rounded_act = self.quant._rounded(self.act)
         plan = Plan(rows, tile, tile)
         return [lambda i=i: self._call(up, plan, i) for i in range(len(self.inputs))]
 

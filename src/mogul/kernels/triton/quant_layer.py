@@ -18,7 +18,6 @@ from torch import Tensor
 from mogul.core.errors import BackendError
 from mogul.kernels.triton import quant_kernels, quant_token_kernels
 from mogul.kernels.triton.launch import (
-    INTERPRETED,
     Launch,
     aligned,
     cdiv,
@@ -26,6 +25,7 @@ from mogul.kernels.triton.launch import (
     next_power_of_2,
 )
 from mogul.kernels.triton.layer import Layer, layer_of
+from mogul.kernels.triton.linear import has_pdl
 from mogul.kernels.triton.plans import Plan, Tile
 from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for
 from mogul.kernels.triton.sorting import Sorted, max_tiles
@@ -219,7 +219,7 @@ def rounded_rows(x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 @cache
 def _round(columns: int, counted: bool, _dtype: torch.dtype, device: int) -> Launch:
-    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    pdl = device >= 0 and has_pdl(device)
     block = min(_ROUND_COLUMNS, next_power_of_2(columns))
     constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": pdl}
     return Launch(quant_kernels.round_rows, constants, warps=4, pdl=pdl)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mogul.kernels.side_by_side import side_by_side
 from mogul.kernels.triton import quant_kernels
-from mogul.kernels.triton.launch import INTERPRETED, Launch, aligned, next_power_of_2
-from mogul.kernels.triton.linear import linear_fp8
+from mogul.kernels.triton.launch import Launch, aligned, next_power_of_2
+from mogul.kernels.triton.linear import has_pdl, linear_fp8
 from mogul.kernels.triton.quant_layer import SILU, Weights, rounded_rows, run_quantised
 
 _COLUMNS = 2048
@@ -90,7 +90,7 @@ def gated_rows(both: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _gated(inner: int, _dtype: torch.dtype, device: int) -> Launch:
-    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    pdl = device >= 0 and has_pdl(device)
     block = min(_COLUMNS, next_power_of_2(inner))
     constants = {"F": inner, "BLOCK_F": block, "PDL": pdl}
     return Launch(quant_kernels.round_gated, constants, warps=8, pdl=pdl)
