@@ -138,6 +138,8 @@ def test_backward_of_down_fits_hopper() -> None:
     assert done.metadata.shared <= 232_448
     assert "m64n128k16" in done.asm["ptx"]
     assert "m64n64k16" in done.asm["ptx"]
+    copies = done.asm["ptx"].count("cp.async.bulk.tensor")
+    assert copies == 5  # the weights, and both up products of both halves of the rows
 
 
 @pytest.mark.parametrize(
