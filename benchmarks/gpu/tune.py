@@ -115,7 +115,7 @@ def split_tiles(kind: str) -> list[Tile]:
         "up_save": (128, 4),
         "down": (256, 4),
         "up_grad": (256, 4),
-        "down_grad": (128, 6),
+        "down_grad": (128, 4),
     }[kind]
     return [
         Tile(n=n, k=64, group=g, stages=stages, split=True, per_sm=1, sync=sync)

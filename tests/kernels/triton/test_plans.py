@@ -77,6 +77,28 @@ def test_every_shape_has_a_plan_with_a_backward(capability: int, tokens: int) ->
             assert not plan.up.tma
 
 
+def split_bytes(kind: str, rows: int, tile: plans.Tile) -> int:
+    """Shared memory of a split kernel: its ring, `pre` in the backward of down, and a scratch."""
+    if kind in ("gate_up_weight", "down_weight"):
+        return 2 * tile.k * (tile.m + tile.n) * tile.stages + 16_384
+    wide = 2 * tile.n if kind == "up" else tile.n
+    pre = 2 * rows * 2 * tile.n if kind == "down_grad" else 0
+    return 2 * tile.k * (rows + wide) * tile.stages + pre + 16_384
+
+
+def test_split_tiles_fit_the_shared_memory_of_a_multiprocessor() -> None:
+    known = [e.plan for entries in table(90).values() for e in entries if e.plan is not None]
+    by_rule = [plans.rule(Shape(64, 8, 5120, inner), 16384) for inner in (256, 1344)]
+    seen = 0
+    for plan in [*map(plans._with_backward, known, [Shape(64, 8, 1, 1)] * len(known)), *by_rule]:
+        for kind in ("up", "down", "down_grad", "up_grad", "gate_up_weight", "down_weight"):
+            tile = getattr(plan, kind)
+            if tile.split:
+                seen += 1
+                assert split_bytes(kind, plan.rows, tile) <= 232_448, (kind, tile)
+    assert seen > 20
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
