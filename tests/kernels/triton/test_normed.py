@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -118,3 +119,33 @@ def test_weights_are_on_their_way_before_the_kernel_before_ends(
     assert reads in before
     assert "st.global" in after
     assert "st.global" not in before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+def test_launches_equal_their_definitions_on_a_device(rows: int) -> None:
+    from mogul.kernels.triton import normed, ops
+
+    torch.manual_seed(0)
+    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    x, norm = torch.randn(rows, 512, **kind), 1 + torch.randn(512, **kind) / 4
+    weight, plus = torch.randn(640, 512, **kind) / 23, torch.randn(rows, 640, **kind)
+    near = {"rtol": 2e-2, "atol": 3e-2}
+    args = (x, norm, None, 1e-6, weight)
+    torch.testing.assert_close(
+        normed.normed_linear(*args), normed._normed_linear_host(*args), **near
+    )
+    args = (x, weight, plus)
+    torch.testing.assert_close(normed.added_linear(*args), normed._added_linear_host(*args), **near)
+    args = (x, norm, None, 1e-6, weight[:128], 8, True, torch.float32)
+    for _ in range(3):  # counters are left as found
+        rows_TD, shares_TK, ids_TK = normed.normed_route(*args)
+    torch.testing.assert_close(rows_TD, normed._norm_host(x, norm, None, 1e-6), **near)
+    logits = rows_TD.float() @ weight[:128].float().T
+    want = logits.topk(8, -1)
+    torch.testing.assert_close(logits.gather(1, ids_TK), want.values, **near)
+    torch.testing.assert_close(shares_TK, want.values.softmax(-1), **near)
+    gate_up, down = torch.randn(16, 256, 512, **kind) / 23, torch.randn(16, 512, 128, **kind) / 11
+    moe = (x, gate_up, down, ids_TK % 16, shares_TK.bfloat16())
+    for residual in torch.randn(3, rows, 512, **kind):  # from the second on from a tape
+        torch.testing.assert_close(ops.moe_added(*moe, residual), ops.moe(*moe) + residual, **near)

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mogul.core.errors import BackendError  # noqa: E402
 from mogul.kernels.triton import attention_kernels as kernels  # noqa: E402
 from mogul.kernels.triton.attention import why_not_triton_attention  # noqa: E402
+from mogul.kernels.turn import Turn  # noqa: E402
 
 CASES = ("few", "few16", "many", "many16", "fp8", "views", "turns")
 LIMITS = {"few16": 2e-3, "many16": 2e-3, "fp8": 2e-3}  # fp8 pages are multiplied in fp16
@@ -78,6 +79,30 @@ def test_kernels_equal_the_reference_on_a_device(page_size: int, cache: torch.dt
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
         for mine, its in zip(pages, wanted, strict=True):
             assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sequences",
+    [[(1, 9), (1, 700)], [(1, 40 + s) for s in range(20)], [(200, 200), (1, 77), (129, 300)]],
+    ids=["inside", "before many sequences", "before prompts"],
+)
+def test_turns_equal_the_reference_on_a_device(sequences: list[tuple[int, int]]) -> None:
+    path = Path(__file__).parents[1] / "test_paged_attention.py"
+    spec = spec_from_file_location("paged_calls", path)
+    assert spec
+    assert spec.loader
+    calls = module_from_spec(spec)
+    spec.loader.exec_module(calls)
+    made = calls.make(sequences, dtype=torch.bfloat16, page_size=16, width=128, group=8, padding=2)
+    call = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+    call["tables_SB"].clamp_(max=len(call["key_cache"]) - 1)
+    angle = torch.randn(len(call["query_THC"]), 64, device="cuda").repeat(1, 2)
+    norms = (1 + torch.randn(2, 128, device="cuda") / 4).bfloat16().unbind()
+    turn = Turn(angle.cos().bfloat16(), angle.sin().bfloat16(), *norms, 1e-6, 1e-3)
+    got, want = calls.run(call, "triton", turn=turn), calls.run(call, "reference", turn=turn)
+    for mine, its in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, its, rtol=2e-2, atol=3e-2)
 
 
 POINTERS = {
