@@ -7,12 +7,12 @@ in fp8 with scales measured on training text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mogul.serve import Engine, SamplingParams
+from mogul.bench.engine_quality import hear
+from mogul.serve import Engine
 from mogul.serve.kv_scales import KvScales, measure_scales
 from mogul.serve.options import EngineOptions
 from mogul.train.data import Windows
@@ -39,17 +39,22 @@ def kv_qualities(subject: Subject) -> Iterator[KvQuality]:
     """Scale 1 and measured scales."""
     model = subject.build()
     with_plain = open_engine(model, subject.held_out, "auto")
-    bits, top1 = look(with_plain, subject.held_out)
+    plain = hear(with_plain, subject.held_out)
     with_plain.close()
     calm = open_engine(model, subject.calibration, "auto")
     scales = measure_scales(calm, subject.calibration.ids.tolist())
     calm.close()
     for given in (None, scales):
         engine = open_engine(model, subject.held_out, "fp8", given)
-        found, likeliest = look(engine, subject.held_out)
+        found = hear(engine, subject.held_out)
         engine.close()
-        same = sum(a == b for a, b in zip(top1, likeliest, strict=True)) / len(top1)
-        yield KvQuality(subject.name, given is not None, found, found / bits - 1, same)
+        yield KvQuality(
+            subject.name,
+            given is not None,
+            found.bits_per_byte,
+            found.bits_per_byte / plain.bits_per_byte - 1,
+            float((found.top1 == plain.top1).mean()),
+        )
 
 
 def open_engine(
@@ -64,15 +69,3 @@ def open_engine(
         kv_dtype=kv_dtype,
     )
     return Engine(model, None, options, kv_scales=scales)
-
-
-def look(engine: Engine, windows: Windows) -> tuple[float, list[int]]:
-    """Bits per byte of the windows, and the likeliest token at every position."""
-    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, ignore_eos=True)
-    nats, top1 = 0.0, []
-    for answer in engine.generate(windows.ids.tolist(), asked):
-        for record in (answer.prompt_logprobs or ())[1:]:
-            assert record is not None
-            nats -= record.logprob
-            top1.append(record.top[0][0])
-    return nats / math.log(2.0) / int(windows.bytes_per_token[:, 1:].sum()), top1
