@@ -63,6 +63,7 @@ RULES = {
     "static means taken off": Rule(is_shifted=True),
     "16 channels carried twice": Rule(twice=16),
     "queries and keys in 16 bits": Rule(but=("q_proj", "k_proj")),
+    "values and outputs in 16 bits": Rule(but=("v_proj", "o_proj")),
     "2 first and 2 last blocks in 16 bits": Rule(edges=2),
 }
 
