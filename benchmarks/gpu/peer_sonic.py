@@ -40,7 +40,7 @@ def _library() -> tuple[Any, Any]:
 
     for name in TUNED:
         tuner = getattr(products, name)
-        tuner.configs = [c for c in tuner.configs if _wanted(c.kwargs["config"])]
+        tuner.configs = [c for c in tuner.configs if is_wanted(c.kwargs["config"])]
     return functional, ActivationType.SWIGLU
 
 
@@ -70,7 +70,8 @@ def experts_forward(self: Any, hidden_states: Tensor, ids: Tensor, weights: Tens
     return run(hidden_states, ids, weights.float(), self.gate_up_proj, self.down_proj)
 
 
-def _wanted(config: Any) -> bool:
+def is_wanted(config: Any) -> bool:
+    """Whether the tuner keeps a tile."""
     if config.device_capacity != 9 or config.is_dynamic_persistent or config.swap_ab:
         return False
     return (config.cluster_m, config.cluster_n) == (2, 1)
