@@ -14,7 +14,7 @@ from mogul.kernels import dequantise_experts
 from mogul.models import MogeConfig, MogeForCausalLM, load_model
 from mogul.models.expert_inputs import expert_inputs
 from mogul.models.quantise import PackedExperts, experts_modules, quantise_model
-from mogul.models.quantise_load import load_quantised
+from mogul.models.quantise_load import _settle, load_quantised
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -144,3 +144,27 @@ def test_a_dense_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no routed experts"):
         load_quantised(tmp_path, "fp8")
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_kept_weights_leave_the_blocks_that_quantising_took(monkeypatch):
+    done = []
+
+    class OnDevice(torch.nn.Module):
+        def buffers(self, recurse=True):
+            return iter([torch.empty(1, device="meta") if self.is_meta else Somewhere()])
+
+        def _apply(self, fn, recurse=True):
+            done.append(fn)
+            return self
+
+    class Somewhere:
+        device = type("Device", (), {"type": "accelerator"})
+
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: done.append("empty"))
+    module = OnDevice()
+    module.is_meta = True
+    _settle(module)
+    assert done == []
+    module.is_meta = False
+    _settle(module)
+    assert done == ["empty", torch.clone], "first what is free, or the copy would take a hole"
