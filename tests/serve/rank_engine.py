@@ -92,8 +92,9 @@ def captured_answers(world: Any, layout: dict[str, int] | None) -> dict[str, Any
 
     model = load_model("nano", dtype="bfloat16", device=world.device, experts="mogul")
     tokenizer = load_tokenizer("nano")
-    room = {"max_sequences": 4, "max_length": 256, "cache_tokens": 2048}
-    options = EngineOptions(**room, compile=False, seed=0)
+    options = EngineOptions(
+        max_sequences=4, max_length=256, cache_tokens=2048, compile=False, seed=0
+    )
     engine = Engine(model, None, options, parallel=Parallel(**layout) if layout else None)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     params = SamplingParams(max_tokens=48, temperature=0, logprobs=0, ignore_eos=True)
