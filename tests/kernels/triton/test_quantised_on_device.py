@@ -10,9 +10,13 @@ from mogul.kernels import (
     dequantise_experts,
     moe_forward,
     moe_forward_quantised,
+    moe_with_shared,
     quantise_experts,
+    takes_shared,
 )
+from mogul.kernels.quant_format import quantise_rows
 from mogul.kernels.reference.route import route_reference
+from mogul.kernels.triton.linear import linear_fp8
 from mogul.kernels.triton.routing import route_counted
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +44,38 @@ def test_equals_its_own_weights(format_name: str, tokens: int) -> None:
     given = moe_forward_quantised(x, packed, ids, weights, backend="triton")
     assert float((given.float() - want).norm() / want.norm()) <= LIMIT[format_name]
     assert torch.equal(moe_forward_quantised(x, packed, ids, weights, backend="triton"), given)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 100, 700])
+def test_a_shared_expert_beside_the_routed_ones(tokens: int) -> None:
+    experts, width, inner, picks, shared = 16, 256, 208, 2, 320
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
+
+    packed = quantise_experts(
+        normal(experts, 2 * inner, width), normal(experts, width, inner), "fp8"
+    )
+    assert takes_shared(packed, torch.bfloat16)
+    routed = (packed.gate_up.value, packed.gate_up.scale, packed.down.value, packed.down.scale)
+    products = (*quantise_rows(normal(2 * shared, width)), *quantise_rows(normal(width, shared)))
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    weights, ids = torch.rand(tokens, experts, device="cuda").topk(picks, -1)
+    call = (x, routed, ids, weights, products)
+    with torch.no_grad():
+        given, beside = moe_with_shared(*call)
+        assert torch.equal(given, moe_forward_quantised(x, packed, ids, weights, backend="triton"))
+        gate, up = linear_fp8(*quantise_rows(x), *products[:2], x.dtype).float().chunk(2, -1)
+        act = (torch.nn.functional.silu(gate) * up).bfloat16()
+        want = linear_fp8(*quantise_rows(act), *products[2:], x.dtype).float()
+        assert float((beside.float() - want).norm() / want.norm()) < 1e-2
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = moe_with_shared(*call)
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, (given, beside))), "two streams change no bit"
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 9000])
