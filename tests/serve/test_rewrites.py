@@ -45,6 +45,14 @@ def router(x, weight, w):
     return rows, values.to(x.dtype), ids
 
 
+def shared_expert_first(x, weight, w, own):
+    """Somebody reads the normed rows before the router does."""
+    rows = norm(x, weight)
+    first = F.linear(rows, own)
+    values, ids = F.linear(rows, w).softmax(-1, dtype=torch.float).topk(3, -1)
+    return first, values, ids
+
+
 def other_norm(x, weight, w):
     """A mean of four powers: not recognised."""
     wide = x.float()
@@ -74,6 +82,11 @@ def rewritten(function, *args):
         (product, ((5, 32), (32,), (16, 32)), ["mogul.normed_linear"]),
         (residual, ((5, 32), (16, 32), (5, 16)), ["mogul.added_linear"]),
         (router, ((5, 32), (32,), (16, 32)), ["mogul.normed_route"]),
+        (
+            shared_expert_first,
+            ((5, 32), (32,), (16, 32), (24, 32)),
+            ["mogul.normed_route", "mogul.linear"],
+        ),
         (other_norm, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
         (shared, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
     ],

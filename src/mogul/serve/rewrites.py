@@ -67,7 +67,7 @@ def _norm_inside(graph: Graph, node: Any) -> None:
         return
     x = norm.x
     if rows is not _reshaped(rows):
-        with graph.inserting_before(node):
+        with graph.inserting_before(rows):
             x = graph.call_function(aten.reshape.default, (norm.x, rows.args[1]))
         x.meta = {"val": value(rows)}
     if len(rows.users) == 1 and (rows is _reshaped(rows) or len(_reshaped(rows).users) == 1):
@@ -78,8 +78,8 @@ def _norm_inside(graph: Graph, node: Any) -> None:
         node.replace_all_uses_with(product)
         graph.erase_node(node)
         return
-    picks = next(iter(node.users))
-    if len(node.users) == 1 and is_call(picks, mogul.softmax_topk.default):
+    picks = _only_user(node)
+    if is_call(picks, mogul.softmax_topk.default):
         _route_inside(graph, picks, x, norm)
 
 
@@ -87,7 +87,9 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     """One operator for norm, router and picks; the normed rows go to whoever else reads them."""
     linear, k, renormalise, dtype = picks.args
     rows, weight = linear.args[:2]
-    with graph.inserting_before(linear):
+    if weight.op != "placeholder":
+        return
+    with graph.inserting_before(rows):  # others may read the normed rows before the router does
         args = (x, *_norm_args(norm), weight, k, renormalise, dtype)
         routed = graph.call_function(mogul.normed_route.default, args)
         parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(3)]
