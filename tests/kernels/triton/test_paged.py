@@ -109,7 +109,7 @@ POINTERS = {
     **dict.fromkeys(("q_ptr", "key_ptr", "value_ptr", "out_ptr"), "bf16"),
     **dict.fromkeys(("tables_ptr", "starts_ptr", "lengths_ptr"), "i32"),
     **dict.fromkeys(("key_scale_ptr", "value_scale_ptr", "acc_ptr", "stat_ptr"), "fp32"),
-    **dict.fromkeys(("sinks_ptr",), "bf16"),
+    **dict.fromkeys(("sinks_ptr", "key_out_ptr", "value_out_ptr"), "bf16"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "turned_ptr"), "bf16"),
     "slots_ptr": "i64",
 }
@@ -160,6 +160,19 @@ def test_decode_compiles(arch: int, cache: str, page_size: int) -> None:
     assert done.metadata.shared <= 110_000  # two programs a multiprocessor
     assert "cp.async" in done.asm["ptx"]
     assert "mma.sync" in done.asm["ptx"]
+
+
+def test_values_of_fp8_pages_are_turned_by_the_device() -> None:
+    done = compiled(kernels.attend_few, 90, warps=2, cache="fp8e4nv", FP8=True)
+    found = re.findall(r"prmt\.b32|cvt\.rn\.f16x2\.e4m3x2", done.asm["ptx"])
+    turned = found.count("prmt.b32")
+    assert turned > 0
+    assert found.count("cvt.rn.f16x2.e4m3x2") >= 2 * turned, "two conversions a pair of words"
+
+
+def test_new_keys_are_rounded_in_one_launch() -> None:
+    done = compiled(kernels.round_new, 90, warps=4, cache="fp8e4nv", BLOCK=512)
+    assert "cvt.rn.satfinite.e4m3x2" in done.asm["ptx"]
 
 
 def test_prompts_use_the_warp_group_unit() -> None:
