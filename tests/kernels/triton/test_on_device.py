@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -247,3 +248,19 @@ def test_unaligned_inputs_are_copied_not_misread() -> None:
     want = moe_forward(x, gate_up, down, ids, weights, backend="triton")
     assert torch.equal(moe_forward(shifted, gate_up, down, ids, weights, backend="triton"), want)
     assert choose_backend(x.device, x.dtype) == "triton"
+
+
+def test_backward_in_a_thread_that_never_called_the_device():
+    x, gate_up, down, ids, weights = make("wide", 4096)
+    with torch.enable_grad():
+        out, pre, sort = torch.ops.mogul.moe_train(x, gate_up, down, ids, weights)
+    args = (torch.ones_like(out), x, gate_up, down, ids, weights, pre, sort, True, True)
+    want = torch.ops.mogul.moe_grad(*args)  # leaves all memory that the thread will ask for
+    torch.cuda.synchronize()
+    want = [tensor.clone() for tensor in want]
+    found: list[tuple[Tensor, ...]] = []
+    thread = threading.Thread(target=lambda: found.append(torch.ops.mogul.moe_grad(*args)))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found[0], want, strict=True))
