@@ -361,6 +361,15 @@ def test_a_backend_added_later_is_told_the_facts_and_chosen_first(monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down", "ids", "weights", "gate_up_bias", "down_bias"])
+def test_a_tensor_elsewhere_is_refused_after_calls_of_its_kind_too(name):
+    case = make_case(4, has_bias=True)
+    case.run("cpu")
+    elsewhere = {name: case.ids if name == "ids" else case.floats()[name]}
+    with pytest.raises(ConfigError, match=f"x is on cpu, .*{name} on meta"):
+        case.run("cpu", **{name: elsewhere[name].to("meta")})
+
+
 def test_a_kind_of_call_is_settled_once_and_never_while_tracing(monkeypatch):
     case, settled = make_case(4), []
     real = moe._settle

@@ -186,12 +186,13 @@ def _kind(
     autocast = torch.is_autocast_enabled(device.type)
     biases = ()
     if gate_up_bias is not None or down_bias is not None:
-        biases = tuple(b if b is None else (b.shape, b.dtype) for b in (gate_up_bias, down_bias))
+        both = (gate_up_bias, down_bias)
+        biases = tuple(b if b is None else (b.shape, b.dtype, b.device) for b in both)
     return (
         x.shape, x.dtype, device, gate_up.shape, gate_up.dtype, gate_up.device,
-        down.shape, down.dtype, ids.shape, ids.dtype, ids.device, weights.shape, weights.dtype,
-        biases, id(layout), backend, grad, MOE_FORWARD.changes,
-        autocast and torch.get_autocast_dtype(device.type),
+        down.shape, down.dtype, down.device, ids.shape, ids.dtype, ids.device,
+        weights.shape, weights.dtype, weights.device, biases, id(layout), backend, grad,
+        MOE_FORWARD.changes, autocast and torch.get_autocast_dtype(device.type),
     )  # fmt: skip
 
 
@@ -200,6 +201,10 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
     x, gate_up, down, ids, weights, gate_up_bias, down_bias = call
     num_experts, hidden_size, expert_width = layout.sizes(gate_up, down)
     _check_call(x, gate_up, ids, weights, hidden_size)
+    _check_devices(
+        x, gate_up=gate_up, down=down, ids=ids, weights=weights,
+        gate_up_bias=gate_up_bias, down_bias=down_bias,
+    )  # fmt: skip
     _check_bias("gate_up_bias", gate_up_bias, (num_experts, (1 + layout.has_gate) * expert_width))
     _check_bias("down_bias", down_bias, (num_experts, hidden_size))
     dtype = gate_up.dtype
@@ -267,8 +272,14 @@ def _check_call(x: Tensor, gate_up: Tensor, ids: Tensor, weights: Tensor, hidden
             "all must be floating-point",
             fix="dequantise the experts first",
         )
-    if not x.device == gate_up.device == ids.device:
-        raise ConfigError(f"x is on {x.device}, gate_up on {gate_up.device}, ids on {ids.device}")
+
+
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Refuse a tensor that lies elsewhere: kernels may get no more of it than its address."""
+    where = {name: tensor.device for name, tensor in others.items() if tensor is not None}
+    if any(device != x.device for device in where.values()):
+        told = ", ".join(f"{name} on {device}" for name, device in where.items())
+        raise ConfigError(f"x is on {x.device}, {told}")
 
 
 def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> None:
