@@ -27,5 +27,9 @@ def test_a_replay_on_other_tensors_equals_the_forward(held: dict[str, bool], cas
     assert held[case]
 
 
+def test_rows_that_are_their_own_residual_leave_no_tape(held: dict[str, bool]) -> None:
+    assert held["own_residual"]
+
+
 def test_a_forward_that_computes_beside_its_launches_has_no_tape(held: dict[str, bool]) -> None:
     assert held["refused"]

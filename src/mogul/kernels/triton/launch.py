@@ -8,6 +8,7 @@ dtypes, constants, 16-byte alignment of every pointer (checked once a layer call
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +22,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Address of the current stream of a device; without the cost of a torch.cuda.Stream."""
+
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+
+_thread = threading.local()
+
+
+def bind_context() -> None:
+    """Give this thread a CUDA context, which making a TMA descriptor needs.
+
+    Threads (autograd's, too) have none while all they ask for is memory that torch already holds.
+    """
+    if not getattr(_thread, "is_bound", False) and torch.cuda.is_initialized():
+        torch.cuda.is_current_stream_capturing()  # a runtime call, allowed while capturing
+        _thread.is_bound = True
 
 
 Heard = tuple["Launch", tuple[int, int], tuple[Any, ...]]
@@ -88,8 +103,15 @@ class Launch:
             if not listener[1]:
                 return
         if self._run is None:
-            self._first(grid, args)
-            return
+            with torch.cuda.device(device):
+                self._first(grid, args)
+        elif device < 0 or current_device() == device:
+            self._again(grid, device, args)
+        else:  # the launcher works on the current device
+            with torch.cuda.device(device):
+                self._again(grid, device, args)
+
+    def _again(self, grid: tuple[int, int], device: int, args: tuple[Any, ...]) -> None:
         self._run(
             grid[0], grid[1], 1, current_stream(device), self._function, self._packed,
             None, None, None, *args, *self._tail,
@@ -102,12 +124,12 @@ class Launch:
             return
         names = self.kernel.arg_names[len(args) :]
         self._tail = tuple(self.constants[name] for name in names)
-        self._function, self._packed, self._run = (
+        self._compiled = compiled
+        self._function, self._packed, self._run = (  # _run last: other threads look at it
             compiled.function,
             compiled.packed_metadata,
             compiled.run,
         )
-        self._compiled = compiled
 
     @property
     def is_new(self) -> bool:
@@ -157,6 +179,8 @@ def split_descriptor(matrix: torch.Tensor, block: list[int]) -> Any:
 
 def _describe(matrix: torch.Tensor, block: list[int], kind: Any, layout: Any) -> Any:
     """A descriptor without its own checks, which cost more than the launch; callers made them."""
+    if matrix.is_cuda:
+        bind_context()
     made = object.__new__(kind)
     made.base, made.block_shape, made.padding = matrix, block, "zero"
     made.shape, made.strides = list(matrix.shape), list(matrix.stride())

@@ -6,7 +6,6 @@ activation checkpointing see one node.  Outside of tracing and autograd `run` sk
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -85,6 +84,11 @@ def moe_added(
 ) -> Tensor:
     """The same and a residual [T, D], added by the last launch."""
     check_weights(gate_up, down)
+    if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise BackendError(
+            f"residual {tuple(residual.shape)} {residual.dtype} on {residual.device} is not as x: "
+            f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        )
     if x.shape[0] == 0:
         return torch.empty_like(x)
     layer = layer_of_call(x, down, ids, weights)
@@ -110,19 +114,6 @@ def moe_train(
     return layer.forward(*inputs, save=True)
 
 
-_thread = threading.local()
-
-
-def _bind_context() -> None:
-    """Give this thread a CUDA context, which making a TMA descriptor needs.
-
-    Autograd's threads have none while all that they ask for is memory that torch already holds.
-    """
-    if not getattr(_thread, "is_bound", False):
-        torch.cuda.is_current_stream_capturing()  # a runtime call, allowed while capturing
-        _thread.is_bound = True
-
-
 @_on_its_device
 def moe_grad(
     dout: Tensor,
@@ -137,8 +128,6 @@ def moe_grad(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weights; an empty tensor for one not needed."""
-    if x.is_cuda:
-        _bind_context()
     if x.shape[0] == 0:
         none = x.new_empty(0)
         grads = (torch.zeros_like(gate_up), torch.zeros_like(down)) if need_weight else (none, none)

@@ -8,20 +8,22 @@ launcher. A forward that does more than make memory and launch has no tape and r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mogul.kernels.triton.ahead import compile_ahead
-from mogul.kernels.triton.launch import Entry, Heard, current_stream, listening
+from mogul.kernels.triton.launch import Entry, Heard, bind_context, current_stream, listening
 
 _HARMLESS = {"empty", "new_empty", "empty_like", "view", "slice", "select", "detach", "alias"}
 """Operators that start nothing on the device."""
 _ALIGNMENT = 512
-_MOST_DESCRIPTORS = 1024
-_MOST_PLACES = 256
+_MOST_PLACES, _MOST_OF_ALL = 256, 1 << 14
+"""Sets of addresses that a tape keeps, and that all tapes together do: some kilobytes each."""
 _MOST_TAPES = 1024
 
 
@@ -51,25 +53,39 @@ class _Descriptor:
         if found is None:
             from triton.backends.nvidia.driver import make_tensordesc_arg
 
-            if len(self._known) >= _MOST_DESCRIPTORS:
-                self._known.clear()
-            self.base = _Address(address)
-            found = self._known[address] = make_tensordesc_arg(self, self._metadata)
+            bind_context()
+            described = _At(_Address(address), self.shape, self.strides, self.padding)
+            found = self._known[address] = make_tensordesc_arg(described, self._metadata)
         return found
 
+    def forget(self) -> None:
+        """Let all addresses go."""
+        self._known.clear()
 
-class _Address:
+
+class _Address(NamedTuple):
     """A tensor as far as the driver looks at one."""
 
-    def __init__(self, address: int) -> None:
-        self._address = address
+    address: int
 
     def data_ptr(self) -> int:
-        return self._address
+        return self.address
+
+
+class _At(NamedTuple):
+    """A descriptor as far as the driver looks at one; each address has its own: threads share."""
+
+    base: _Address
+    shape: list[int]
+    strides: list[int]
+    padding: str
 
 
 class Tape:
     """The launches of one size: each argument is an offset from an input, `out` or the work."""
+
+    kept = 0
+    """Sets of addresses that all tapes keep, and some that died kept."""
 
     def __init__(
         self, heard: list[Heard], entries: list[Entry], inputs: tuple[Tensor, ...], out: Tensor
@@ -83,6 +99,7 @@ class Tape:
             for entry, (_, grid, args) in zip(entries, heard, strict=True)
         ]
         del self._bases, self._work
+        _tapes.add(self)
 
     def _step(self, entry: Entry, grid: tuple[int, int], args: tuple[Any, ...]) -> tuple[Any, ...]:
         plain: list[tuple[int, int]] = []
@@ -136,16 +153,36 @@ class Tape:
 
     def _entered(self, stream: int, *places: int) -> list[tuple[Any, tuple[Any, ...]]]:
         """Every launcher with all it takes, kept for the next call at the same addresses."""
-        if len(self._known) >= _MOST_PLACES:
-            self._known.clear()
         at = (*places, 0)
-        ready = self._known[stream, *places] = []
+        ready: list[tuple[Any, tuple[Any, ...]]] = []
         for call, grid, fixed, plain, described, tail in self._steps:
             args: list[Any] = [at[base] + offset for base, offset in plain]
             for place, base, offset, descriptor in described:
                 args[place:place] = descriptor.at(at[base] + offset)
             ready.append((call, (*grid, stream, *fixed, *args, *tail)))
+        self._keep((stream, *places), ready)  # only whole: a descriptor may fail
         return ready
+
+    def _keep(self, at: tuple[int, ...], ready: list[tuple[Any, tuple[Any, ...]]]) -> None:
+        if len(self._known) >= _MOST_PLACES:
+            self.forget()
+        if Tape.kept >= _MOST_OF_ALL:
+            for tape in list(_tapes):
+                tape.forget()
+            Tape.kept = 0
+        self._known[at] = ready
+        Tape.kept += 1
+
+    def forget(self) -> None:
+        """Let all addresses go; the next call at each looks them up again."""
+        Tape.kept -= len(self._known)
+        self._known.clear()
+        for _, _, _, _, described, _ in self._steps:
+            for *_, descriptor in described:
+                descriptor.forget()
+
+
+_tapes: WeakSet[Tape] = WeakSet()
 
 
 def record(
@@ -161,6 +198,12 @@ def record(
     if not watch.harmless or len(entries) < len(heard) or out.shape != inputs[0].shape:
         return out, None
     return out, Tape(heard, entries, inputs, out)
+
+
+def _overlap(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether some share memory: a tape could not tell which of them a launch was given."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in inputs if t.numel())
+    return any(end > start for (_, end), (start, _) in pairwise(spans))
 
 
 class Tapes:
@@ -190,7 +233,7 @@ class Tapes:
                 return layer.few(*tensors)
             return layer.forward(*tensors)[0]
 
-        if key in self._known:
+        if key in self._known or _overlap(inputs):
             return run(*inputs)
         if len(self._known) >= _MOST_TAPES:
             self._known.clear()
