@@ -155,25 +155,30 @@ def test_a_skipped_step_leaves_the_bias(tiny_model):
         assert all(r.e_score_correction_bias.any() for r in balancer.routers)
 
 
-def _settle(section, *, score="softmax", groups=4, steps=400, tokens=1024, width=1.0, skew=0.7):
+def _settle(
+    section, *, score="softmax", groups=4, steps=400, tokens=1024, width=1.0, skew=0.7, nulls=0
+):
     """MaxVio in groups before and after the rule worked on skewed scores (E = 64, K = 8)."""
     generator = torch.Generator().manual_seed(0)
-    offset = torch.randn(64, generator=generator) * skew
-    logits = (torch.randn(tokens, 64, generator=generator) + offset) * width
-    spec = RouterSpec(num_experts=64, top_k=8, num_groups=groups, score=score)
+    offset = torch.randn(64 + nulls, generator=generator) * skew
+    offset[64:] += 2.0
+    logits = (torch.randn(tokens, 64 + nulls, generator=generator) + offset) * width
+    spec = RouterSpec(
+        num_experts=64, top_k=8, num_groups=groups, score=score, num_null_experts=nulls
+    )
     spread = spread_of(logits, 64, score)
-    bias, found = torch.zeros(64), []
+    bias, found = torch.zeros(64 + nulls), []
     for step in range(1, steps + 1):
         ids = route(logits, spec, bias=bias).ids
-        count = ids.flatten().bincount(minlength=64).float()
+        count = ids.flatten().bincount(minlength=65)[:64].float()
         pools = count.view(groups, -1)
         found.append((pools.max(1).values / pools.mean(1) - 1).max().item())
-        score_TE = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
-        shift = shift_to_mean(score_TE + bias, ids, None, groups)
+        score_TC = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+        shift = shift_to_mean(score_TC + bias, ids, None, groups, 64)
         scale = {"spread": spread[None], "shift": shift[None]}
         step_L = bias_step(count[None], section, **scale, num_groups=groups, update=step)
-        bias += step_L[0]
-    assert bias.view(groups, -1).sum(1).abs().max() < 1e-5  # the sum of a group stays
+        bias[:64] += step_L[0]
+    assert bias[:64].view(groups, -1).sum(1).abs().max() < 1e-5  # the sum of a group stays
     return found
 
 
@@ -207,12 +212,20 @@ def test_the_shift_gives_the_mean_load(groups):
 
     valid = torch.arange(640) < 480
     for mask, mean_load in ((None, 160), (valid, 120)):
-        shift = shift_to_mean(choice, picks(choice), mask, groups)
+        shift = shift_to_mean(choice, picks(choice), mask, groups, 16)
         seen = slice(None) if mask is None else mask
         for expert in range(16):
             moved = choice.clone()
             moved[:, expert] += shift[expert] + 1e-9
             assert (picks(moved)[seen] == expert).sum() == mean_load, expert
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_experts_are_evened_beside_null_experts(score):
+    """Half of the picks are null: the mean load of true experts is half as large."""
+    found = _settle(BalanceSection(bias="quantile"), score=score, nulls=8, steps=40)
+    assert found[0] > 4.0
+    assert found[-1] < 0.2, found[-1]
 
 
 def test_one_sided_routers_are_evened_by_the_quantile_rule():

@@ -94,35 +94,52 @@ def spread_of(logits: Float[Tensor, "T C"], num_experts: int, kind: str) -> Floa
 
 
 def shift_to_mean(
-    choice: Float[Tensor, "T E"],
+    choice: Float[Tensor, "T C"],
     ids: Int[Tensor, "T K"],
     valid: Tensor | None,
     num_groups: int,
+    num_experts: int,
 ) -> Float[Tensor, " E"]:
     """How far each expert's selection score lies from the one that gives it the mean load.
 
-    `choice` are scores with their bias, `ids` the picks they led to, of the tokens that `valid`
-    [T] names (None: all). A token picks an expert once its score passes the best that was left out
-    or the worst that was picked; the shift is a quantile over tokens, the other experts staying as
-    they are. 0 where nothing can be said.
+    `choice` are scores with their bias, of null experts last, `ids` the picks they led to, of the
+    tokens that `valid` [T] names (None: all). A token picks an expert once its score passes the
+    best that was left out or the worst that was picked; the shift is a quantile over tokens, the
+    other experts staying as they are. The mean is that of a group's picks of true experts. 0 where
+    nothing can be said.
     """
     stride = max(1, len(ids) // SAMPLED)
-    choice_TE, ids = choice[::stride], ids[::stride]
-    num_experts = choice_TE.shape[1]
+    choice_TC, ids = choice[::stride], ids[::stride]
     column_E = torch.arange(num_experts, device=ids.device)
-    is_picked_TE = (ids[:, :, None] == column_E).any(1)
-    choice_TMJ = choice_TE.unflatten(1, (num_groups, -1))
-    is_picked_TMJ = is_picked_TE.unflatten(1, (num_groups, -1))
+    is_picked_TMJ = (ids[:, :, None] == column_E).any(1).unflatten(1, (num_groups, -1))
+    choice_TMJ = choice_TC[:, :num_experts].unflatten(1, (num_groups, -1))
     left_out = choice_TMJ.masked_fill(is_picked_TMJ, float("-inf")).amax(-1, keepdim=True)
     picked = choice_TMJ.masked_fill(~is_picked_TMJ, float("inf")).amin(-1, keepdim=True)
-    missing_TE = (torch.where(is_picked_TMJ, left_out, picked) - choice_TMJ).flatten(1)
-    count = torch.full((), float(len(ids)), device=ids.device)
+    if choice_TC.shape[1] > num_experts:
+        null_TMN = choice_TC[:, num_experts:].unflatten(1, (num_groups, -1))
+        null_picks = ids.shape[1] // num_groups - is_picked_TMJ.sum(-1, keepdim=True)
+        null_left_out, null_picked = _around(null_TMN, null_picks)
+        left_out, picked = left_out.maximum(null_left_out), picked.minimum(null_picked)
+    missing_TMJ = torch.where(is_picked_TMJ, left_out, picked) - choice_TMJ
     if valid is not None:
-        missing_TE = missing_TE.masked_fill(~valid[::stride, None], float("inf"))
-        count = valid[::stride].sum()
-    mean_load = (count * (ids.shape[1] / num_experts)).round().long().clamp(1, len(ids))
-    shift_E = missing_TE.sort(0).values.index_select(0, mean_load.reshape(1) - 1)[0]
+        is_valid_T11 = valid[::stride, None, None]
+        missing_TMJ = missing_TMJ.masked_fill(~is_valid_T11, float("inf"))
+        is_picked_TMJ = is_picked_TMJ & is_valid_T11
+    load_M = is_picked_TMJ.sum((0, 2)) / is_picked_TMJ.shape[2]
+    place_M = load_M.round().long().clamp(1, len(ids)) - 1
+    place_E = place_M.repeat_interleave(is_picked_TMJ.shape[2])
+    shift_E = missing_TMJ.flatten(1).sort(0).values.gather(0, place_E[None])[0]
     return shift_E.where(shift_E.isfinite(), 0.0)
+
+
+def _around(null: Float[Tensor, "T M N"], picks: Int[Tensor, "T M 1"]) -> tuple[Tensor, Tensor]:
+    """The best score of null experts behind so many picks of them, and the worst before; [T, M, 1].
+
+    Infinite where there is none.
+    """
+    best = F.pad(null.sort(-1, descending=True).values, (0, 1), value=float("-inf"))
+    best = F.pad(best, (1, 0), value=float("inf"))
+    return best.gather(-1, picks + 1), best.gather(-1, picks)
 
 
 def _normal(logits: Tensor, kind: str) -> Tensor:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogul.train.balance_rules import (
@@ -133,8 +134,9 @@ class TrainedRouter:
         rules = self.balance_rules
         bias: Tensor = self.e_score_correction_bias  # pyright: ignore[reportAttributeAccessIssue]
         score = logits.softmax(-1) if rules.score == "softmax" else logits.sigmoid()
-        choice = (score[:, : rules.num_experts] + bias[: rules.num_experts]).detach()
-        return shift_to_mean(choice, ids, self.balance_valid, rules.num_groups)
+        choice = score + F.pad(bias, (0, score.shape[1] - len(bias)))
+        valid, groups = self.balance_valid, rules.num_groups
+        return shift_to_mean(choice.detach(), ids, valid, groups, rules.num_experts)
 
 
 def _count(ids: Tensor, valid: Tensor | None, rules: RouterRules, parts: int) -> Tensor:
