@@ -21,10 +21,11 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mogul.core.errors import BackendError  # noqa: E402
 from mogul.kernels.triton import attention_kernels as kernels  # noqa: E402
+from mogul.kernels.triton import paged  # noqa: E402
 from mogul.kernels.triton.attention import why_not_triton_attention  # noqa: E402
 from mogul.kernels.turn import Turn  # noqa: E402
 
-CASES = ("few", "few16", "many", "many16", "fp8", "views", "turns")
+CASES = ("few", "few16", "many", "many16", "fp8", "views", "turns", "neighbours")
 LIMITS = {"few16": 2e-3, "many16": 2e-3, "fp8": 2e-3}  # fp8 pages are multiplied in fp16
 
 
@@ -134,6 +135,8 @@ def compiled(kernel: Any, arch: int, *, warps: int, cache: str = "bf16", **chang
         if name in constants
         else f"*{pointers[name]}"
         if name in pointers
+        else f"tensordesc<bf16[{values['BLOCK_L']}, {values['C']}]>"
+        if name.endswith("_desc")
         else "i32"
         for name in names
     }
@@ -173,6 +176,26 @@ def test_values_of_fp8_pages_are_turned_by_the_device() -> None:
 def test_new_keys_are_rounded_in_one_launch() -> None:
     done = compiled(kernels.round_new, 90, warps=4, cache="fp8e4nv", BLOCK=512)
     assert "cvt.rn.satfinite.e4m3x2" in done.asm["ptx"]
+    assert "max.NaN.f32" in done.asm["ptx"], "what is no number stays none"
+
+
+@pytest.mark.parametrize(("width", "fits"), [(64, True), (128, True), (256, False)])
+def test_new_keys_of_prompts_are_read_where_shared_memory_holds_them(
+    monkeypatch: pytest.MonkeyPatch, width: int, fits: bool
+) -> None:
+    tile, hopper = paged.fresh_tile, 232_448
+    sizes = {"C": width, "BLOCK_L": tile.block, "ROWS": tile.rows, "STAGES": tile.stages}
+    done = compiled(kernels.attend_fresh, 90, warps=tile.warps, **sizes)
+    assert done.metadata.shared <= paged.fresh_bytes(tile, width)
+    assert (done.metadata.shared <= hopper) == fits
+    monkeypatch.setattr(paged, "_shared_bytes", lambda _device: hopper)
+    strides = (8 * width, width) + 2 * (2 * width, width)
+    call = paged.Call(
+        device=0, sequences=32, kv_heads=2, group=4, width=width, page_size=16, window=0,
+        scaling=0.1, is_fp8=False, has_sinks=False, strides=strides, dtypes=(torch.bfloat16,),
+        turns=False, norms=False, eps=(0.0, 0.0), pdl=True,
+    )  # fmt: skip
+    assert paged._may_read_fresh(call) == fits
 
 
 def test_prompts_use_the_warp_group_unit() -> None:

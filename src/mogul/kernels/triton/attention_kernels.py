@@ -131,7 +131,8 @@ def to_page(x, scale_ptr, n, dtype: tl.constexpr, FP8: tl.constexpr):
     """What the cache holds of new keys or values."""
     if FP8:
         x = x.to(tl.float32) / tl.load(scale_ptr + n)
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        ALL: tl.constexpr = tl.PropagateNan.ALL
+        x = tl.minimum(tl.maximum(x, -448.0, propagate_nan=ALL), 448.0, propagate_nan=ALL)
     return x.to(dtype)
 
 
@@ -494,10 +495,19 @@ def attend_fresh(
             acc, peak, norm = absorb(
                 q, k, v, acc, peak, norm, at, at, length, SCALE * LOG2E, 0, False
             )
-        for j in tl.range(whole, high, num_stages=STAGES):
+        inside = tl.minimum(high, length // BLOCK_L)
+        for j in tl.range(whole, inside, num_stages=STAGES):
             k = key_desc.load([start + j * BLOCK_L, n * C])
             v = value_desc.load([start + j * BLOCK_L, n * C])
             pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
+            acc, peak, norm = absorb(
+                q, k, v, acc, peak, norm, pos, at, length, SCALE * LOG2E, 0, True
+            )
+        for j in tl.range(inside, high, num_stages=1):  # the last block of all may go on beyond
+            pos = j * BLOCK_L + tl.arange(0, BLOCK_L)
+            k = key_desc.load([start + j * BLOCK_L, n * C])
+            v = value_desc.load([start + j * BLOCK_L, n * C])
+            v = tl.where((pos < length)[:, None], v, 0.0)  # a weight of 0 takes NaN from others
             acc, peak, norm = absorb(
                 q, k, v, acc, peak, norm, pos, at, length, SCALE * LOG2E, 0, True
             )

@@ -444,8 +444,22 @@ def _may_read_fresh(call: Call) -> bool:
         not (call.window or call.has_sinks)
         and (INTERPRETED or call.pdl)  # descriptors came with the same devices
         and call.width == call.width_pow2
+        and fresh_bytes(fresh_tile, call.width) <= _shared_bytes(call.device)
         and (call.is_fp8 or heads_apart == {call.width})
     )
+
+
+def fresh_bytes(tile: ManyTile, width: int) -> int:
+    """Shared memory of `attend_fresh`: keys and values of every stage, queries, and some more."""
+    return 2 * width * (2 * tile.stages * tile.block + tile.rows) + 1024
+
+
+@cache
+def _shared_bytes(device: int) -> int:
+    """Shared memory that a program may have."""
+    if INTERPRETED:
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _rounded(
