@@ -54,6 +54,11 @@ def rounding_error() -> float:
     assert (value[5] == 7).all()
     assert scale[5] == 7
     assert value[[0, 2, 3, 4]].abs().amax() <= FP8_MAX * 1.0001
+    spoilt, rest, scales = x.clone(), torch.empty_like(value), torch.empty(6)
+    spoilt[0, 3] = float("nan")
+    quant_kernels.round_rows[(6,)](spoilt, rest, scales, live.int(), **flags)
+    assert scales[0].isnan(), "a row with what is no number stays none, by its scale"
+    assert torch.equal(scales[1:5], scale[1:5])
     errors = ((scale[:5] - want).abs() / want, (value[:5] * want[:, None] - x[:5]).abs())
     return max(float(error.max()) for error in errors)
 

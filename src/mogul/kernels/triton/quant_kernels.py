@@ -31,12 +31,12 @@ def round_rows(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     if not COUNTED or row < tl.load(count_ptr):
-        top = tl.zeros((BLOCK_C,), tl.float32)
+        top = tl.zeros((BLOCK_C,), tl.int32)
         for base in tl.static_range(0, C, BLOCK_C):
             live = base + cols < C
             x = tl.load(x_ptr + row * C + base + cols, mask=live, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.abs(x))
-        scale = tl.maximum(tl.max(top, 0), 1e-12) / 448.0
+            top = tl.maximum(top, tl.abs(x).to(tl.int32, bitcast=True))
+        scale = _scale(top)
         for base in tl.static_range(0, C, BLOCK_C):
             live = base + cols < C
             x = tl.load(x_ptr + row * C + base + cols, mask=live, other=0.0).to(tl.float32)
@@ -50,6 +50,13 @@ def round_rows(
 
 
 @triton.jit
+def _scale(top):
+    """Scale of a row from the bits of its magnitudes, whose order is theirs: NaN is the largest."""
+    most = tl.max(top, 0).to(tl.float32, bitcast=True)
+    return tl.maximum(most, 1e-12, propagate_nan=tl.PropagateNan.ALL) / 448.0
+
+
+@triton.jit
 def round_gated(
     both_ptr, value_ptr, scale_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -59,11 +66,11 @@ def round_gated(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_F)
-    top = tl.zeros((BLOCK_F,), tl.float32)
+    top = tl.zeros((BLOCK_F,), tl.int32)
     for base in tl.static_range(0, F, BLOCK_F):
         act = _gated(both_ptr + row * (2 * F), base + cols, F)
-        top = tl.maximum(top, tl.abs(act))
-    scale = tl.maximum(tl.max(top, 0), 1e-12) / 448.0
+        top = tl.maximum(top, tl.abs(act).to(tl.int32, bitcast=True))
+    scale = _scale(top)
     for base in tl.static_range(0, F, BLOCK_F):
         act = _gated(both_ptr + row * (2 * F), base + cols, F)
         value = tl.minimum(tl.maximum(act / scale, -448.0), 448.0)
