@@ -49,6 +49,20 @@ for rows, columns, inner in ((1, 48, 64), (1, 8, 2064), (3, 24, 272), (17, 32, 1
         assert (logits.gather(1, got[2]) - logits.gather(1, told[1])).abs().max() < 4e-3
         assert (got[1] - told[0]).abs().max() < 4e-3
         assert not normed._counters(host).any(), "left as found"
+x, weight, norm, plus = (torch.randn(*size).half() for size in ((1, 64), (8, 64), (64,), (1, 8)))
+for cache, run in (
+    (normed._norm, lambda t: normed.norm_rows(x, t(norm), 0.5)),
+    (normed._one, lambda t: normed.product_one(x, weight, norm=t(norm), eps=0.5)),
+    (normed._one, lambda t: normed.product_one(x, weight, residual=t(plus))),
+    (normed._one, lambda t: normed.product_one(x, t(weight), eps=0.5)),
+    (linear._narrow, lambda t: linear.linear_narrow(x, t(weight), torch.float32)),
+    (normed._route, lambda t: normed.normed_route(
+        x, t(norm), None, 0.5, weight, 2, True, torch.float32)),
+):
+    cache.cache_clear()
+    for to in (torch.Tensor.half, torch.Tensor.float):
+        run(to)
+    assert cache.cache_info().currsize == 2, "dtypes tell launches apart"
 print("normed is right")
 """
 

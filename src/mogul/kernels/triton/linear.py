@@ -121,7 +121,7 @@ def linear_narrow(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty((len(x), columns), dtype=dtype, device=x.device)
     if len(x):
         device = x.device.index if x.is_cuda else -1
-        launch = _narrow(columns, inner, (x.dtype, dtype), device)
+        launch = _narrow(columns, inner, (x.dtype, weight.dtype, dtype), device)
         launch((cdiv(columns, NARROW_BLOCK), len(x)), device, x, weight, out)
     return out
 
@@ -143,9 +143,10 @@ def linear_few(
     block_t = min(BLOCK_ROWS, max(16, next_power_of_2(count)))
     tile = few_tile or tile_of(columns, block_t, weight.itemsize)
     adds = residual is not None
-    launch = _launch(columns, inner, block_t, tile, (rows.dtype, dtype), adds, device)
     row_scale, weight_scale = scales or (out, out)
     plus = out if residual is None else aligned(residual)
+    dtypes = (rows.dtype, weight.dtype, dtype, plus.dtype)
+    launch = _launch(columns, inner, block_t, tile, dtypes, adds, device)
     launch(
         (cdiv(columns, tile[0]), cdiv(count, block_t)), device,
         rows, row_scale, weight, weight_scale, plus, out, count,
@@ -166,11 +167,11 @@ def _launch(
     inner: int,
     block_t: int,
     tile: Tile,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    dtypes: tuple[torch.dtype, ...],
     adds: bool,
     device: int,
 ) -> Launch:
-    """The launch of one shape; the dtypes of rows and result tell launches apart."""
+    """The launch of one shape; the dtypes of all tensors, rows first, tell launches apart."""
     from mogul.kernels.triton.linear_kernels import linear_few as kernel
 
     block_n, block_k, warps, stages = tile
@@ -184,9 +185,7 @@ def _launch(
 
 
 @cache
-def _narrow(
-    columns: int, inner: int, dtypes: tuple[torch.dtype, torch.dtype], device: int
-) -> Launch:
+def _narrow(columns: int, inner: int, _dtypes: tuple[torch.dtype, ...], device: int) -> Launch:
     from mogul.kernels.triton.linear_kernels import linear_narrow as kernel
 
     pdl = has_pdl(device)

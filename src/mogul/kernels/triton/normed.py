@@ -74,7 +74,8 @@ def norm_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     x, norm = aligned(x), aligned(norm)
     out = torch.empty_like(x)
     if len(x):
-        _norm(x.shape[1], eps, x.dtype, _device(x))((len(x), 1), _device(x), x, norm, out)
+        launch = _norm(x.shape[1], eps, (x.dtype, norm.dtype), _device(x))
+        launch((len(x), 1), _device(x), x, norm, out)
     return out
 
 
@@ -110,8 +111,9 @@ def product_one(
     x, weight = aligned(x), aligned(weight)
     out = x.new_empty((len(x), columns))
     flags = (norm is not None, residual is not None)
-    launch = _one(columns, inner, eps, flags, x.dtype, one_columns, _device(x))
     more = [x if some is None else aligned(some) for some in (norm, residual)]
+    dtypes = tuple(tensor.dtype for tensor in (x, weight, *more))
+    launch = _one(columns, inner, eps, flags, dtypes, one_columns, _device(x))
     launch((cdiv(columns, one_columns), len(x)), _device(x), x, more[0], weight, more[1], out)
     return out
 
@@ -136,7 +138,8 @@ def normed_route(
     x, norm, weight = aligned(x), aligned(norm), aligned(weight)
     normed, logits = torch.empty_like(x), x.new_empty((rows, columns), dtype=torch.float32)
     values, ids = x.new_empty((rows, k), dtype=dtype), x.new_empty((rows, k), dtype=torch.int64)
-    launch = _route(columns, inner, k, renormalise, eps, (x.dtype, dtype), _device(x))
+    dtypes = (x.dtype, norm.dtype, weight.dtype, dtype)
+    launch = _route(columns, inner, k, renormalise, eps, dtypes, _device(x))
     grid = (cdiv(columns, linear.NARROW_BLOCK), rows)
     parts = (x, norm, weight, normed, logits, _counters(x.device), values, ids)
     launch(grid, _device(x), *parts)
@@ -154,7 +157,7 @@ def _device(tensor: Tensor) -> int:
 
 
 @cache
-def _norm(inner: int, eps: float, _dtype: torch.dtype, device: int) -> Launch:
+def _norm(inner: int, eps: float, _dtypes: tuple[torch.dtype, ...], device: int) -> Launch:
     from mogul.kernels.triton.normed_kernels import norm_rows as kernel
 
     pdl = linear.has_pdl(device)
@@ -168,7 +171,7 @@ def _one(
     inner: int,
     eps: float,
     flags: tuple[bool, bool],
-    _dtype: torch.dtype,
+    _dtypes: tuple[torch.dtype, ...],
     block: int,
     device: int,
 ) -> Launch:
@@ -189,7 +192,7 @@ def _route(
     k: int,
     renormalise: bool,
     eps: float,
-    _dtypes: tuple[torch.dtype, torch.dtype],
+    _dtypes: tuple[torch.dtype, ...],
     device: int,
 ) -> Launch:
     from mogul.kernels.triton.normed_kernels import route_few as kernel

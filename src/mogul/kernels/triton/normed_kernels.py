@@ -23,7 +23,7 @@ def product_one(
     near = cols % N
     if PDL:
         gdc_launch_dependents()
-    w_at = w_ptr + near[:, None] * K + ks[None, :]
+    w_at = w_ptr + near.to(tl.int64)[:, None] * K + ks[None, :]
     w = tl.load(w_at, mask=(ks < K)[None, :], other=0.0, eviction_policy="evict_first")
     if PDL:
         gdc_wait()
