@@ -81,6 +81,7 @@ def rewritten(function, *args):
     [
         (product, ((5, 32), (32,), (16, 32)), ["mogul.normed_linear"]),
         (residual, ((5, 32), (16, 32), (5, 16)), ["mogul.added_linear"]),
+        (residual, ((1, 32), (16, 32), (5, 16)), ["mogul.linear"]),
         (router, ((5, 32), (32,), (16, 32)), ["mogul.normed_route"]),
         (
             shared_expert_first,
@@ -142,6 +143,16 @@ def other_rotation(x, cos, sin):
         x * cos[:, None]
         + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * (sin[:, None])
     )
+
+
+def test_a_rotation_that_changes_the_dtype_stays():
+    """Attention would say it in the dtype before."""
+    query, key, value, cos, sin, *others = inputs()
+    args = (query, key, value, cos.float(), sin.float(), *others)
+    graph = as_inductor_sees_it(attention(), *args)
+    FewRows()(graph.graph)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert "mogul.attend.default" in names
 
 
 @pytest.mark.parametrize(

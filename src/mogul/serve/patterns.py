@@ -94,6 +94,7 @@ def find_rotated(node: Any) -> Rotated | None:
             for other, sin in _both_orders(crossed, aten.mul.Tensor):
                 is_turned = is_call(x, aten.permute.default) and x.args[1] == [0, 2, 1, 3]
                 is_turned &= _is_angle(cos, x) and _is_angle(sin, x)
+                is_turned &= value(x).dtype == value(row).dtype
                 if is_turned and _is_crossed(other, x):
                     return Rotated(x.args[0], cos.args[0], sin.args[0])
     return None

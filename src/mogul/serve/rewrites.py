@@ -13,11 +13,12 @@ import torch
 from torch.fx import Graph
 
 from mogul.kernels.triton import normed, ops
+from mogul.serve import attention
 from mogul.serve.patterns import Norm, find_norm, find_rotated, is_call, value
 
 aten = torch.ops.aten
 mogul = torch.ops.mogul
-_DEFINED = (normed, ops)
+_DEFINED = (attention, normed, ops)
 """Imported for the operators that they define."""
 
 
@@ -119,7 +120,10 @@ def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> 
     residual = next((one for one in total.args if one is not last), None)
     if not isinstance(residual, torch.fx.Node) or value(residual).dtype != kept.dtype:
         return
-    if value(residual).shape != value(total).shape or kept.dtype != value(args[0]).dtype:
+    shape = value(total).shape
+    if value(last).shape != shape or value(residual).shape != shape:
+        return
+    if kept.dtype != value(args[0]).dtype:
         return
     with graph.inserting_before(total):
         rows = graph.call_function(aten.reshape.default, (residual, [-1, kept.shape[1]]))
