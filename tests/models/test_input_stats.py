@@ -140,6 +140,10 @@ def test_a_damaged_file_and_an_empty_text_are_told(folder) -> None:
     save_file({"a": torch.ones(2)}, folder / FILE)
     with pytest.raises(ArtifactError, match="holds no input statistics"):
         read_stats(folder)
+    for about in ({}, {"num_tokens": "many", "weights": "", "unseen": "[]", "sources": "[]"}):
+        save_file({"a.inputs": torch.ones(2)}, folder / FILE, {"format": "1", **about})
+        with pytest.raises(ArtifactError, match="says not what it was measured on"):
+            read_stats(folder)
     with pytest.raises(ConfigError, match="no tokens to measure"):
         measure_stats(make_model(), [])
     assert InputStats({}, 0, "").unseen == ()

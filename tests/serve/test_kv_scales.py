@@ -126,6 +126,12 @@ def test_scales_that_are_none_are_refused(tmp_path, names, words):
         read_scales(tmp_path)
 
 
+def test_a_damaged_file_of_scales_is_told(tmp_path):
+    (tmp_path / FILE).write_bytes(b"cut off")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_scales(tmp_path)
+
+
 def test_scales_of_another_model_are_refused(tiny):
     one, three = (torch.ones(1),), (torch.ones(3),)
     for scales, words in (

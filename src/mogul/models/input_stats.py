@@ -132,13 +132,14 @@ def read_stats(path: str | Path, *, checkpoint: str | Path | None = None) -> Inp
         raise ArtifactError(f"{file} cannot be read: {error}", fix=_AGAIN) from error
     if about.get("format") != FORMAT:
         raise ArtifactError(f"{file} holds no input statistics that this mogul reads", fix=_AGAIN)
-    stats = InputStats(
-        _settle(file, tensors),
-        int(about["num_tokens"]),
-        about["weights"],
-        tuple(json.loads(about["unseen"])),
-        tuple(json.loads(about["sources"])),
-    )
+    try:
+        num_tokens, weights = int(about["num_tokens"]), about["weights"]
+        unseen, sources = (tuple(json.loads(about[key])) for key in ("unseen", "sources"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{file} says not what it was measured on: {error}", fix=_AGAIN
+        ) from error
+    stats = InputStats(_settle(file, tensors), num_tokens, weights, unseen, sources)
     if checkpoint is not None and stats.weights not in ("", weights_hash(find_folder(checkpoint))):
         raise ArtifactError(f"{file} was measured on other weights", fix=_AGAIN)
     return stats

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -84,17 +84,27 @@ def read_scales(path: str | Path) -> KvScales | None:
     """The scales that belong to a checkpoint; None where it has none.
 
     Raises:
-        ArtifactError: some layers have scales and others none, or a scale is no positive number.
+        ArtifactError: a damaged file, some layers have scales and others none, or a scale is no
+            positive number.
     """
     folder = find_folder(path)
-    if (folder / FILE).exists():
-        return _settle(folder, load_file(folder / FILE))
+    try:
+        if (folder / FILE).exists():
+            return _settle(folder, load_file(folder / FILE))
+        found = _own_scales(folder)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"the scales in {folder} cannot be read: {error}") from error
+    return _settle(folder, found) if found else None
+
+
+def _own_scales(folder: Path) -> dict[str, Tensor]:
+    """Those among the checkpoint's own tensors."""
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             names = [name for name in opened.keys() if _NAME.search(name)]  # noqa: SIM118
             found |= {name: opened.get_tensor(name) for name in names}
-    return _settle(folder, found) if found else None
+    return found
 
 
 def _settle(folder: Path, found: dict[str, Tensor]) -> KvScales:
