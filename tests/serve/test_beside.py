@@ -65,6 +65,24 @@ def test_compiled_blocks_say_the_same(model):
     assert sum("linear_fp8" in call for call in calls) == 2, "the shared expert ran once"
 
 
+@torch.inference_mode()
+def test_a_forced_backend_runs_by_itself_and_what_a_failed_call_left_is_not_handed_out(model):
+    block = model.model.layers[0].mlp
+    x = torch.randn(1, 7, 64, dtype=torch.bfloat16)
+    want = block(x)
+    assert join(model) == 2
+    block.experts.kept = (torch.full_like(x[0], float("nan")),)
+    assert torch.equal(block(x), want)
+    block.experts.backend = "reference"
+    torch._dynamo.reset()
+    with_shared = "mogul.models.quantise.moe_with_shared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(with_shared, lambda *_: pytest.fail("joined in spite of the backend"))
+        got = torch.compile(block, backend="eager")(x)
+    torch._dynamo.reset()
+    assert (got.float() - want.float()).norm() < 2e-2 * want.float().norm()
+
+
 def test_weights_keep_their_names(model):
     names = {name: tensor.shape for name, tensor in model.named_buffers()}
     join(model)

@@ -50,6 +50,9 @@ class Packed(nn.Module):
         return self
 
 
+_JOINED = ("auto", "triton")
+"""Backends that may run a shared expert in the call of the routed ones."""
+
 _FP8_BUFFERS = ("gate_up_value", "gate_up_scale", "down_value", "down_scale")
 
 
@@ -81,7 +84,9 @@ class PackedExperts(Packed):
         top_k_weights: Float[Tensor, "T K"],
     ) -> Float[Tensor, "T D"]:
         """As the module it replaced."""
-        if self.beside and torch.compiler.is_compiling():
+        if self.kept:  # a call that failed before the shared part was asked for
+            self.kept = ()
+        if self.beside and self.backend in _JOINED and torch.compiler.is_compiling():
             routed = [getattr(self, name) for name in _FP8_BUFFERS]
             products = [tensor for one in self.beside for tensor in (one.value, one.scale)]
             out, shared = moe_with_shared(
