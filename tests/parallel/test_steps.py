@@ -71,6 +71,17 @@ def test_matrices_are_those_of_mogul_s_own_layout_only(monkeypatch):
     assert matrices_of(odd) is None
 
 
+def test_weights_that_kernels_cannot_read_take_no_steps(monkeypatch):
+    monkeypatch.setattr("mogul.parallel.local.choose_backend", lambda *_, **_facts: "triton")
+    experts = stock(monkeypatch)
+    x = torch.ones(3, 4)
+    assert local_experts(experts).in_steps(x, 2) == (experts.gate_up_proj, experts.down_proj)
+    moved = torch.randn(2 * 4 * 4 + 1)[1:].view(2, 4, 4)
+    for other in (moved, torch.randn(2, 4, 4).transpose(1, 2)):
+        experts.down_proj = nn.Parameter(other)
+        assert local_experts(experts).in_steps(x, 2) is None
+
+
 def test_a_processor_takes_no_steps_and_adds_what_stands_beside(monkeypatch):
     experts = stock(monkeypatch)
     local = local_experts(experts, lambda x: 10 * x)
