@@ -17,6 +17,7 @@ import torch
 from mogul.core.errors import BackendError, ConfigError
 from mogul.parallel import Plan, contiguous, make_dispatcher
 from mogul.parallel import window as windows
+from mogul.parallel.process import _explained
 from mogul.parallel.window import Region, Window, open_window
 from mogul.spec.grouping import Grouping
 
@@ -217,5 +218,9 @@ def test_a_barrier_waits_as_long_as_a_collective_and_no_longer(monkeypatch):
     assert "did something else" in told
     assert "within 7 s" in told
     assert windows.why_lost(RuntimeError("shapes do not match")) is None
+    lost = RuntimeError("CUDA error: device-side assert triggered\nand advice")
+    words = "RuntimeError: CUDA error: device-side assert triggered (a rank may not have come"
+    assert _explained(lost).startswith(words), "the others hear both"
+    assert "a rank may" in lost.__notes__[0]
     monkeypatch.setattr(windows, "_open", {})
     assert windows.why_lost(RuntimeError("unspecified launch failure")) is None

@@ -160,14 +160,22 @@ def _run_rank(
         torch.save(result, Path(folder) / f"{rank}.result")
         stop(world)
     except BaseException as error:
-        if hint := why_lost(error):
-            error.add_note(hint)
+        words = _explained(error)
         text = "".join(traceback.format_exception(error))
         (Path(folder) / f"{rank}.error").write_text(text, encoding="utf-8")
         if world is not None and world.watch is not None:
-            world.watch.tell(f"{type(error).__name__}: {hint or error}")
+            world.watch.tell(words)
         sys.stderr.flush()
         os._exit(1)  # destroying the group would wait for collectives that never end
+
+
+def _explained(error: BaseException) -> str:
+    """What others are told of an error; what a lost device may mean goes to its notes, too."""
+    words = f"{type(error).__name__}: {error}"
+    if (hint := why_lost(error)) is None:
+        return words
+    error.add_note(hint)
+    return f"{words.splitlines()[0]} ({hint})"
 
 
 def _wait(processes: list[Any], folder: Path, timeout_s: float | None) -> None:
