@@ -20,7 +20,7 @@ def layer(tokens: int, columns_of_rank: bool, with_more: bool) -> float:
     group = torch.arange(PICKS) * (EXPERTS // PICKS)
     ids = torch.randint(0, EXPERTS // PICKS, (rows, PICKS)) + group
     ids[0, 1] = EXPERTS  # no pick
-    weights, more = torch.rand(rows, PICKS), torch.randn(RANKS, rows, WIDTH).half()
+    weights, more = torch.rand(PICKS, rows).T, torch.randn(RANKS, WIDTH, rows).half().mT
     own_words = [torch.full((rows * WIDTH // 2,), -1, dtype=torch.int32) for _ in range(RANKS)]
     addresses = torch.tensor([one.data_ptr() for one in own_words])
     owns, wanted = [], torch.zeros(rows, WIDTH)

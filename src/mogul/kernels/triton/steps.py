@@ -40,6 +40,7 @@ def take(ids: Tensor, weights: Tensor, columns: slice, first: int, gate_up: Tens
 
     `weights` are float32, `gate_up` [E, 2F, D] is of the dtype that tokens will have.
     """
+    ids, weights = ids.contiguous(), weights.contiguous()
     tokens, width = ids.shape
     share = len(range(width)[columns])
     layer = _layer(gate_up.dtype, gate_up, share)
@@ -79,9 +80,10 @@ def push(
     tokens, width = own.shape
     ranks = picks.ids.shape[0] // tokens
     block = even_block(width)
+    plus = y if more is None else more.contiguous()
     kernel: Any = push_sums
     kernel[(ranks * tokens, cdiv(width, block))](
-        y, picks.ids, picks.weights, y if more is None else more, addresses, own, rank, tokens,
+        y, picks.ids, picks.weights, plus, addresses, own, rank, tokens,
         D=width, K=picks.ids.shape[1], E=picks.layer.shape.experts, RANKS=ranks, BLOCK_D=block,
         MORE=more is not None, num_warps=max(1, block // 256),
     )  # fmt: skip
