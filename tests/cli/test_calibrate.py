@@ -38,6 +38,11 @@ def test_both_files_are_written_and_read(capsys, checkpoint, tmp_path):
         assert 0.5 < float(stats.importance[name].mean() / want.mean()) < 2, name
 
 
+def test_no_sequences_are_refused_before_anything_is_read(capsys, tmp_path):
+    assert main(["calibrate", str(tmp_path / "absent"), "--batch", "0"]) != 0
+    assert "use --batch 1 or more" in capsys.readouterr().err
+
+
 def test_quantised_answers_tell_what_they_rounded_by(capsys, checkpoint, tmp_path):
     args = ["generate", checkpoint, "--prompt", "the router", "--quantise", "fp8",
             "--max-new-tokens", "3", "--device", "cpu"]  # fmt: skip

@@ -71,11 +71,14 @@ class Options:
 
 def run(options: Options) -> int:
     """Measure, write, and print what was written."""
+    from mogul.core.errors import ConfigError
     from mogul.models import load_model, load_tokenizer
     from mogul.models.input_stats import measure_stats
     from mogul.models.load import default_device, find_folder
     from mogul.observe.data import calibration
 
+    if options.batch < 1:
+        raise ConfigError(f"{options.batch} sequences in a forward", fix="use --batch 1 or more")
     folder = find_folder(options.model)
     tokenizer: Any = load_tokenizer(folder)
     data = calibration(
