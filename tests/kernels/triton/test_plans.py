@@ -14,8 +14,14 @@ from torch._subclasses import FakeTensorMode
 from mogul.core.errors import BackendError
 from mogul.kernels import ExpertLayout, choose_backend
 from mogul.kernels.triton import moe_forward_triton, plans, why_not_triton
-from mogul.kernels.triton.layer import tell_of_rule
-from mogul.kernels.triton.plans import Shape, few_plan, last_width, plan_for, table
+from mogul.kernels.triton.plans import (
+    Shape,
+    few_plan,
+    last_width,
+    plan_for,
+    table,
+    tell_of_rule,
+)
 
 PANGU = Shape(experts=64, picks=8, width=5120, inner=1344)
 CUDA = torch.device("cuda", 0)

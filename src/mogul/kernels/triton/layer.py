@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogul.core.log import log
 from mogul.kernels.triton import row_kernels, token_kernels, weight_kernels
 from mogul.kernels.triton.launch import (
     INTERPRETED,
@@ -28,9 +27,9 @@ from mogul.kernels.triton.plans import (
     Shape,
     Tile,
     few_plan,
-    is_measured,
     last_width,
     plan_for,
+    tell_of_rule,
 )
 from mogul.kernels.triton.sorter import Sorter
 from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_views
@@ -469,17 +468,6 @@ def _pace(tile: Tile) -> dict[str, int]:
 
 def _flags(tile: Tile) -> dict[str, bool]:
     return {"TMA": tile.tma, "SWAP": tile.swap, "FLATTEN": tile.flatten, "STREAM": tile.stream}
-
-
-@cache
-def tell_of_rule(shape: Shape) -> None:
-    """Say once why the first calls of a shape wait and may be slower than they could."""
-    if not is_measured(shape):
-        log.warning(
-            f"{shape.experts} experts of {shape.width} x {shape.inner}, {shape.picks} picks a "
-            "token: no measured tiles for this GPU; the first calls compile tiles by rule, some "
-            "seconds each (`mogul bench kernels --tune` measures better ones)"
-        )
 
 
 @cache

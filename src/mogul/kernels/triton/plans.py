@@ -14,6 +14,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mogul.core.log import log
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -228,3 +230,14 @@ def plan_for(shape: Shape, tokens: int) -> Plan:
         if entry.plan is not None and tokens <= entry.tokens:
             return _with_backward(entry.plan, shape)
     return rule(shape, tokens)
+
+
+@cache
+def tell_of_rule(shape: Shape) -> None:
+    """Say once why the first calls of a shape wait and may be slower than they could."""
+    if not is_measured(shape):
+        log.warning(
+            f"{shape.experts} experts of {shape.width} x {shape.inner}, {shape.picks} picks a "
+            "token: no measured tiles for this GPU; the first calls compile tiles by rule, some "
+            "seconds each (`mogul bench kernels --tune` measures better ones)"
+        )
