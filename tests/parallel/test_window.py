@@ -87,6 +87,20 @@ def test_a_larger_move_gets_a_larger_region_and_keeps_the_old_for_graphs():
     assert node.run(on_rank) == [[48, 1]] * 2  # 2 x 5 x 4 words, rounded up to 64 bytes
 
 
+def test_a_region_made_in_inference_mode_serves_outside_of_it():
+    node = Node(2)
+
+    def on_rank(rank):
+        window = node.window(rank)
+        found = []
+        for mode in (torch.inference_mode(), torch.no_grad()):
+            with mode:
+                found += window.gather((torch.full((1, 2), float(rank)),), "tokens").end()
+        return found[1].tolist()
+
+    assert node.run(on_rank) == [[[0.0, 0.0], [1.0, 1.0]]] * 2
+
+
 @pytest.mark.parametrize("name", ["static", "gather"])
 def test_a_dispatcher_computes_the_same_through_a_window(name, monkeypatch):
     ranks, experts, picks, width, tokens = 2, 8, 4, 6, 5

@@ -212,7 +212,8 @@ class Window:
         if region is None or region.own.numel() < words:
             if region is not None:
                 self.retired.append(region)
-            region = self.regions[name] = self._make(words, device)
+            with torch.inference_mode(False):  # later moves may run outside of it
+                region = self.regions[name] = self._make(words, device)
         return region
 
     def _make(self, words: int, device: torch.device) -> Region:
