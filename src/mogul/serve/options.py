@@ -19,7 +19,8 @@ class EngineOptions:
     """Requests that run at once."""
 
     step_tokens: int | None = None
-    """Tokens computed in one step; None is 512 on a processor and 8,192 on an accelerator."""
+    """Tokens computed in one step; None is 512 on a processor, on an accelerator 8,192 and one for
+    each of `max_sequences`."""
 
     page_size: int | None = None
     """Tokens of one page of the cache; None is 64 on a processor and 16 on an accelerator."""
