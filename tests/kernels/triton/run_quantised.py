@@ -194,7 +194,7 @@ def main() -> None:
         if clamped:
             gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
             biases["gate_up_bias"] = torch.randn(experts, 2 * inner)
-            biases["down_bias"] = torch.randn(experts, width)
+            biases["down_bias"] = torch.randn(width, experts).T  # as it comes: strided
         packed = quantise_experts(gate_up, down, format_name, layout=layout, **biases)
         x = torch.randn(tokens, width).to(dtype)
         ids = torch.rand(tokens, experts).topk(picks).indices

@@ -8,7 +8,7 @@ everything is also the operator `mogul::moe_quantised`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -107,7 +107,7 @@ class QuantLayer:
         def launch(name: str, bias: Tensor | None, n: int, k: int, kind: dict[str, Any]) -> Launch:
             kernel = getattr(quant_token_kernels, name)
             constants = {**same, **kind, "BLOCK_N": n, "BLOCK_K": k, "BIAS": bias is not None}
-            key = (name, bias is None, plan)
+            key = (name, None if bias is None else bias.dtype, plan)
             return self._launch(
                 key, None, lambda: Launch(kernel, constants, warps=plan.warps, pdl=pdl)
             )
@@ -166,7 +166,7 @@ class QuantLayer:
                 pdl=self.layer.pdl,
             )
 
-        launch = self._launch(("up", bias is None), plan, build)
+        launch = self._launch(("up", None if bias is None else bias.dtype), plan, build)
         value = weights.gate_up
         desc = descriptor(value.view(-1, shape.width), [tile.n, tile.k]) if tile.tma else value
         launch(
@@ -192,7 +192,7 @@ class QuantLayer:
                 pdl=self.layer.pdl,
             )
 
-        launch = self._launch(("down", bias is None), plan, build)
+        launch = self._launch(("down", None if bias is None else bias.dtype), plan, build)
         value, a_desc = weights.down, a
         desc = value
         if tile.tma:
@@ -246,6 +246,10 @@ def run_quantised(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     _check(weights)
+    biases = (weights.gate_up_bias, weights.down_bias)
+    if any(bias is not None for bias in biases):
+        first, last = (None if bias is None else aligned(bias) for bias in biases)
+        weights = replace(weights, gate_up_bias=first, down_bias=last)
     x, ids, factors = aligned(x), aligned(ids), aligned(factors)
     device = x.device.index if x.is_cuda else -1
     dtypes = (x.dtype, ids.dtype, factors.dtype)
