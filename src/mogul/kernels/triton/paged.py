@@ -293,6 +293,7 @@ def paged_attention_triton(
     check_pages(key_cache, value_cache)
     if not len(query):
         return out
+    sinks = None if sinks is None else aligned(sinks)
     num_kv_heads, width = key.shape[1:]
     device = query.device.index if query.is_cuda else -1
     is_fp8 = key_cache.dtype == FP8
