@@ -108,6 +108,14 @@ def test_other_orders_are_left_alone(model):
     assert not isinstance(block.shared_expert, beside.Kept)
 
 
+def test_a_shared_expert_that_says_something_else_is_left_alone(model):
+    shared = model.model.layers[1].mlp.shared_expert
+    forward = shared.forward
+    shared.forward = lambda x: 2 * forward(x)
+    assert join(model) == 1
+    assert model.model.layers[1].mlp.shared_expert is shared
+
+
 def test_experts_that_a_device_cannot_join_are_left_alone(model, monkeypatch):
     monkeypatch.undo()
     assert join(model) == 0

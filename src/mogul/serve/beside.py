@@ -3,7 +3,8 @@
 In compiled code the experts module then computes both, one operator on two streams, and keeps the
 shared part; what stands where the shared expert stood hands it out. As in `fuse.py` nothing is
 assumed of the model: one token is run, and only where both are called once, with one input, routed
-experts first, are they joined. Code that is not compiled calls both as before.
+experts first, and the shared one says what its products say, are they joined. Code that is not
+compiled calls both as before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogul.kernels import takes_shared
@@ -52,11 +54,29 @@ def join_shared(model: Any, device: torch.device) -> int:
         if [len(call) for call in calls] != [1, 1]:
             continue
         (order, given), (after, also) = (call[0] for call in calls)
-        if given == also and order < after:
+        if (
+            given == also
+            and order < after
+            and _is_gated(block.shared_expert, products, model.dtype)
+        ):
             block.experts.beside = products
             block.shared_expert = Kept(block.experts, block.shared_expert)
             count += 1
     return count
+
+
+@torch.inference_mode()
+def _is_gated(
+    shared: nn.Module, products: tuple[PackedLinear, PackedLinear], dtype: torch.dtype
+) -> bool:
+    """Whether a shared expert is down(silu(gate) * up) and nothing else, tried with one row."""
+    joined, last = products
+    x = torch.linspace(-2, 2, joined.in_features, device=joined.value.device).to(dtype)[None]
+    gate, up = joined(x).chunk(2, -1)
+    want = last(F.silu(gate) * up)
+    return torch.allclose(
+        shared(x).float(), want.float(), rtol=0.05, atol=0.02 * float(want.abs().max())
+    )
 
 
 def _products(block: Any, dtype: torch.dtype) -> tuple[PackedLinear, PackedLinear] | None:
