@@ -43,6 +43,27 @@ def test_no_sequences_are_refused_before_anything_is_read(capsys, tmp_path):
     assert "use --batch 1 or more" in capsys.readouterr().err
 
 
+def test_a_model_that_mogul_carries_is_left_as_it_is(capsys):
+    assert main(["calibrate", "nano"]) != 0
+    error = capsys.readouterr().err
+    assert "nano is part of mogul's installation" in error
+    assert "--out" in error
+
+
+def test_statistics_of_another_folder_are_read_by_name(capsys, checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the router sends every token to one expert in every group " * 40)
+    measure = ["calibrate", checkpoint, "--data", text, "--out", tmp_path, "--max-tokens", 200,
+               "--length", 64, "--device", "cpu", "--no-kv-scales"]  # fmt: skip
+    assert main([*map(str, measure)]) == 0
+    speak = ["generate", checkpoint, "--prompt", "the router", "--max-new-tokens", "3",
+             "--device", "cpu", "--statistics", tmp_path]  # fmt: skip
+    assert main([*map(str, speak), "--quantise", "fp8"]) == 0
+    assert "mogul calibrate" not in capsys.readouterr().err
+    assert main([*map(str, speak)]) != 0
+    assert "statistics are for quantising" in capsys.readouterr().err
+
+
 def test_quantised_answers_tell_what_they_rounded_by(capsys, checkpoint, tmp_path):
     args = ["generate", checkpoint, "--prompt", "the router", "--quantise", "fp8",
             "--max-new-tokens", "3", "--device", "cpu"]  # fmt: skip

@@ -76,10 +76,16 @@ def run(options: Options) -> int:
     from mogul.models.input_stats import measure_stats
     from mogul.models.load import default_device, find_folder
     from mogul.observe.data import calibration
+    from mogul.spec.carried import carried_folder
 
     if options.batch < 1:
         raise ConfigError(f"{options.batch} sequences in a forward", fix="use --batch 1 or more")
     folder = find_folder(options.model)
+    if options.out is None and carried_folder(options.model) is not None:
+        raise ConfigError(
+            f"{options.model} is part of mogul's installation, which stays as it is",
+            fix="name a folder for the files with --out, and read them with --statistics",
+        )
     tokenizer: Any = load_tokenizer(folder)
     data = calibration(
         read_sources(options.data),

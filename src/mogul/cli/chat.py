@@ -74,6 +74,9 @@ class Options:
     quantise: Quantise = "no"
     """Quantise while loading: fp8 experts and linear layers, or experts alone."""
 
+    statistics: str | None = None
+    """Folder that `mogul calibrate --out` wrote, to round by; else the checkpoint's own, if any."""
+
 
 def run(options: Options) -> int:
     """Talk until the person leaves."""
@@ -87,6 +90,7 @@ def run(options: Options) -> int:
         experts=o.experts,
         needs_template=True,
         quantise=o.quantise,
+        statistics=o.statistics,
     )
     start: list[Message] = [{"role": "system", "content": o.system}] if o.system else []
     speaker.template_inputs([*start, {"role": "user", "content": "?"}])  # refused now, or never

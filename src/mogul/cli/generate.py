@@ -60,6 +60,9 @@ class Options:
     quantise: Quantise = "no"
     """Quantise while loading: fp8 experts and linear layers, or experts alone."""
 
+    statistics: str | None = None
+    """Folder that `mogul calibrate --out` wrote, to round by; else the checkpoint's own, if any."""
+
 
 def run(options: Options) -> int:
     """Stream the continuation; 130 when interrupted."""
@@ -74,6 +77,7 @@ def run(options: Options) -> int:
         experts=o.experts,
         needs_template=o.chat,
         quantise=o.quantise,
+        statistics=o.statistics,
     )
     message = {"role": "user", "content": text}
     try:

@@ -193,6 +193,7 @@ def open_speaker(
     experts: str,
     needs_template: bool,
     quantise: Quantise = "no",
+    statistics: str | None = None,
 ) -> Speaker:
     """Load a checkpoint for speaking, telling on standard error what was loaded.
 
@@ -219,6 +220,7 @@ def open_speaker(
         device=device,
         experts=experts,
         quantise=None if quantise == "no" else quantise,
+        statistics=statistics,
     )
     params = sampling_params(loaded.generation_config, sampling)
     count = show_count(loaded.num_parameters())
