@@ -51,19 +51,24 @@ class ForcedSampler(Sampler):
         return Sampled(torch.randint_like(chosen.ids, self.vocab), chosen.is_valid)
 
 
-def main() -> None:
-    options = read_options()
-    folder = Path(options.out) / "shape"
+def model_of(options: argparse.Namespace, name: str) -> Any:
+    """The preset with its random weights; its configuration goes into a folder of that name."""
+    folder = Path(options.out) / name
     folder.mkdir(parents=True, exist_ok=True)
     config = presets.config(options.preset)
     if options.layers:
         config["num_hidden_layers"] = options.layers
     (folder / "config.json").write_text(json.dumps(config))
-    start_s = time.perf_counter()
     torch.manual_seed(0)
-    model = random_model(
+    return random_model(
         folder, dtype="bfloat16", device="cuda", experts="mogul", quantise=options.quantise
     )
+
+
+def main() -> None:
+    options = read_options()
+    start_s = time.perf_counter()
+    model = model_of(options, "shape")
     torch.cuda.synchronize()
     note(options, kind="weights", seconds=time.perf_counter() - start_s)
     batches = options.batches
@@ -89,7 +94,7 @@ def main() -> None:
     )
     note(options, kind="ready", seconds=time.perf_counter() - start_s)
     plain = engine.steps.sampler
-    engine.steps.sampler = ForcedSampler(config["vocab_size"])
+    engine.steps.sampler = ForcedSampler(model.config.vocab_size)
     bandwidth = copy_bandwidth()
     note(options, kind="bandwidth", bytes_per_s=bandwidth)
     for batch in () if options.most else batches:

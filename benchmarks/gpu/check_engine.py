@@ -13,7 +13,6 @@ forward with the branches of one layer turned round, which is what one wrong lay
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ from mogul.models.quantise import PackedExperts
 from mogul.serve import SamplingParams
 from mogul.serve.engine import Engine
 from mogul.serve.graphs import decoder_layers
-from mogul.serve.loading import random_model
 from mogul.serve.options import EngineOptions
-from mogul.spec import presets
 
 LAST = ("o_proj", "down_proj")
 
@@ -165,16 +162,7 @@ def check(engine: Engine, options: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = read_options()
-    folder = Path(options.out) / "shape_check"
-    folder.mkdir(parents=True, exist_ok=True)
-    config = presets.config(options.preset)
-    if options.layers:
-        config["num_hidden_layers"] = options.layers
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = random_model(
-        folder, dtype="bfloat16", device="cuda", experts="mogul", quantise=options.quantise
-    )
+    model = bench_engine.model_of(options, "shape_check")
     damp(model, options.branch)
     length = max(options.lengths) + options.output
     sequences = len(options.lengths)

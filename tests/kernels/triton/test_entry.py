@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import lines_of
 
 pytest.importorskip("triton")
 
@@ -17,14 +15,9 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler for a launcher")
 @pytest.mark.parametrize(("kind", "arguments"), [("plain", 3), ("descriptor", 11)])
 def test_the_driver_is_told_the_same(tmp_path: Path, kind: str, arguments: int) -> None:
-    script = Path(__file__).with_name("run_entry.py")
     folders = {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(script), kind, str(tmp_path)],
-        capture_output=True, text=True, check=False, env={**os.environ, **folders},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
+    (line,) = lines_of("run_entry.py", kind, str(tmp_path), **folders)
+    told = json.loads(line)
     assert told["same"]
     assert len(told["arguments"]) == 1 + arguments
     assert told["arguments"][0] == 0xABC

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from scripts import rows_of
 
 pytest.importorskip("triton")
 
@@ -24,12 +20,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    script = Path(__file__).with_name("run_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *CASES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = rows_of("run_interpreted.py", *CASES)
     return {row.pop("case"): row for row in rows}
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import rows_of
 
 triton = pytest.importorskip("triton")
 
@@ -36,12 +33,7 @@ GPT_OSS = ExpertLayout(is_transposed=True, is_concatenated=False, activation=CLA
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("run_layouts.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *CASES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return rows_of("run_layouts.py", *CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

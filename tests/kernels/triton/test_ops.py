@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from scripts import lines_of
 
 pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
 def held() -> dict[str, bool]:
-    script = Path(__file__).with_name("run_ops.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(lines_of("run_ops.py")[-1])
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import lines_of
 
 triton = pytest.importorskip("triton")
 
@@ -21,7 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mogul.core.errors import BackendError  # noqa: E402
 from mogul.kernels.triton import attention_kernels as kernels  # noqa: E402
-from mogul.kernels.triton import paged  # noqa: E402
+from mogul.kernels.triton import paged, prompt_kernels  # noqa: E402
 from mogul.kernels.triton.attention import why_not_triton_attention  # noqa: E402
 from mogul.kernels.turn import Turn  # noqa: E402
 
@@ -30,16 +28,7 @@ LIMITS = {"few16": 2e-3, "many16": 2e-3, "fp8": 2e-3}  # fp8 pages are multiplie
 
 
 def interpreted(examples: int) -> dict[str, float]:
-    script = Path(__file__).with_name("run_paged.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *CASES],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "EXAMPLES": str(examples)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(lines_of("run_paged.py", *CASES, EXAMPLES=str(examples))[-1])
 
 
 def check_all(found: dict[str, float]) -> None:
@@ -185,7 +174,7 @@ def test_new_keys_of_prompts_are_read_where_shared_memory_holds_them(
 ) -> None:
     tile, hopper = paged.fresh_tile, 232_448
     sizes = {"C": width, "BLOCK_L": tile.block, "ROWS": tile.rows, "STAGES": tile.stages}
-    done = compiled(kernels.attend_fresh, 90, warps=tile.warps, **sizes)
+    done = compiled(prompt_kernels.attend_fresh, 90, warps=tile.warps, **sizes)
     assert done.metadata.shared <= paged.fresh_bytes(tile, width)
     assert (done.metadata.shared <= hopper) == fits
     monkeypatch.setattr(paged, "_shared_bytes", lambda _device: hopper)
@@ -199,7 +188,7 @@ def test_new_keys_of_prompts_are_read_where_shared_memory_holds_them(
 
 
 def test_prompts_use_the_warp_group_unit() -> None:
-    done = compiled(kernels.attend_many, 90, warps=8, ROWS=128)
+    done = compiled(prompt_kernels.attend_many, 90, warps=8, ROWS=128)
     assert done.metadata.shared <= 232_448
     assert re.search(r"wgmma\.mma_async", done.asm["ptx"])
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import rows_of
 
 triton = pytest.importorskip("triton")
 
@@ -42,12 +39,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, float]:
-    script = Path(__file__).with_name("run_quantised.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *CASES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = rows_of("run_quantised.py", *CASES)
     return {row["case"]: row["error"] for row in rows}
 
 

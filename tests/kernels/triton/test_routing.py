@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import rows_of
 
 triton = pytest.importorskip("triton")
 
@@ -36,12 +33,7 @@ RULES = (
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("run_routing.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *RULES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return rows_of("run_routing.py", *RULES)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mogul.core.errors import BackendError
 from mogul.kernels.reference.attention import FP8
 from mogul.kernels.triton import attention_kernels as kernels
+from mogul.kernels.triton import prompt_kernels
 from mogul.kernels.triton.launch import (
     INTERPRETED,
     Launch,
@@ -217,7 +218,7 @@ def _many(call: Call, few: int, tile: ManyTile, apart: bool) -> tuple[Launch, in
         "STAGES": tile.stages,
     }
     launch = Launch(
-        kernels.attend_many, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
+        prompt_kernels.attend_many, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
     )
     return launch, queries
 
@@ -234,7 +235,7 @@ def _fresh(call: Call, few: int, tile: ManyTile) -> tuple[Launch, int]:
         **{"SCALE": call.scaling, "STAGES": tile.stages, "PDL": call.pdl},
     }
     launch = Launch(
-        kernels.attend_fresh, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
+        prompt_kernels.attend_fresh, constants, warps=tile.warps, stages=tile.stages, pdl=call.pdl
     )
     return launch, queries
 

@@ -1,0 +1,28 @@
+"""Scripts beside the tests run in a process of their own: kernels are interpreted for all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def lines_of(name: str, *args: str, **environment: str) -> list[str]:
+    """What a script of this folder prints; the test fails with its errors where it fails."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(name)), *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def rows_of(name: str, *args: str) -> list[dict[str, Any]]:
+    """Its rows of JSON, among other lines."""
+    return [json.loads(line) for line in lines_of(name, *args) if line.startswith("{")]
