@@ -13,6 +13,7 @@ from mogul.bench.serve_load import FORCED_TEMPERATURE, Timeline, Workload
 from mogul.cli.bench_serve import engine_options
 from mogul.cli.main import main
 from mogul.core.errors import ConfigError
+from mogul.models.input_stats import measure_stats
 from mogul.serve.kv_scales import KvScales
 
 CONFIG = {
@@ -216,3 +217,18 @@ def test_scales_of_a_checkpoint_reach_the_engine(tmp_path, monkeypatch, model) -
     options["kv_dtype"] = "auto"
     serve.open_and_measure(str(tmp_path), request, device="cpu")
     assert not any(seen)
+
+
+def test_statistics_of_another_folder_are_used(tmp_path, capsys, model) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "measured"
+    model.save_pretrained(folder)
+    elsewhere.mkdir()
+    batches = [torch.arange(40).remainder(model.config.vocab_size)[None]]
+    measure_stats(model, batches, checkpoint=folder).save(elsewhere)
+    words = ["bench", "serve", str(folder), "--batch", "1", "--input", "8", "--output", "3"]
+    words += ["--runs", "1", "--device", "cpu", "--set", "cache_tokens=200"]
+    words += ["--quantise", "fp8-experts", "--statistics"]
+    assert main([*words, str(elsewhere)]) == 0
+    assert "rounding by the inputs of 40 tokens" in capsys.readouterr().err
+    assert main([*words, str(tmp_path)]) != 0
+    assert "input_stats.safetensors" in capsys.readouterr().err

@@ -126,6 +126,40 @@ def test_scales_that_are_none_are_refused(tmp_path, names, words):
         read_scales(tmp_path)
 
 
+def test_scales_know_the_weights_they_were_measured_on(tiny, tmp_path):
+    own, other, elsewhere = (tmp_path / name for name in ("own", "other", "elsewhere"))
+    for folder, factor in ((own, 1.0), (other, 2.0)):
+        scaled_model(tiny, factor).save_pretrained(folder)
+    engine = Engine.from_pretrained(own, device="cpu", **SMALL)
+    scales = measure_scales(engine, tiny.prompts(30), checkpoint=own)
+    engine.close()
+    elsewhere.mkdir()
+    for folder in (own, other, elsewhere):
+        scales.save(folder)
+    for statistics in (None, elsewhere, elsewhere / "input_stats.safetensors"):
+        engine = Engine.from_pretrained(
+            own, device="cpu", kv_dtype="fp8", statistics=statistics, **SMALL
+        )
+        assert torch.equal(engine.runner.caches[1].key_scale, scales.keys[1])
+        engine.close()
+        with pytest.raises(ArtifactError, match="was measured on other weights") as caught:
+            Engine.from_pretrained(
+                other, device="cpu", kv_dtype="fp8", statistics=statistics, **SMALL
+            )
+        assert caught.value.__notes__ == ["fix: measure them anew: mogul calibrate MODEL"]
+    Engine.from_pretrained(other, device="cpu", **SMALL).close()  # nothing asks for them
+
+
+def test_scales_of_a_model_in_memory_belong_to_any_weights(tiny, tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path)
+    one = tuple(torch.tensor([2.0]) for _ in range(2))
+    KvScales(one, tuple(scale.clone() for scale in one)).save(tmp_path)
+    found = read_scales(tmp_path, checkpoint=tmp_path)
+    assert found is not None
+    assert found.weights == ""
+    assert found.of_rank(1, 2).values[1].tolist() == [2.0]
+
+
 def test_a_damaged_file_of_scales_is_told(tmp_path):
     (tmp_path / FILE).write_bytes(b"cut off")
     with pytest.raises(ArtifactError, match="cannot be read"):

@@ -122,12 +122,14 @@ def open_and_measure(
     experts: str = "mogul",
     name: str = "",
     quantise: str | None = None,
+    statistics: str | None = None,
 ) -> Result:
     """Open a model as the engine would, and measure it; see `measure`."""
-    from mogul.serve.kv_scales import read_scales
+    from mogul.serve.kv_scales import find_scales
     from mogul.serve.loading import open_model
 
     where = device_of(device)
+    needs_scales = request.engine.get("kv_dtype") == "fp8" and load == "checkpoint"
     bytes_per_s = copy_bandwidth(where)
     model = open_model(
         path,
@@ -136,9 +138,10 @@ def open_and_measure(
         device=where.type,
         experts=experts,
         quantise=quantise,
+        statistics=None if needs_scales and quantise is None else statistics,
     )
-    if request.engine.get("kv_dtype") == "fp8" and load == "checkpoint":
-        request = replace(request, kv_scales=read_scales(path))
+    if needs_scales:
+        request = replace(request, kv_scales=find_scales(path, statistics))
     result = measure(model, request, name=name or path, bytes_per_s=bytes_per_s)
     return replace(result, dtype=f"{result.dtype}, {quantise}") if quantise else result
 

@@ -63,6 +63,9 @@ class Options:
     quantise: Quantise = "no"
     """Quantise while loading: fp8 experts and linear layers, or experts alone."""
 
+    statistics: str | None = None
+    """File or folder of `mogul calibrate`, where not the checkpoint's own."""
+
     set: tuple[str, ...] = ()
     """Options of the engine as NAME=VALUE, for example kv_dtype=fp8 page_size=64 graphs=false."""
 
@@ -100,6 +103,7 @@ def run(options: Options) -> int:
             experts=options.experts,
             name=options.model,
             quantise=None if options.quantise == "no" else options.quantise,
+            statistics=options.statistics,
         )
     table(result).show(options.format)
     if options.record:

@@ -103,7 +103,7 @@ def run(options: Options) -> int:
     out = options.out or folder
     out.mkdir(parents=True, exist_ok=True)
     written = {"inputs of layers": (stats.save(out), len(stats.importance))}
-    if options.kv_scales and (scales := _measure_scales(model, data)) is not None:
+    if options.kv_scales and (scales := _measure_scales(model, data, folder)) is not None:
         written["keys and values"] = (scales.save(out), len(scales.keys))
     _table(options, stats.num_tokens, written).show(options.format)
     return 0
@@ -122,7 +122,7 @@ def batches(data: Calibration, size: int) -> Iterator[Tensor]:
             yield torch.from_numpy(one.ids[None, : one.num_real])
 
 
-def _measure_scales(model: Any, data: Calibration) -> Any:
+def _measure_scales(model: Any, data: Calibration, folder: Path) -> Any:
     """Scales of an fp8 cache; None, with a line, for a family that the engine refuses."""
     from mogul.core.errors import BackendError
     from mogul.core.log import say
@@ -141,7 +141,7 @@ def _measure_scales(model: Any, data: Calibration) -> Any:
         say(f"no scales of keys and values: {error}")
         return None
     try:
-        return measure_scales(engine, prompts)
+        return measure_scales(engine, prompts, checkpoint=folder)
     finally:
         engine.close()
 

@@ -23,7 +23,7 @@ from mogul.models.load import default_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
 from mogul.serve.admit import PROMPT_ROWS, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
-from mogul.serve.kv_scales import KvScales, read_scales
+from mogul.serve.kv_scales import KvScales, find_scales
 from mogul.serve.loading import Load, open_model, open_tokenizer
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
@@ -105,7 +105,8 @@ class Engine:
         speculator: Speculator | None,
         scales: KvScales | None,
     ) -> None:
-        self.sizes = sizes = choose_sizes(self.runner, self.options)
+        guess_bytes = speculator.token_bytes(self.runner) if speculator is not None else 0
+        self.sizes = sizes = choose_sizes(self.runner, self.options, guess_bytes)
         if self.parallel is not None:
             self.sizes = sizes = settle_sizes(sizes, model.device)
         self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size, scales)
@@ -166,7 +167,8 @@ class Engine:
             load: "random" makes weights of the config's shape on the device instead.
             quantise: fp8 (experts and linear layers), fp8-experts, int4-32, -64 or -128 (experts):
                 each layer is quantised while it is loaded. None keeps the weights as they are.
-            statistics: file of `mogul calibrate`; None takes the one beside the weights, if any.
+            statistics: file or folder of `mogul calibrate`; None takes what lies beside the
+                weights, if anything.
             speculator: guesses tokens that are verified together; None guesses nothing.
             parallel: spread the model over this many ranks, each of which makes the same calls.
             options: fields of `EngineOptions`.
@@ -178,6 +180,7 @@ class Engine:
         settled = EngineOptions(**options)
         if parallel is not None:
             check_spread(parallel, speculator, quantise)
+        needs_scales = settled.kv_dtype == "fp8" and load == "checkpoint"
         model = open_model(
             path,
             load=load,
@@ -185,10 +188,10 @@ class Engine:
             device=device or default_device(),
             experts=experts,
             quantise=quantise,
-            statistics=statistics,
+            statistics=None if needs_scales and quantise is None else statistics,
         )
         tokenizer = open_tokenizer(path)
-        scales = read_scales(path) if settled.kv_dtype == "fp8" and load == "checkpoint" else None
+        scales = find_scales(path, statistics) if needs_scales else None
         more = {"speculator": speculator, "kv_scales": scales, "parallel": parallel}
         return cls(model, tokenizer, settled, name=str(path), **more)
 

@@ -6,6 +6,8 @@
 3. Nothing: scale 1. e4m3 keeps three bits from 2^-6 to 448, so only keys or values outside need
    another; what is larger than 448 times its scale is cut off.
 
+A file says which weights it was measured on, and is refused beside others.
+
 `measure_scales` finds the largest key and value of every head in a short text and takes the power
 of two that leaves half as much room again above it, or more: numbers that scale 1 holds well are
 rounded just as with scale 1.
@@ -21,13 +23,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.files import atomic_write
+from mogul.core.log import say
 from mogul.models.load import find_folder
 from mogul.serve.params import SamplingParams
+from mogul.spec.fingerprint import weights_hash
 
 if TYPE_CHECKING:
     from mogul.serve.attention import LayerShape
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 
 FILE = "kv_scales.safetensors"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
+_WEIGHTS = "weights"
+_AGAIN = "measure them anew: mogul calibrate MODEL"
 ROOM = 1.5
 """Times the largest number seen that fits at least."""
 
@@ -49,6 +55,9 @@ class KvScales:
     """Of each layer, one number or one a key-value head."""
 
     values: tuple[Tensor, ...]
+
+    weights: str = ""
+    """`weights_hash` of the checkpoint; empty where a model in memory was measured."""
 
     def of_rank(self, rank: int, ranks: int) -> KvScales:
         """Those of the heads that one of some ranks keeps; a number for all heads is everybody's.
@@ -66,7 +75,8 @@ class KvScales:
                 )
             return scale.chunk(ranks)[rank]
 
-        return KvScales(*(tuple(map(share, part)) for part in (self.keys, self.values)))
+        parts = (tuple(map(share, part)) for part in (self.keys, self.values))
+        return KvScales(*parts, self.weights)
 
     def save(self, folder: str | Path) -> Path:
         """Write them where `read_scales` finds them, beside the checkpoint."""
@@ -76,25 +86,55 @@ class KvScales:
             for kind, scales in (("k", self.keys), ("v", self.values))
             for layer, scale in enumerate(scales)
         }
-        atomic_write(path, save(named))
+        atomic_write(path, save(named, {_WEIGHTS: self.weights}))
         return path
 
 
-def read_scales(path: str | Path) -> KvScales | None:
-    """The scales that belong to a checkpoint; None where it has none.
+def find_scales(path: str | Path, statistics: str | Path | None = None) -> KvScales | None:
+    """What an engine takes for a checkpoint: scales beside named statistics, or its own.
 
     Raises:
-        ArtifactError: a damaged file, some layers have scales and others none, or a scale is no
-            positive number.
+        ArtifactError: see `read_scales`.
+    """
+    scales = None
+    if statistics is not None:
+        named = Path(statistics)
+        folder = named.parent if named.suffix == ".safetensors" else named
+        scales = read_scales(folder, checkpoint=path)
+    scales = scales or read_scales(path, checkpoint=path)
+    known = f"{len(scales.keys)} layers' own scales" if scales is not None else "scale 1"
+    say(f"fp8 keys and values with {known}")
+    return scales
+
+
+def read_scales(path: str | Path, *, checkpoint: str | Path | None = None) -> KvScales | None:
+    """The scales in a folder; None where it has none.
+
+    Args:
+        path: a checkpoint folder, hub id, or a folder with the file alone.
+        checkpoint: folder of the weights they must belong to; None asks nothing.
+
+    Raises:
+        ArtifactError: a damaged file, scales of other weights, some layers have scales and others
+            none, or a scale is no positive number.
     """
     folder = find_folder(path)
     try:
-        if (folder / FILE).exists():
-            return _settle(folder, load_file(folder / FILE))
-        found = _own_scales(folder)
+        found, weights = _file_scales(folder / FILE) or (_own_scales(folder), "")
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"the scales in {folder} cannot be read: {error}") from error
-    return _settle(folder, found) if found else None
+    if weights and checkpoint is not None and weights != weights_hash(find_folder(checkpoint)):
+        raise ArtifactError(f"{folder / FILE} was measured on other weights", fix=_AGAIN)
+    return _settle(folder, found, weights) if found else None
+
+
+def _file_scales(file: Path) -> tuple[dict[str, Tensor], str] | None:
+    """Those that were measured, and on which weights, where it is known; None without a file."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as opened:
+        named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return named, (opened.metadata() or {}).get(_WEIGHTS, "")
 
 
 def _own_scales(folder: Path) -> dict[str, Tensor]:
@@ -107,7 +147,7 @@ def _own_scales(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _settle(folder: Path, found: dict[str, Tensor]) -> KvScales:
+def _settle(folder: Path, found: dict[str, Tensor], weights: str) -> KvScales:
     parts: dict[str, dict[int, Tensor]] = {"k": {}, "v": {}}
     for name, scale in found.items():
         if (match := _NAME.search(name)) is None:
@@ -123,7 +163,8 @@ def _settle(folder: Path, found: dict[str, Tensor]) -> KvScales:
             "scales, not one layer after the other",
             fix=f"measure all of them anew, or remove {FILE}",
         )
-    return KvScales(*(tuple(part[layer] for layer in layers) for part in parts.values()))
+    keys, values = (tuple(part[layer] for layer in layers) for part in parts.values())
+    return KvScales(keys, values, weights)
 
 
 def scales_for(
@@ -150,12 +191,18 @@ def scales_for(
         yield tuple(scale.to(device) for scale in pair)
 
 
-def measure_scales(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> KvScales:
+def measure_scales(
+    engine: Engine,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    checkpoint: str | Path | None = None,
+) -> KvScales:
     """Scales from the keys and values of some prompts, one a key-value head.
 
     Args:
         engine: a fresh one with a cache in the model's own dtype that holds all prompts at once.
         prompts: text like that to be served; a few thousand tokens are enough.
+        checkpoint: folder of the model's weights, which the scales are then tied to.
 
     Raises:
         ConfigError: the engine's cache is fp8 already, or has too little room.
@@ -175,7 +222,8 @@ def measure_scales(engine: Engine, prompts: Sequence[str | Sequence[int]]) -> Kv
         for layer in engine.runner.caches
     ]
     keys, values = (tuple(_scale(one[i]) for one in largest) for i in (0, 1))
-    return KvScales(keys, values)
+    weights = weights_hash(find_folder(checkpoint)) if checkpoint is not None else ""
+    return KvScales(keys, values, weights)
 
 
 def _scale(largest_N: Tensor) -> Tensor:

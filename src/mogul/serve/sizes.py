@@ -41,8 +41,13 @@ class Sizes:
         return Layout(tokens, self.max_sequences, tokens, self.pages_a_table, tokens)
 
 
-def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
+def choose_sizes(runner: Runner, options: EngineOptions, guess_bytes: int = 0) -> Sizes:
     """Settle every size that the options leave open.
+
+    Args:
+        runner: whose model and device are known.
+        options: what was asked for.
+        guess_bytes: a token in pages that a guesser keeps beside the engine's.
 
     Raises:
         HardwareError: the weights leave no room for a cache.
@@ -58,14 +63,15 @@ def choose_sizes(runner: Runner, options: EngineOptions) -> Sizes:
     step_tokens = options.step_tokens or own_tokens
     tokens = options.cache_tokens
     page = options.page_size or (CPU_PAGE if on_cpu else PAGE)
+    token_bytes = runner.token_bytes + guess_bytes
     if tokens is None:
         room = CPU_CACHE_BYTES if on_cpu else _free_bytes(runner, options, step_tokens)
         whole = -(-length // page) * page  # a request takes whole pages
-        tokens = min(int(room // runner.token_bytes), options.max_sequences * whole)
+        tokens = min(int(room // token_bytes), options.max_sequences * whole)
     num_pages = -(-tokens // page) if options.cache_tokens else tokens // page
     if num_pages < 1:
         raise HardwareError(
-            f"no room for a cache: one token takes {show_bytes(runner.token_bytes)}",
+            f"no room for a cache: one token takes {show_bytes(token_bytes)}",
             fix="use a larger memory_share, fewer bits, or another device",
         )
     return Sizes(min(length, num_pages * page), options.max_sequences, step_tokens, page, num_pages)

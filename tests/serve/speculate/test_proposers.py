@@ -15,7 +15,9 @@ import mogul.models  # noqa: F401
 from mogul.core.errors import ConfigError
 from mogul.serve import Engine, SamplingParams
 from mogul.serve.options import EngineOptions
-from mogul.serve.speculate import DraftLength, Speculator
+from mogul.serve.runner import Runner
+from mogul.serve.sizes import choose_sizes
+from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
 from mogul.serve.speculate.draft_model import DraftModelProposer
 from mogul.serve.speculate.mtp import MtpProposer
 
@@ -250,6 +252,51 @@ def test_a_guesser_that_breaks_is_given_up_and_no_request_ends(
     assert speculator.has_failed
     assert len(calls) == after, "it is never asked again"
     assert caplog.text.count("guessing is given up: OutOfMemoryError: no room to guess") == 1
+
+
+def test_guesses_that_cannot_be_read_have_fallen(
+    model: Any, plain: list[tuple[int, ...]], monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on an accelerator, where guesses are verified before the host knows their ids."""
+    proposer, calls = MtpProposer(follow=True), []
+
+    def breaks(guesses: Any) -> Any:
+        calls.append(guesses)
+        raise RuntimeError("the device is lost")
+
+    def unread(_requests: Any, counts: list[int]) -> list[list[int]]:
+        return [[-1 - i for i in range(count)] for count in counts]
+
+    monkeypatch.setattr(proposer, "propose", unread)
+    monkeypatch.setattr(proposer, "settle", breaks)
+    found, speculator = generate(model, KINDS, proposer)
+    assert found == plain
+    assert speculator is not None
+    assert speculator.has_failed
+    assert len(calls) == 1
+    assert "guessing is given up: RuntimeError: the device is lost" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["mtp", "draft", "ngram"])
+def test_a_guessers_pages_are_counted_where_memory_is_shared_out(model: Any, kind: str) -> None:
+    runner = Runner(copy.deepcopy(model))
+    layer = runner.token_bytes // len(runner.shapes)
+    draft = make_model(num_hidden_layers=1)
+    proposer, own = {
+        "mtp": lambda: (MtpProposer(), layer),
+        "draft": lambda: (DraftModelProposer(draft), layer),
+        "ngram": lambda: (NgramProposer(), 0),
+    }[kind]()
+    guess_bytes = Speculator(proposer, DraftLength(3)).token_bytes(runner)
+    assert guess_bytes == own
+    options = EngineOptions(max_length=2**24, max_sequences=64)
+    alone, beside = (choose_sizes(runner, options, more) for more in (0, guess_bytes))
+    room = 2 * 2**30
+    for sizes, bytes_a_token in ((alone, 2 * layer), (beside, 2 * layer + own)):
+        used = sizes.num_pages * sizes.page_size * bytes_a_token
+        assert room - sizes.page_size * bytes_a_token < used <= room
+    proposer.close()
+    runner.close()
 
 
 def test_ranks_do_not_give_up_one_by_one(model: Any, monkeypatch) -> None:

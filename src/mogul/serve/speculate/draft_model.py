@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mogul.serve.engine import Engine
     from mogul.serve.requests import Live
+    from mogul.serve.runner import Runner
 
 LARGE_DRAFT = 0.25
 """Share of the model's parameters above which a draft seldom pays."""
@@ -37,6 +38,11 @@ class DraftModelProposer(Proposer):
         self._sampler = Sampler()
         self._trails = Trails()
         self._step_tokens = 0
+
+    def token_bytes(self, runner: Runner) -> int:
+        """The draft model's own keys and values."""
+        del runner
+        return self.runner.token_bytes
 
     def attach(self, engine: Engine) -> None:
         """Allocate pages like the engine's and warm up.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mogul.serve.engine import Engine
     from mogul.serve.inputs import Entry, Layout
     from mogul.serve.requests import Live
+    from mogul.serve.runner import Runner
 
 MOST_PENDING = 65_536
 """Hidden states kept for requests that nobody guesses for; older ones go, which costs guesses."""
@@ -62,6 +63,11 @@ class MtpProposer(Proposer):
         """Request -> (first position, hidden states [n, D]) not yet passed through the layer."""
 
         self._handle: Any = None
+
+    def token_bytes(self, runner: Runner) -> int:
+        """One more layer like the last, in the model's dtype."""
+        shape = runner.shapes[-1]
+        return shape.elements * shape.dtype.itemsize
 
     def attach(self, engine: Engine) -> None:
         """Find the layer, allocate its pages, hook the final norm.

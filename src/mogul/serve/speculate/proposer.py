@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mogul.serve.engine import Engine
     from mogul.serve.inputs import Entry
     from mogul.serve.requests import Live
+    from mogul.serve.runner import Runner
 
 
 class Drafting(Protocol):
@@ -32,6 +33,11 @@ class Drafting(Protocol):
 
 class Proposer:
     """Guesses the next tokens of requests."""
+
+    def token_bytes(self, runner: Runner) -> int:
+        """Bytes of one token in pages of its own, beside those of the engine's runner."""
+        del runner
+        return 0
 
     def attach(self, engine: Engine) -> None:
         """Make ready for an engine, before its first step."""

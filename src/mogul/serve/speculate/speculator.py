@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mogul.core.log import log
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from mogul.serve.engine import Engine
     from mogul.serve.inputs import Entry
+    from mogul.serve.runner import Runner
 
 T = TypeVar("T")
 
@@ -58,6 +60,10 @@ class Speculator:
 
         self._has_changed = False
         self._last_s = 0.0
+
+    def token_bytes(self, runner: Runner) -> int:
+        """Bytes of one token in pages that the proposer keeps beside the engine's."""
+        return self.proposer.token_bytes(runner)
 
     def attach(self, engine: Engine) -> None:
         """Make ready for an engine whose cache is allocated, before its first step."""
@@ -130,10 +136,14 @@ class Speculator:
         self._try(lambda: self.proposer.follow(ids_R), None)
 
     def settle(self, requests: Sequence[Guessed]) -> None:
-        """The step has landed: replace guesses that lay on the device by their token ids."""
+        """The step has landed: replace guesses that lay on the device by their token ids.
+
+        Where they cannot be read they stay numbers below 0, which no token equals: they fell.
+        """
         for request in requests:
-            if request.drafts and request.draft_ids[0] < 0:
-                request.draft_ids = self.proposer.settle(request.draft_ids)
+            ids = request.draft_ids
+            if request.drafts and ids[0] < 0:
+                request.draft_ids = self._try(partial(self.proposer.settle, ids), ids)
 
     def learn(self, requests: Sequence[Guessed], gained: Sequence[int]) -> None:
         """Take in what each decoding request gained, from 1 to 1 + its guesses."""
