@@ -75,8 +75,8 @@ class KvScales:
                 )
             return scale.chunk(ranks)[rank]
 
-        parts = (tuple(map(share, part)) for part in (self.keys, self.values))
-        return KvScales(*parts, self.weights)
+        keys, values = (tuple(map(share, part)) for part in (self.keys, self.values))
+        return KvScales(keys, values, self.weights)
 
     def save(self, folder: str | Path) -> Path:
         """Write them where `read_scales` finds them, beside the checkpoint."""
