@@ -122,12 +122,14 @@ def fp8(name: str) -> None:
     """
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
     paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
-    for sequences in ([(1, 40), (2, 9)], [(20, 33), (1, 17)], [(40, 40), (20, 33), (18, 18)]):
-        for scale in (None, torch.tensor(0.25), torch.tensor([0.5, 2.0])):
-            call = calls.make(sequences, width=16, cache_dtype=FP8, page_size=16)
-            for new in ("key_TNC", "value_TNC"):
-                call[new] = (call[new] * 2).round() / 2
-            compare(name, call, key_scale=scale, value_scale=scale)
+    one, each = torch.tensor(0.25), torch.tensor([0.5, 2.0])
+    decode, chunks, prompts = [(1, 40), (2, 9)], [(20, 33), (1, 17)], [(40, 40), (20, 33), (18, 18)]
+    scales = [(decode, None), (decode, one), (decode, each), (chunks, one), (prompts, each)]
+    for sequences, scale in scales:
+        call = calls.make(sequences, width=16, cache_dtype=FP8, page_size=16)
+        for new in ("key_TNC", "value_TNC"):
+            call[new] = (call[new] * 2).round() / 2
+        compare(name, call, key_scale=scale, value_scale=scale)
 
 
 def views(name: str) -> None:
@@ -144,15 +146,21 @@ def turns(name: str) -> None:
     """Queries and keys normed and rotated on the way: few, many, and both together."""
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
     paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
-    lengths = [(1, 5 + s) for s in range(1 + paged.TURNED_INSIDE)]
-    for sequences in ([(1, 30), (2, 31)], [(40, 60)], [(18, 18), (1, 40)], lengths):
-        for width, norms in ((16, True), (24, True), (16, False)):
-            call = calls.make(sequences, width=width, group=3, padding=1, page_size=16)
-            tokens = len(call["query_THC"])
-            angles = torch.randn(tokens, width // 2).repeat(1, 2)
-            weights = (1 + torch.randn(2, width) / 4).unbind() if norms else (None, None)
-            turn = Turn(angles.cos(), angles.sin(), *weights, 1e-6, 1e-2)
-            compare(name, call, turn=turn)
+    paged.TURNED_INSIDE = 2  # three sequences are many
+    few, many, both = [(1, 30), (2, 31)], [(40, 60)], [(18, 18), (1, 40)]
+    before = [(1, 5), (1, 12), (1, 40)]
+    kinds = ((16, True), (24, True), (16, False))
+    for sequences, width, norms in (
+        *((few, *kind) for kind in kinds),
+        *((before, *kind) for kind in kinds),
+        *((many, *kind) for kind in kinds[1:]),
+        (both, *kinds[0]),
+    ):
+        call = calls.make(sequences, width=width, group=3, padding=1, page_size=16)
+        angles = torch.randn(len(call["query_THC"]), width // 2).repeat(1, 2)
+        weights = (1 + torch.randn(2, width) / 4).unbind() if norms else (None, None)
+        turn = Turn(angles.cos(), angles.sin(), *weights, 1e-6, 1e-2)
+        compare(name, call, turn=turn)
 
 
 def neighbours(name: str) -> None:
