@@ -9,8 +9,8 @@ causal mask out of plain calls only, and with a mask SDPA takes a slower kernel.
 
 `NAME+route` also lets mogul's router kernel pick; `sonicmoe` and `deepgemm` (which has no backward)
 use installed libraries in place of the hub's copies; `--sequences` sets the batches
-(`prefill:4x1024,training:32x1024`); `--profile` adds each side's device time by kernel
-(profile.jsonl).
+(`prefill:4x1024,training:32x1024`); `--norms torch` takes torch's own norm, one launch, on all
+sides; `--profile` adds each side's device time by kernel (profile.jsonl).
 
     python benchmarks/bench_moe_model.py --layers 4 --implementations mogul,grouped_mm --out DIR
 """
@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.integrations import moe as transformers_moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import peer_deepgemm
@@ -73,6 +73,12 @@ def _router(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
     picked = route(logits, SPEC)
     return logits, picked.weights, picked.ids
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Transformers' norm takes eight launches unless it is compiled; this one takes one."""
+    weight = self.weight
+    return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
 
 Qwen3MoeTopKRouter.forward = _router
@@ -240,9 +246,12 @@ def main() -> None:
     parser.add_argument(
         "--sequences", type=batches, default=batches("prefill:1x4096,training:4x4096")
     )
+    parser.add_argument("--norms", choices=("transformers", "torch"), default="transformers")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
+    if args.norms == "torch":
+        Qwen3MoeRMSNorm.forward = _norm
     names = args.implementations.split(",")
     torch._dynamo.config.recompile_limit = 64  # every layer, with every implementation
     sizes = {
@@ -283,6 +292,7 @@ def run_cell(
     case = f"Qwen3-30B-A3B {args.layers} layers {kind} {ids.numel()}"
     case += f" in {shape[0]}" if shape[1] != 4096 else ""
     case += " compiled layers, captured" if compiled else " captured"
+    case += ", torch's norms" if args.norms == "torch" else ""
     if kind == "training":
         names = [name for name in names if name != "deepgemm"]
     found = measure(model, kind, ids, names, args.rounds, profiled=args.profile)
