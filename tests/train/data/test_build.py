@@ -165,6 +165,10 @@ def test_bad_input_is_named(tmp_path):
         build(BuildSpec(sources=(str(tmp_path / "none"),)), tmp_path / "out")
     with pytest.raises(ConfigError, match="cannot hold every byte"):
         build(BuildSpec(sources=("shipped",), vocab_size=200), tmp_path / "out")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "tokens.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a token folder already"):
+        build(BuildSpec(sources=(str(tmp_path / "tokens"),)), tmp_path / "out")
 
 
 def test_the_width_of_ids_follows_the_vocabulary():

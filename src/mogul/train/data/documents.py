@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mogul.core.errors import ArtifactError, ConfigError, nearest
+from mogul.train.data.shards import MANIFEST
 from mogul.train.data.windows import shipped_text
 
 SHIPPED = "shipped"
@@ -34,6 +35,10 @@ def find_files(source: str) -> list[Path]:
         raise ConfigError(
             f"{source} is no file and no folder",
             fix=f"name text, JSONL or Parquet files, {SHIPPED!r}, or hf:NAME",
+        )
+    if (path / MANIFEST).is_file():
+        raise ConfigError(
+            f"{source} is a token folder already", fix="name it in [data] sources of a recipe"
         )
     files = sorted(file for file in path.rglob("*") if file.is_file() and _is_readable(file))
     if not files:
@@ -122,7 +127,8 @@ def _from_jsonl(file: Path, key: str) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ArtifactError(
-                f"{file}, line {number} is no JSON: {error}", fix="mend the line"
+                f"{file}, line {number} is no JSON: {error}",
+                fix="mend it (one object a line), or leave the file out",
             ) from None
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
             known = sorted(record) if isinstance(record, dict) else []
