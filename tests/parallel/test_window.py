@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from mogul.core.errors import BackendError, ConfigError
-from mogul.parallel import Plan, contiguous, make_dispatcher
+from mogul.parallel import Plan, contiguous, make_dispatcher, static
 from mogul.parallel import window as windows
 from mogul.parallel.process import _explained
-from mogul.parallel.window import Region, Window, open_window
+from mogul.parallel.static import Static
+from mogul.parallel.window import Landing, Region, Window, open_window
 from mogul.spec.grouping import Grouping
 
 
@@ -41,6 +42,9 @@ class Node:
                 node.line.wait()
                 handle = SimpleNamespace(barrier=lambda channel, timeout_ms: node.line.wait())
                 return Region(peers[rank], peers, handle)
+
+            def _start(self, move: Any, kept: Any, *, aside: bool) -> Landing:
+                return Landing(move())  # a processor has no second stream
 
         return OnNode(rank, self.size)
 
@@ -85,6 +89,37 @@ def test_a_larger_move_gets_a_larger_region_and_keeps_the_old_for_graphs():
         return [window.regions["tokens"].own.numel(), len(window.retired)]
 
     assert node.run(on_rank) == [[48, 1]] * 2  # 2 x 5 x 4 words, rounded up to 64 bytes
+
+
+def test_a_move_that_kernels_cannot_count_is_refused():
+    with pytest.raises(BackendError, match=r"a move of 8\.0 GiB is more than the 4 GiB") as caught:
+        Window(0, 4)._region("tokens", 1 << 31, torch.device("cpu"))
+    assert "fewer tokens" in caught.value.__notes__[0]
+
+
+def test_smaller_steps_after_the_largest_make_no_region(monkeypatch):
+    """An engine's first step is its largest: nothing is mapped while it serves."""
+    pytest.importorskip("triton")
+    from mogul.kernels.triton import steps
+
+    monkeypatch.setattr(static, "EARLY_BYTES", 100)
+    monkeypatch.setattr(steps, "take", lambda *_: SimpleNamespace(sort=None))
+    monkeypatch.setattr(steps, "few", lambda _, x, *matrices: x)
+    node = Node(2)
+
+    def on_rank(rank):
+        window = node.window(rank)
+        road: Any = SimpleNamespace(picks=slice(0, 1), first=0)
+        beside: Any = SimpleNamespace(beside=None)
+        made = []
+        for tokens in (16, 3, 1, 12):
+            x = torch.zeros(tokens, 4)
+            picks = torch.zeros(tokens, 2, dtype=torch.long), torch.ones(tokens, 2)
+            Static._in_steps(road, window, x, picks, beside, (x, x))
+            made.append(len(window.regions) + len(window.retired))
+        return made
+
+    assert node.run(on_rank) == [[3] * 4] * 2
 
 
 def test_a_region_made_in_inference_mode_serves_outside_of_it():

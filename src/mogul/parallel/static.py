@@ -104,7 +104,7 @@ class Static(Dispatcher):
 
         gate_up, down = matrices
         if x.nbytes >= EARLY_BYTES:  # picks are sorted while tokens travel
-            rows = window.gather((x,), "rows", aside=True)
+            rows = window.gather((x,), "tokens 0", aside=True)
             ids_RK, weights_RK = window.gather(picks, "picks").end()
             taken = steps.take(ids_RK, weights_RK, self.picks, self.first, gate_up)
             (x_RD,) = rows.end()

@@ -33,6 +33,8 @@ SUMMED = 2048
 COPIED_BYTES = 1 << 22
 """Moves beside the computation and larger than this go by copy engine, which takes no processors
 from the experts."""
+MOST_WORDS = 1 << 30
+"""Of a region: kernels count its words in 32 bits."""
 ALIGNED = 64
 """Parts of a region begin at multiples of so many bytes."""
 
@@ -201,15 +203,25 @@ class Window:
         counts += [0] * missing
         starts = [*starts, *[0] * missing]
         kernel: Any = push_words
-        kernel[(self.size - apart, max(1, blocks))](
+        peers = self.size - apart
+        kernel[(peers * max(1, blocks),)](
             region.addresses, first, second, third, *counts, *starts[1:], self.rank, step,
-            RANKS=self.size, BLOCK=PUSHED_WORDS, num_warps=8,
+            RANKS=self.size, PEERS=peers, BLOCK=PUSHED_WORDS, num_warps=8,
         )  # fmt: skip
 
     def _region(self, name: str, words: int, device: torch.device) -> Region:
-        """The region of a name, made (by all ranks alike) where there is none or one too small."""
+        """The region of a name, made (by all ranks alike) where there is none or one too small.
+
+        Whoever makes its largest move first has none made later.
+        """
         region = self.regions.get(name)
         if region is None or region.own.numel() < words:
+            if words > MOST_WORDS:
+                raise BackendError(
+                    f"a move of {words * WORD.itemsize / 2**30:.1f} GiB is more than the "
+                    f"{MOST_WORDS * WORD.itemsize / 2**30:.0f} GiB that ranks share at once",
+                    fix="fewer tokens in one step, or collectives: leave out wire",
+                )
             if region is not None:
                 self.retired.append(region)
             with torch.inference_mode(False):  # later moves may run outside of it

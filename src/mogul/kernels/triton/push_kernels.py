@@ -15,17 +15,18 @@ def _copy_block(source_ptr, target_ptr, count, block, BLOCK: tl.constexpr):
 def push_words(
     addresses_ptr, first_ptr, second_ptr, third_ptr,
     first_words, second_words, third_words, second_at, third_at, rank, step,
-    RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, PEERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write this rank's words into its place at every peer: the next rank first, itself last.
 
     A part lies at a peer as [ranks, words]; the second and third begin at `second_at` and
     `third_at`. `step` words of the first part are skipped for every peer: 0 sends all the same.
-    With fewer programs than ranks (axis 0) the rank itself is left out. Peers vary fastest, so that
-    all links are busy at once.
+    With fewer PEERS than RANKS the rank itself is left out. Peers vary fastest, so that all links
+    are busy at once; one axis holds all programs, as another would end at 65,535.
     """
-    block = tl.program_id(1)
-    peer = (rank + 1 + tl.program_id(0)) % RANKS
+    place = tl.program_id(0)
+    block = place // PEERS
+    peer = (rank + 1 + place % PEERS) % RANKS
     address = tl.load(addresses_ptr + peer)
     base_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
     first_blocks = tl.cdiv(first_words, BLOCK)
