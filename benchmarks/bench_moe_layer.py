@@ -218,6 +218,7 @@ def run_shape(name: str, args: argparse.Namespace, out: list[dict[str, Any]]) ->
         print(f"{name} {kind} at the mean of {before} and {after}: {ratios}", flush=True)
         before = after
         out += rows
+        ledger.append(ledger_rows(rows, args.rounds), args.out / "ledger.jsonl")
 
 
 def forward_rows(
@@ -309,7 +310,6 @@ def main() -> None:
         torch.cuda.empty_cache()
         text = json.dumps({"device": torch.cuda.get_device_name(), "rows": rows})
         (args.out / "results.json").write_text(text)
-    ledger.append(ledger_rows(rows, args.rounds), args.out / "ledger.jsonl")
 
 
 if __name__ == "__main__":
