@@ -129,3 +129,20 @@ def test_tapes_keep_no_more_addresses_than_they_may(monkeypatch: pytest.MonkeyPa
             assert max(len(other._known) for other in tapes) <= 3
             for *_, described, _ in one._steps:
                 assert all(len(descriptor._known) <= 3 for *_, descriptor in described)
+
+
+def test_each_stream_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = [7]
+    monkeypatch.setattr(launch, "current_stream", lambda _index: stream[0])
+    sets = torch.zeros((launch._COUNTER_SETS, launch._COUNTERS), dtype=torch.int32)
+    made = (sets, {})
+    monkeypatch.setattr(launch, "_counter_sets", lambda _device: made)
+    device = torch.device("cuda", 0)
+    first = launch.counters(device)
+    first += 1
+    assert launch.counters(device).data_ptr() == first.data_ptr()
+    for address in range(8, 8 + launch._COUNTER_SETS - 1):
+        stream[0] = address
+        assert not launch.counters(device).any()
+    stream[0] = 8 + launch._COUNTER_SETS  # more streams than sets: one is shared
+    assert launch.counters(device).data_ptr() == first.data_ptr()

@@ -205,6 +205,26 @@ def _descriptor_kind(
     return GluonDescriptor, gl.NVMMASharedLayout.get_default_for(list(block), element)
 
 
+_COUNTER_SETS, _COUNTERS = 64, 64
+
+
+@cache
+def _counter_sets(device: torch.device) -> tuple[torch.Tensor, dict[int, int]]:
+    """All counters of a device, and the set of each stream that asked."""
+    return torch.zeros((_COUNTER_SETS, _COUNTERS), dtype=torch.int32, device=device), {}
+
+
+def counters(device: torch.device) -> torch.Tensor:
+    """64 counters at 0 for a kernel of the current stream that leaves them so.
+
+    Launches of one stream follow each other. Each of the first 64 streams has a set of its own;
+    all exist from the first call on, so that none is made while a graph is captured.
+    """
+    sets, of_stream = _counter_sets(device)
+    stream = current_stream(device.index) if device.type == "cuda" else 0
+    return sets[of_stream.setdefault(stream, len(of_stream) % _COUNTER_SETS)]
+
+
 def cdiv(a: int, b: int) -> int:
     """A / b rounded up."""
     return -(-a // b)

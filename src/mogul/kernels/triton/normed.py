@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mogul.kernels.triton import linear
-from mogul.kernels.triton.launch import Launch, aligned, cdiv, next_power_of_2
+from mogul.kernels.triton.launch import Launch, aligned, cdiv, counters, next_power_of_2
 from mogul.kernels.triton.topk import softmax_topk
 
 MOST_ROUTED, MOST_INNER = 256, 4096
@@ -141,15 +141,9 @@ def normed_route(
     dtypes = (x.dtype, norm.dtype, weight.dtype, dtype)
     launch = _route(columns, inner, k, renormalise, eps, dtypes, _device(x))
     grid = (cdiv(columns, linear.NARROW_BLOCK), rows)
-    parts = (x, norm, weight, normed, logits, _counters(x.device), values, ids)
+    parts = (x, norm, weight, normed, logits, counters(x.device), values, ids)
     launch(grid, _device(x), *parts)
     return normed, values, ids
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """Programs that have ended, a row; every launch leaves them at 0."""
-    return torch.zeros(linear.BLOCK_ROWS, dtype=torch.int32, device=device)
 
 
 def _device(tensor: Tensor) -> int:
