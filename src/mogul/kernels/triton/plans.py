@@ -169,6 +169,29 @@ def _tile(row: dict[str, Any] | None) -> Tile | None:
     return None if row is None else Tile(**row)
 
 
+_SHARED_BYTES = 232_448
+"""Shared memory that a program may have on Hopper."""
+
+
+def split_bytes(kind: str, rows: int, tile: Tile) -> int:
+    """Shared memory of a split kernel: its ring, `pre` in the backward of down, and a scratch."""
+    if kind in ("gate_up_weight", "down_weight"):
+        return 2 * tile.k * (tile.m + tile.n) * tile.stages + 16_384
+    wide = 2 * tile.n if kind == "up" else tile.n
+    pre = 2 * rows * 2 * tile.n if kind == "down_grad" else 0
+    return 2 * tile.k * (rows + wide) * tile.stages + pre + 16_384
+
+
+def why_too_large(plan: Plan) -> str | None:
+    """The first product of a plan whose split kernel would not fit a multiprocessor, in words."""
+    for kind in ("up", "down", "down_grad", "up_grad", "gate_up_weight", "down_weight"):
+        tile = getattr(plan, kind)
+        size = split_bytes(kind, plan.rows, tile) if tile and tile.split else 0
+        if size > _SHARED_BYTES:
+            return f"{kind} needs {size:,} bytes of shared memory, a program has {_SHARED_BYTES:,}"
+    return None
+
+
 def _plan(row: dict[str, Any]) -> Plan:
     tiles = {name: _tile(row[name]) for name in row if isinstance(row[name], dict)}
     plain = {f.name: row[f.name] for f in fields(Plan) if f.name in row and f.name not in tiles}
@@ -179,7 +202,8 @@ def _plan(row: dict[str, Any]) -> Plan:
 def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entry]]:
     """Measured plans by (experts, picks, width, inner), each list by rising token bound.
 
-    Rows of another compute capability are left out; those that ship with mogul are Hopper's.
+    Rows of another compute capability are left out; those that ship with mogul are Hopper's. So are
+    rows of older files whose tiles no longer fit, with a line that says so.
     """
     path = path or Path(__file__).with_name("plans.json")
     out: dict[tuple[int, int, int, int], list[Entry]] = {}
@@ -189,6 +213,12 @@ def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entr
         key = (row["experts"], row["picks"], row["width"], row["inner"])
         few = FewPlan(**row["few"]) if "few" in row else None
         plan = _plan(row["plan"]) if "plan" in row else None
+        if plan and (reason := why_too_large(plan)):
+            log.warning(
+                f"{path}: tiles of {key} up to {row['tokens']} tokens are left out: {reason}; "
+                "`mogul bench kernels --tune` finds others"
+            )
+            continue
         out.setdefault(key, []).append(Entry(row["tokens"], plan, few, row.get("device", "")))
     return {
         key: sorted(entries, key=lambda e: (e.tokens, not e.device)) for key, entries in out.items()
