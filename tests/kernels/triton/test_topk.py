@@ -10,9 +10,17 @@ import pytest
 
 SCRIPT = """
 import torch
-from mogul.kernels.triton.topk import topk
+from mogul.kernels.triton import topk as module
+from mogul.kernels.triton.topk import softmax_topk, topk
 
 torch.manual_seed(0)
+rows = torch.randn(9, 128).half()
+few = softmax_topk(rows, 8, True, torch.float32)
+module.ranked_rows = 8  # so many rows take one search a pick
+many = softmax_topk(rows, 8, True, torch.float32)
+assert torch.equal(few[1], many[1]) and torch.allclose(few[0], many[0], atol=1e-6)
+assert torch.equal(topk(rows, 8)[1], rows.topk(8, -1).indices)
+module.ranked_rows = 512
 for columns, k in ((128, 8), (60, 4), (7, 7), (5, 1)):
     for dtype in (torch.float32, torch.float16):
         rows = torch.randn(9, columns).to(dtype)

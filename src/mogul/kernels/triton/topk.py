@@ -15,8 +15,9 @@ from mogul.kernels.triton.launch import INTERPRETED, Launch, next_power_of_2
 
 MOST_COLUMNS = 1024
 MOST_PICKS = 32
-RANKED_COLUMNS = 128
-"""Columns up to which the rank of every number is cheaper than one search a pick."""
+RANKED_COLUMNS, ranked_rows = 128, 512
+"""Columns and rows up to which the rank of every number is quicker than one search a pick: more
+rows wait for each other, and a search takes the square less arithmetic."""
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define("topk(Tensor rows, int k) -> (Tensor, Tensor)")
@@ -46,8 +47,9 @@ def _pick(
     ids = torch.empty((num_rows, k), dtype=torch.int64, device=rows.device)
     if num_rows:
         device = rows.device.index if rows.is_cuda else -1
-        aligned = rows.data_ptr() % 16 == 0
-        launch = _launch(columns, k, softmax, renormalise, rows.dtype, dtype, aligned, device)
+        ranked = columns <= RANKED_COLUMNS and num_rows <= ranked_rows
+        kind = (rows.dtype, dtype, rows.data_ptr() % 16 == 0)
+        launch = _launch(columns, k, softmax, renormalise, ranked, kind, device)
         launch((num_rows, 1), device, rows, values, ids, num_rows)
     return values, ids
 
@@ -58,9 +60,8 @@ def _launch(
     k: int,
     softmax: bool,
     renormalise: bool,
-    given: torch.dtype,
-    wanted: torch.dtype,
-    aligned: bool,
+    ranked: bool,
+    _kind: tuple[torch.dtype, torch.dtype, bool],
     device: int,
 ) -> Launch:
     """The launch of one rule; dtypes and alignment only tell launches apart."""
@@ -70,9 +71,9 @@ def _launch(
     constants = {
         **{"COLUMNS": columns, "K": k, "SLOTS": next_power_of_2(k)},
         **{"WIDTH": next_power_of_2(columns), "SOFTMAX": softmax},
-        **{"RENORMALISE": renormalise, "RANKED": columns <= RANKED_COLUMNS, "PDL": pdl},
+        **{"RENORMALISE": renormalise, "RANKED": ranked, "PDL": pdl},
     }
-    warps = 4 if columns <= RANKED_COLUMNS else 1
+    warps = 4 if ranked else 1
     return Launch(pick_largest, constants, warps=warps, stages=1, pdl=pdl)
 
 
