@@ -267,6 +267,45 @@ def test_autocast(backend):
     assert grads["gate_up"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["interleaved, biases", "gpt-oss"])
+def test_one_operator_for_the_compiler(name):
+    layout, has_bias = LAYOUTS[name]
+    case = make_case(8, layout, has_bias, dtype=torch.float32)
+    call = {**case.floats(), "ids": case.ids, "layout": layout}
+    with torch.no_grad():
+        got = torch.compile(moe_forward, fullgraph=True, backend="aot_eager")(**call)
+    assert torch.equal(got, case.run("cpu"))
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.gate_up, self.down = (torch.nn.Parameter(w) for w in (case.gate_up, case.down))
+
+    def forward(self, x, ids, weights):
+        return moe_forward(x, self.gate_up, self.down, ids, weights)
+
+
+def test_export_with_any_number_of_tokens_but_without_gradient():
+    case = make_case(8, dtype=torch.float32)
+    tokens = torch.export.Dim("tokens", min=2)
+    shapes = {key: {0: tokens} for key in ("x", "ids", "weights")}
+    call = (case.x, case.ids, case.weights)
+    module = torch.export.export(Exported(case), call, dynamic_shapes=shapes).module()
+    part = {"x": case.x[:3], "ids": case.ids[:3], "weights": case.weights[:3]}
+    got = module(*part.values())
+    torch.testing.assert_close(got.detach(), case.run("cpu", **part))
+    with pytest.raises(BackendError, match="no gradient of its experts on a processor"):
+        got.sum().backward()
+
+
+def test_training_in_one_graph_is_refused_with_the_reason():
+    case = make_case(8, dtype=torch.float32)
+    call = {**case.floats(), "ids": case.ids, "gate_up": case.gate_up.requires_grad_()}
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="trained outside of the compiled"):
+        torch.compile(moe_forward, fullgraph=True, backend="eager")(**call)
+
+
 @pytest.mark.full
 def test_compiled_calls_agree():
     case = make_case(8, dtype=torch.float32)

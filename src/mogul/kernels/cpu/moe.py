@@ -2,16 +2,19 @@
 
 Decides how rows meet weights. One token: a matrix-vector product a pick, nothing is sorted.
 Several: rows sorted by expert, one matmul an expert ("rows"), or, where blocks are thin, with the
-weights as the left operand ("columns"). Training is in `grad.py`.
+weights as the left operand ("columns"). Training is in `grad.py`. A compiler sees one operator,
+`mogul::moe_cpu`, without a gradient.
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mogul.core.errors import BackendError
 from mogul.kernels.cpu.blocks import combine
 from mogul.kernels.cpu.grad import Experts
 from mogul.kernels.cpu.order import Order, order_by_expert
@@ -39,8 +42,12 @@ def moe_forward_cpu(
     layout: ExpertLayout,
 ) -> Tensor:
     """Fast and differentiable; see `mogul.kernels.moe_forward` for the shapes."""
-    run = _run_uncompiled if torch.compiler.is_compiling() else _run
-    return run(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
+    tensors = (x, gate_up, down, ids, weights, gate_up_bias, down_bias)
+    if not torch.compiler.is_compiling():
+        return _run(*tensors, layout)
+    if _needs_grad(*tensors) and not torch.compiler.is_exporting():
+        return _run_uncompiled(*tensors, layout)
+    return torch.ops.mogul.moe_cpu(*tensors, *astuple(layout))
 
 
 def _run(
@@ -53,8 +60,7 @@ def _run(
     down_bias: Tensor | None,
     layout: ExpertLayout,
 ) -> Tensor:
-    tensors = (x, gate_up, down, weights, gate_up_bias, down_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if _needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias):
         return Experts.apply(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
     if x.shape[0] == 1:
         return _one_token(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
@@ -67,9 +73,40 @@ def _run(
     return combine(out_RD, order, weights)
 
 
-# Sizes of blocks are known only when it runs: torch.compile breaks its graph here, once, instead of
-# compiling each routing anew.
-_run_uncompiled: Any = torch.compiler.disable(_run)
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# Sizes of blocks are known only when it runs: in training torch.compile breaks its graph here,
+# once, instead of compiling each routing anew.
+_run_uncompiled: Any = torch.compiler.disable(
+    _run,
+    reason="on a processor experts are trained outside of the compiled graph; "
+    "compile without fullgraph=True",
+)
+
+_LIB = torch.library.Library("mogul", "FRAGMENT")
+_LIB.define(
+    "moe_cpu(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, "
+    "Tensor? gate_up_bias, Tensor? down_bias, bool is_transposed, bool is_concatenated, "
+    "bool has_gate, str activation, float alpha, float limit) -> Tensor"
+)
+
+
+def _operator(*args: Any) -> Tensor:
+    return _run(*args[:7], ExpertLayout(*args[7:]))
+
+
+def _no_gradient(_ctx: Any, _grad: Tensor) -> None:
+    raise BackendError(
+        "an exported model has no gradient of its experts on a processor",
+        fix="train the model that was exported",
+    )
+
+
+_LIB.impl("moe_cpu", _operator, "CPU")
+torch.library.register_fake("mogul::moe_cpu", lambda x, *_: torch.empty_like(x), lib=_LIB)
+torch.library.register_autograd("mogul::moe_cpu", _no_gradient, lib=_LIB)
 
 
 def _one_token(
