@@ -93,8 +93,9 @@ _LIB.define(
 )
 
 
-def _operator(*args: Any) -> Tensor:
-    return _run(*args[:7], ExpertLayout(*args[7:]))
+def _operator(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    weights, up_bias, down_bias, *layout = args
+    return _run(x, gate_up, down, ids, weights, up_bias, down_bias, ExpertLayout(*layout))
 
 
 def _no_gradient(_ctx: Any, _grad: Tensor) -> None:
