@@ -300,6 +300,13 @@ def die_silently(world: World, victim: int) -> None:
     time.sleep(100)
 
 
+def abort(world: World, victim: int) -> None:
+    """One rank is ended from within, the others are in a collective with it."""
+    if world.rank == victim:
+        os.abort()
+    dist.barrier()
+
+
 def raise_error(world: World, victim: int) -> None:
     if world.rank == victim:
         raise ValueError("the data of this rank are broken")

@@ -29,6 +29,16 @@ def test_a_killed_rank_ends_the_launch():
     assert time.monotonic() - start_s < 60
 
 
+def test_a_rank_that_aborts_is_named_with_where_it_stood():
+    """Others only miss it: their words come after."""
+    with pytest.raises(MogulError, match=r"rank 0 of 2 failed \(exit code -6\)") as caught:
+        launch(ranks.abort, 2, 0, on_cpu=True, threads=1, timeout_s=60)
+    stack, _, missed = str(caught.value).partition("Traceback")
+    assert "Fatal Python error: Aborted" in stack
+    assert "in abort" in stack
+    assert "barrier" in missed
+
+
 ALONE = """
 import os, signal, time
 import torch.distributed as dist

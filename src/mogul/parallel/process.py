@@ -8,6 +8,7 @@ that would never return.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -85,6 +86,8 @@ def stop(world: World) -> None:
         world.watch.leave()
     dist.barrier()
     dist.destroy_process_group()
+    if world.watch is not None:
+        world.watch.part()
 
 
 def launch(
@@ -112,6 +115,7 @@ def launch(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
+        "USE_LIBUV": "0",  # that server of the store can end its rank without a word
         **({"MOGUL_CPU_RANKS": "1"} if on_cpu else {}),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -154,6 +158,8 @@ def _run_rank(
     if threads is not None:
         torch.set_num_threads(threads)
     world = None
+    stack = (Path(folder) / f"{rank}.stack").open("w", encoding="utf-8")
+    faulthandler.enable(stack)  # one that dies by a signal leaves where it stood
     try:
         world = start(patience_s=patience_s)
         result = function(world, *args)
@@ -192,11 +198,25 @@ def _wait(processes: list[Any], folder: Path, timeout_s: float | None) -> None:
     failed = [r for r, process in enumerate(processes) if process.exitcode not in (None, 0)]
     if not failed:
         return
-    told = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime)
-    reason = told[0].read_text(encoding="utf-8") if told else "it died without a word"
-    who = int(told[0].stem) if told else failed[0]
-    code = processes[who].exitcode
+    who, reason = _why(processes, folder, failed)
     raise MogulError(
-        f"rank {who} of {len(processes)} failed (exit code {code}):\n{reason}",
+        f"rank {who} of {len(processes)} failed (exit code {processes[who].exitcode}):\n{reason}",
         fix="mend the error of that rank; the others were ended",
     )
+
+
+def _why(processes: list[Any], folder: Path, failed: list[int]) -> tuple[int, str]:
+    """The rank to look at and what it left: those that died by a signal before who missed them."""
+    told = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime)
+    words = [file.read_text(encoding="utf-8") for file in told]
+    died = [r for r in failed if processes[r].exitcode < 0 and not _left(folder, r, "error")]
+    if not died and told:
+        return int(told[0].stem), words[0]
+    who = died[0] if died else failed[0]
+    return who, "\n".join([_left(folder, who, "stack") or "it died without a word", *words[:1]])
+
+
+def _left(folder: Path, rank: int, kind: str) -> str:
+    """What a rank wrote of how it ended, if anything."""
+    file = folder / f"{rank}.{kind}"
+    return file.read_text(encoding="utf-8") if file.exists() else ""

@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -26,6 +28,7 @@ class Watch:
 
     def __init__(self, rank: int, size: int, patience_s: float, common: Store) -> None:
         self.rank, self.size, self.patience_s = rank, size, patience_s
+        self._common = common  # rank 0's is the store itself, which must outlive what others ask it
         store: Any = PrefixStore("mogul_watch", common)
         # A connection of its own where torch can make one: a thread may wait in the other.
         self._store = store.clone() if hasattr(store, "clone") else store
@@ -48,6 +51,14 @@ class Watch:
         self._stopped.set()
         self._store.set(f"left{self.rank}", "1")
         self._thread.join()
+
+    def part(self) -> None:
+        """Say that this rank asks nothing more; the one that keeps the store waits for all."""
+        with suppress(RuntimeError):  # one that was slow, or is gone, does not matter any more
+            self._store.set(f"parted{self.rank}", "1")
+            if self.rank == 0:
+                every = [f"parted{rank}" for rank in range(self.size)]
+                self._store.wait(every, timedelta(seconds=self.patience_s))
 
     def _beat(self) -> None:
         self._beats += 1
