@@ -120,6 +120,20 @@ def attention(*, norms=True, rotation=rotate):
     return run
 
 
+def rolled(x, cos, sin):
+    """MoGE's form: halves changed over, sines as they are given, heads behind tokens."""
+    x = x.transpose(1, 2)
+    turned = (x * cos[:, :, None]).addcmul_(x.roll(WIDTH // 2, -1), sin[:, :, None])
+    return turned.transpose(1, 2)
+
+
+def rolled_otherwise(x, cos, sin):
+    """By a quarter: not recognised."""
+    x = x.transpose(1, 2)
+    turned = (x * cos[:, :, None]).addcmul_(x.roll(WIDTH // 4, -1), sin[:, :, None])
+    return turned.transpose(1, 2)
+
+
 def state():
     pages = [torch.zeros(2, 16, KV_HEADS, WIDTH).bfloat16() for _ in range(2)]
     ends = torch.tensor([0, TOKENS], dtype=torch.int32)
@@ -161,6 +175,8 @@ def test_a_rotation_that_changes_the_dtype_stays():
         (attention(), "mogul.attend_turned"),
         (attention(norms=False), "mogul.attend_turned"),
         (attention(rotation=other_rotation), "mogul.attend"),
+        (attention(norms=False, rotation=rolled), "mogul.attend_turned"),
+        (attention(norms=False, rotation=rolled_otherwise), "mogul.attend"),
     ],
 )
 def test_attention_norms_and_rotates_by_itself(function, operator):

@@ -138,7 +138,7 @@ def paged_attention(
         key_scale,
         value_scale,
         *(turn or NO_TURN)[:4],
-        [] if turn is None else list(turn[4:]),
+        [] if turn is None else [float(number) for number in turn[4:]],
         kinds,
         backend,
     )
@@ -180,7 +180,7 @@ def _run(
     name, run = PAGED_ATTENTION.resolve(backend, facts)
     more: dict[str, Any] = {"kinds": kinds} if name in TURNS else {}
     if cos is not None and sin is not None:
-        turn = Turn(cos, sin, query_norm, key_norm, *eps)
+        turn = Turn(cos, sin, query_norm, key_norm, eps[0], eps[1], bool(eps[2]))
         check_turn(turn, len(query), facts.head_width)
         if name in TURNS:
             more["turn"] = turn

@@ -15,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 from mogul.kernels.triton import linear, topk
-from mogul.serve import patterns, rewrites, routes
+from mogul.serve import patterns, rewrites, rewrites_fp8, routes
 from mogul.serve.patterns import CAST, SHORT
 from mogul.serve.patterns import value as _value
 
@@ -36,10 +36,14 @@ class FewRows(CustomGraphPass):
         rewrites.join(graph)
         routes.route_inside(graph)
         graph.eliminate_dead_code()
+        rewrites_fp8.join_products(graph)
+        rewrites_fp8.join_experts(graph)
+        graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         """Names this pass in the caches of compiled code."""
-        return get_hash_for_files((__file__, patterns.__file__, rewrites.__file__, routes.__file__))
+        parts = (patterns, rewrites, rewrites_fp8, routes)
+        return get_hash_for_files((__file__, *(part.__file__ for part in parts)))
 
 
 def _is_short(rows: Any, k: Any, dim: int = -1, largest: bool = True, *_: Any) -> bool:

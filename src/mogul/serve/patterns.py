@@ -13,6 +13,9 @@ import torch
 aten, prims = torch.ops.aten, torch.ops.prims
 SHORT = (torch.bfloat16, torch.float16)
 CAST = prims.convert_element_type.default
+_AT_LEAST = (aten.clamp_min.default, aten.clamp.default)
+_WRAPS = (aten.fmod.Scalar, aten.remainder.Scalar)
+_ADDS = (aten.add.Tensor, aten.add.Scalar)
 
 
 class Norm(NamedTuple):
@@ -25,11 +28,15 @@ class Norm(NamedTuple):
 
 
 class Rotated(NamedTuple):
-    """One of queries and keys, rotated: x is [1, T, H, C], cos and sin are [1, T, C]."""
+    """One of queries and keys, rotated: x is [1, T, H, C], cos and sin are [1, T, C].
+
+    Signed angles may also be [1, T, 1, C]; the left half of their sines is negated.
+    """
 
     x: Any
     cos: Any
     sin: Any
+    is_signed: bool = False
 
 
 def value(node: Any) -> Any:
@@ -39,7 +46,11 @@ def value(node: Any) -> Any:
 
 def is_call(node: Any, target: Any) -> bool:
     """Whether a node calls an operator."""
-    return getattr(node, "target", None) is target
+    return _target(node) is target
+
+
+def _target(node: Any) -> Any:
+    return getattr(node, "target", None)
 
 
 def find_norm(node: Any) -> Norm | None:
@@ -68,10 +79,11 @@ def _both_orders(node: Any, target: Any) -> list[tuple[Any, Any]]:
 
 def _eps_of(root: Any, wide: Any) -> Any:
     """The eps where `root` is `rsqrt(mean(wide ** 2) + eps)` over the last dimension, else None."""
-    if not is_call(root, aten.rsqrt.default) or not is_call(root.args[0], aten.add.Tensor):
+    if not is_call(root, aten.rsqrt.default) or _target(root.args[0]) not in _ADDS:
         return None
     mean, eps = root.args[0].args
-    if not is_call(mean, aten.mean.dim) or mean.args[1:] != ([-1], True):
+    last = value(wide).dim() - 1
+    if not is_call(mean, aten.mean.dim) or mean.args[1:] not in (([-1], True), ([last], True)):
         return None
     if not is_call(mean.args[0], aten.pow.Tensor_Scalar) or mean.args[0].args != (wide, 2):
         return None
@@ -82,6 +94,41 @@ def _eps_of(root: Any, wide: Any) -> Any:
     return eps if is_number and value(eps).device.type == "cpu" else None
 
 
+def find_rounded(rows: Any, scale: Any) -> Any:
+    """The 16-bit rows [T, C] whose rounding two nodes are, else None."""
+    if not is_call(rows, CAST) or value(rows).dtype != torch.float8_e4m3fn:
+        return None
+    quotient = _clamped(rows.args[0])
+    if not is_call(quotient, aten.div.Tensor):
+        return None
+    wide, column = quotient.args
+    if not is_call(column, aten.unsqueeze.default) or column.args[0] is not scale:
+        return None
+    if not is_call(wide, CAST) or value(wide).dtype != torch.float32 or value(wide).dim() != 2:
+        return None
+    return wide.args[0] if value(wide.args[0]).dtype in SHORT and _is_top(scale, wide) else None
+
+
+def _clamped(node: Any) -> Any:
+    """What is clamped to e4m3's range, in one operator or two; None where nothing is."""
+    if is_call(node, aten.clamp.default):
+        return node.args[0] if node.args[1:] == (-448.0, 448.0) else None
+    if not is_call(node, aten.clamp_max.default) or node.args[1] != 448.0:
+        return None
+    low = node.args[0]
+    return low.args[0] if is_call(low, aten.clamp_min.default) and low.args[1] == -448.0 else None
+
+
+def _is_top(scale: Any, wide: Any) -> bool:
+    """Whether a node is the largest magnitude of every row, over a number."""
+    if not is_call(scale, aten.div.Tensor) or _target(scale.args[0]) not in _AT_LEAST:
+        return False
+    most = scale.args[0].args[0]
+    if not is_call(most, aten.amax.default) or most.args[1:] not in (([-1],), ([1],)):
+        return False
+    return is_call(most.args[0], aten.abs.default) and most.args[0].args[0] is wide
+
+
 def find_rotated(node: Any) -> Rotated | None:
     """Queries or keys [T, H, C] of the attention operator, traced back to before the rotation."""
     if not is_call(node, aten.permute.default) or node.args[1] != [1, 0, 2]:
@@ -89,6 +136,8 @@ def find_rotated(node: Any) -> Rotated | None:
     row = node.args[0]
     if not is_call(row, aten.select.int) or row.args[1:] != (0, 0):
         return None
+    if is_call(row.args[0], aten.permute.default) and row.args[0].args[1] == [0, 2, 1, 3]:
+        return _find_rolled(row.args[0].args[0])
     for straight, crossed in _both_orders(row.args[0], aten.add.Tensor):
         for x, cos in _both_orders(straight, aten.mul.Tensor):
             for other, sin in _both_orders(crossed, aten.mul.Tensor):
@@ -98,6 +147,55 @@ def find_rotated(node: Any) -> Rotated | None:
                 if is_turned and _is_crossed(other, x):
                     return Rotated(x.args[0], cos.args[0], sin.args[0])
     return None
+
+
+def _find_rolled(node: Any) -> Rotated | None:
+    """The rotation `x * cos + roll(x, half) * sin` of [1, T, H, C], the sines signed."""
+    if not is_call(node, aten.addcmul.default) or node.kwargs:
+        return None
+    straight, rolled, sin = node.args
+    for x, cos in _both_orders(straight, aten.mul.Tensor):
+        if value(x).dtype != value(node).dtype or not _is_rolled(rolled, x):
+            continue
+        shape = value(x).shape
+        wanted = (*shape[:2], 1, shape[3])
+        if all(isinstance(one, torch.fx.Node) and value(one).shape == wanted for one in (cos, sin)):
+            return Rotated(x, *(_squeezed(one) for one in (cos, sin)), is_signed=True)
+    return None
+
+
+def _squeezed(angle: Any) -> Any:
+    """What a dimension for heads was put into; the node itself where it came with one."""
+    is_new = is_call(angle, aten.unsqueeze.default) and angle.args[1] in (2, -2)
+    return angle.args[0] if is_new else angle
+
+
+def _is_rolled(node: Any, x: Any) -> bool:
+    """Whether a node is x with its halves changed over."""
+    width = value(x).shape[-1]
+    if is_call(node, aten.roll.default):
+        return node.args[0] is x and node.args[1:] in (([width // 2], [-1]), ([width // 2], [3]))
+    if not is_call(node, aten.index.Tensor) or node.args[0] is not x:
+        return False
+    *others, last = node.args[1]
+    if others != [None] * 3:
+        return False
+    order = _known(last)
+    half = torch.arange(width).roll(width // 2)
+    return order is not None and torch.equal(order, half)
+
+
+def _known(node: Any) -> Any:
+    """What whole numbers a node gives whatever comes in: a range, shifted, wrapped; else None."""
+    if is_call(node, prims.iota.default):
+        size, start, step = node.args[0], node.kwargs["start"], node.kwargs["step"]
+        return start + step * torch.arange(size) if isinstance(size, int) else None
+    if _target(node) not in _WRAPS + _ADDS or len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = _known(node.args[0]), node.args[1]
+    if left is None or not isinstance(right, int):
+        return None
+    return left + right if _target(node) in _ADDS else left % right
 
 
 def _is_angle(node: Any, x: Any) -> bool:

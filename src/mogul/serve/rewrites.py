@@ -7,7 +7,7 @@ router norms, multiplies and picks. The numbers are those of the graph before, r
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph
@@ -49,12 +49,12 @@ def join_residuals(graph: Graph) -> None:
         _add_inside(graph, node, mogul.moe_added.default, node.args)
 
 
-def _reshaped(node: Any) -> Any:
+def reshaped(node: Any) -> Any:
     """What a reshape reshapes; the node itself where it is none."""
     return node.args[0] if is_call(node, aten.reshape.default) else node
 
 
-def _norm_args(norm: Norm) -> tuple[Any, Any, float]:
+def norm_args(norm: Norm) -> tuple[Any, Any, float]:
     """The weight and eps of a norm as operators take them."""
     is_number = isinstance(norm.eps, float)
     return norm.weight, None if is_number else norm.eps, norm.eps if is_number else 0.0
@@ -63,23 +63,23 @@ def _norm_args(norm: Norm) -> tuple[Any, Any, float]:
 def _norm_inside(graph: Graph, node: Any) -> None:
     """Norm the rows of a product inside it, or of a router that picks, with all that it feeds."""
     rows, weight, dtype = node.args
-    norm = find_norm(_reshaped(rows))
+    norm = find_norm(reshaped(rows))
     if norm is None or dtype != value(rows).dtype or value(rows).dim() != 2:
         return
     x = norm.x
-    if rows is not _reshaped(rows):
+    if rows is not reshaped(rows):
         with graph.inserting_before(rows):
             x = graph.call_function(aten.reshape.default, (norm.x, rows.args[1]))
         x.meta = {"val": value(rows)}
-    if len(rows.users) == 1 and (rows is _reshaped(rows) or len(_reshaped(rows).users) == 1):
+    if len(rows.users) == 1 and (rows is reshaped(rows) or len(reshaped(rows).users) == 1):
         with graph.inserting_before(node):
-            args = (x, *_norm_args(norm), weight)
+            args = (x, *norm_args(norm), weight)
             product = graph.call_function(mogul.normed_linear.default, args)
         product.meta = {"val": value(node)}
         node.replace_all_uses_with(product)
         graph.erase_node(node)
         return
-    picks = _only_user(node)
+    picks = only_user(node)
     if is_call(picks, mogul.softmax_topk.default):
         _route_inside(graph, picks, x, norm)
 
@@ -91,7 +91,7 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     if weight.op != "placeholder":
         return
     with graph.inserting_before(rows):  # others may read the normed rows before the router does
-        args = (x, *_norm_args(norm), weight, k, renormalise, dtype)
+        args = (x, *norm_args(norm), weight, k, renormalise, dtype)
         routed = graph.call_function(mogul.normed_route.default, args)
         parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(3)]
     for part, val in zip(parts, (value(rows), *value(picks)), strict=True):
@@ -105,26 +105,41 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     rows.replace_all_uses_with(parts[0])
 
 
-def _only_user(node: Any) -> Any:
+def only_user(node: Any) -> Any:
+    """Who alone reads a node, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+class Added(NamedTuple):
+    """A sum with a residual: what is added, as which shape the result goes in, and the sum."""
+
+    residual: Any
+    shaped: Any
+    total: Any
+
+
+def residual_behind(node: Any) -> Added | None:
+    """The residual that a result alone is added to, perhaps reshaped."""
+    last: Any = only_user(node)
+    last = last if is_call(last, aten.reshape.default) else node
+    total: Any = only_user(last)
+    if not is_call(total, aten.add.Tensor) or len(total.args) != 2 or total.kwargs:
+        return None
+    residual = next((one for one in total.args if one is not last), None)
+    if not isinstance(residual, torch.fx.Node) or value(residual).dtype != value(node).dtype:
+        return None
+    shape = value(total).shape
+    alike = value(last).shape == shape and value(residual).shape == shape
+    return Added(residual, last, total) if alike else None
 
 
 def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> None:
     """Add the residual inside the product, or experts, that it is added to: `joined` does both."""
     kept = value(node)
-    last: Any = _only_user(node)
-    last = last if is_call(last, aten.reshape.default) else node
-    total: Any = _only_user(last)
-    if not is_call(total, aten.add.Tensor) or len(total.args) != 2 or total.kwargs:
+    added = residual_behind(node)
+    if added is None or kept.dtype != value(args[0]).dtype:
         return
-    residual = next((one for one in total.args if one is not last), None)
-    if not isinstance(residual, torch.fx.Node) or value(residual).dtype != kept.dtype:
-        return
-    shape = value(total).shape
-    if value(last).shape != shape or value(residual).shape != shape:
-        return
-    if kept.dtype != value(args[0]).dtype:
-        return
+    residual, last, total = added
     with graph.inserting_before(total):
         rows = graph.call_function(aten.reshape.default, (residual, [-1, kept.shape[1]]))
         rows.meta = {"val": kept}
@@ -137,13 +152,22 @@ def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> 
     total.replace_all_uses_with(shaped)
 
 
+def _without_heads(graph: Graph, angle: Any) -> Any:
+    """[1, T, 1, C] as [1, T, C]."""
+    if value(angle).dim() == 3:
+        return angle
+    short = graph.call_function(aten.squeeze.dim, (angle, 2))
+    short.meta = {"val": value(angle).squeeze(2)}
+    return short
+
+
 def _turn_inside(graph: Graph, node: Any) -> None:
     """Let attention norm and rotate its queries and keys where the graph does it before."""
     query, key, val, *rest = node.args
     turns = [turn for turn in (find_rotated(query), find_rotated(key)) if turn is not None]
     if len(turns) < 2 or turns[0][1:] != turns[1][1:]:
         return
-    cos, sin = turns[0][1:]
+    cos, sin, is_signed = turns[0][1:]
     norms = [find_norm(turn.x) for turn in turns]
     if (norms[0] is None) != (norms[1] is None):
         return
@@ -157,7 +181,8 @@ def _turn_inside(graph: Graph, node: Any) -> None:
         for x in raw:
             rows.append(graph.call_function(aten.select.int, (x, 0, 0)))
             rows[-1].meta = {"val": value(x)[0]}
-        angles = (cos, sin, *weights, *nodes, numbers)
+        cos, sin = (_without_heads(graph, one) for one in (cos, sin))
+        angles = (cos, sin, *weights, *nodes, numbers, is_signed)
         args = (*rows, val, *angles, *rest)
         turned = graph.call_function(torch.ops.mogul.attend_turned.default, args)
     turned.meta = {"val": value(node)}

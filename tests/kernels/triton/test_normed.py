@@ -48,7 +48,7 @@ for rows, columns, inner in ((1, 48, 64), (1, 8, 2064), (3, 24, 272), (17, 32, 1
         told = torch.ops.mogul.softmax_topk(logits, k, renormalise, torch.float32)
         assert (logits.gather(1, got[2]) - logits.gather(1, told[1])).abs().max() < 4e-3
         assert (got[1] - told[0]).abs().max() < 4e-3
-        assert not normed._counters(host).any(), "left as found"
+        assert not normed.counters(host).any(), "left as found"
 x, weight, norm, plus = (torch.randn(*size).half() for size in ((1, 64), (8, 64), (64,), (1, 8)))
 for cache, run in (
     (normed._norm, lambda t: normed.norm_rows(x, t(norm), 0.5)),
@@ -81,13 +81,14 @@ def test_launches_equal_their_definitions() -> None:
 
 POINTERS = {
     **dict.fromkeys(("x_ptr", "norm_ptr", "w_ptr", "plus_ptr", "out_ptr", "normed_ptr"), "bf16"),
+    "bias_ptr": "bf16",
     **dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "logits_ptr"), "fp32"),
     **{"done_ptr": "i32", "values_ptr": "bf16", "ids_ptr": "i64"},
 }
 CONSTANTS = {
     **{"N": 2048, "K": 4096, "BLOCK_N": 16, "BLOCK_K": 256, "BLOCK_T": 16, "STAGES": 4},
-    **{"EPS": 1e-6, "NORM": True, "ADD": True, "SCALED": False, "LINES": 16, "PDL": True},
-    **{"WIDTH": 128, "PICKS": 8, "SLOTS": 8, "RENORMALISE": True},
+    **{"EPS": 1e-6, "NORM": True, "ADD": True, "BIAS": True, "SCALED": False, "LINES": 16},
+    **{"WIDTH": 128, "PICKS": 8, "SLOTS": 8, "RENORMALISE": True, "PDL": True},
 }
 
 

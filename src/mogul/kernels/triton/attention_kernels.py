@@ -139,11 +139,12 @@ def to_page(x, scale_ptr, n, dtype: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def turned(
     x_ptr, at, token, keep, known, c, cos_ptr, sin_ptr, norm_ptr,
-    C: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
+    C: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Rows [R, C] at offsets `at`, normed and rotated to their tokens' positions, in fp32.
 
-    Tokens are one a row, or one for all: keep is [R, C], `known` is of their shape.
+    TURN 2: the left half of the sines is negated already. Tokens are one a row, or one for all:
+    keep is [R, C], `known` is of their shape.
     """
     is_left = c < C // 2
     partner = tl.where(is_left, c + C // 2, c - C // 2)
@@ -156,7 +157,9 @@ def turned(
     angle = token[:, None] * C + c[None, :]
     cos = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)
-    return x * cos + tl.where(is_left[None, :], -y, y) * sin
+    if TURN == 1:
+        y = tl.where(is_left[None, :], -y, y)
+    return x * cos + y * sin
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
@@ -215,7 +218,7 @@ def attend_few(
                     k_new = tl.sum(
                         turned(
                             key_ptr, row * K_T + n * K_N, row, keep[None, :], keep[None, :], c,
-                            cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
+                            cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM, TURN,
                         ), 0,
                     ).to(key_ptr.dtype.element_ty)  # fmt: skip
                 else:
@@ -237,8 +240,9 @@ def attend_few(
                 token = start.to(tl.int64) + tl.zeros((1,), tl.int64)
                 known = (c < C)[None, :]
             q = turned(
-                q_ptr, q_at, token, q_keep, known, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM
-            ).to(q_ptr.dtype.element_ty)
+                q_ptr, q_at, token, q_keep, known, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS,
+                NORM, TURN,
+            ).to(q_ptr.dtype.element_ty)  # fmt: skip
         else:
             q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=q_keep, other=0.0)
         at = new + i
@@ -381,7 +385,7 @@ def write_pages(
             mine = (n < N)[:, None] & (c < C)[None, :]
             k = turned(
                 key_ptr, t * K_T + n * K_N, t + tl.zeros((1,), tl.int64), mine, (c < C)[None, :], c,
-                cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
+                cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM, TURN,
             ).to(key_ptr.dtype.element_ty)  # fmt: skip
         else:
             k = tl.load(key_ptr + t * K_T + (n * K_N)[:, None] + c[None, :], mask=keep, other=0.0)
@@ -402,6 +406,7 @@ def write_pages(
                 q = turned(
                     q_ptr, t * Q_T + h * Q_H, t + tl.zeros((1,), tl.int64), keep_q,
                     (c < C)[None, :], c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM,
+                    TURN,
                 ).to(turned_ptr.dtype.element_ty)  # fmt: skip
                 put = turned_ptr + (t * (H + N) + h)[:, None] * C + c[None, :]
                 tl.store(put, q, mask=keep_q)

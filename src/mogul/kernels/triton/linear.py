@@ -87,11 +87,24 @@ def _fp8_on_device(
         return (rows.float() * row_scale[:, None]).to(dtype) @ wide.T
     if len(rows) <= FEW_ROWS_FP8:
         return linear_few(rows, weight, dtype, (row_scale, weight_scale))
+    return scaled_product(rows, row_scale, weight, weight_scale, dtype)
+
+
+def scaled_product(
+    rows: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Many rows in e4m3, by PyTorch."""
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         rows,
         weight.T,
         scale_a=row_scale[:, None],
         scale_b=weight_scale[None],
+        bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
@@ -132,6 +145,7 @@ def linear_few(
     dtype: torch.dtype,
     scales: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One program a block of columns; all rows of a block of rows at once."""
     count, (columns, inner) = len(rows), weight.shape
@@ -142,14 +156,14 @@ def linear_few(
     device = rows.device.index if rows.is_cuda else -1
     block_t = min(BLOCK_ROWS, max(16, next_power_of_2(count)))
     tile = few_tile or tile_of(columns, block_t, weight.itemsize)
-    adds = residual is not None
+    adds = (residual is not None, bias is not None)
     row_scale, weight_scale = scales or (out, out)
-    plus = out if residual is None else aligned(residual)
-    dtypes = (rows.dtype, weight.dtype, dtype, plus.dtype)
+    plus, more = (out if one is None else aligned(one) for one in (residual, bias))
+    dtypes = (rows.dtype, weight.dtype, dtype, plus.dtype, more.dtype)
     launch = _launch(columns, inner, block_t, tile, dtypes, adds, device)
     launch(
         (cdiv(columns, tile[0]), cdiv(count, block_t)), device,
-        rows, row_scale, weight, weight_scale, plus, out, count,
+        rows, row_scale, weight, weight_scale, plus, more, out, count,
     )  # fmt: skip
     return out
 
@@ -168,7 +182,7 @@ def _launch(
     block_t: int,
     tile: Tile,
     dtypes: tuple[torch.dtype, ...],
-    adds: bool,
+    adds: tuple[bool, bool],
     device: int,
 ) -> Launch:
     """The launch of one shape; the dtypes of all tensors, rows first, tell launches apart."""
@@ -178,8 +192,8 @@ def _launch(
     pdl = has_pdl(device)
     constants: dict[str, Any] = {
         "N": columns, "K": inner, "BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "STAGES": stages, "SCALED": dtypes[0].itemsize == 1, "ADD": adds, "PDL": pdl,
-        "LINES": max(1, FETCHED_BYTES // (columns * _LINE_BYTES)),
+        "STAGES": stages, "SCALED": dtypes[0].itemsize == 1, "ADD": adds[0], "BIAS": adds[1],
+        "LINES": max(1, FETCHED_BYTES // (columns * _LINE_BYTES)), "PDL": pdl,
     }  # fmt: skip
     return Launch(kernel, constants, warps=warps, stages=stages, pdl=pdl)
 

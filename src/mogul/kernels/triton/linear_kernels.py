@@ -7,15 +7,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_few(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, plus_ptr, out_ptr, num_rows,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, plus_ptr, bias_ptr, out_ptr, num_rows,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row, col] = x[row] @ w[col], SCALED: times both scales, ADD: and what stands in `plus`.
+    """out[row, col] = x[row] @ w[col], SCALED: times both scales, and what is added.
 
-    Weights are the left operand. They do not depend on the kernel before, so this program's come
-    into the cache while that one still runs: LINES of each column.
+    BIAS: one number a column; ADD: what stands in `plus`. Weights are the left operand. They do not
+    depend on the kernel before, so this program's come into the cache while that one still runs:
+    LINES of each column.
     """
     if PDL:
         gdc_launch_dependents()
@@ -41,6 +42,8 @@ def linear_few(
     if SCALED:
         acc *= tl.load(w_scale_ptr + near)[:, None]
         acc *= tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + near).to(tl.float32)[:, None]
     at = rows.to(tl.int64)[None, :] * N + cols[:, None]
     keep = live[None, :] & (cols < N)[:, None]
     acc = acc.to(out_ptr.dtype.element_ty)

@@ -97,7 +97,9 @@ class Call:
     """Token and head strides of query, key, value."""
 
     dtypes: tuple[torch.dtype | None, ...]
-    turns: bool
+    turns: int
+    """0 for no rotation, 1 where the kernel negates sines, 2 where they are negated."""
+
     norms: bool
     eps: tuple[float, float]
     pdl: bool
@@ -134,7 +136,7 @@ class Call:
         strides = dict(zip(("K_T", "K_N", "V_T", "V_N"), self.strides[2:], strict=True))
         return {**strides, **self._turn(), "K_EPS": self.eps[1]}
 
-    def _turn(self) -> dict[str, bool]:
+    def _turn(self) -> dict[str, int]:
         return {"TURN": self.turns, "NORM": self.norms}
 
 
@@ -311,7 +313,7 @@ def paged_attention_triton(
         has_sinks=sinks is not None,
         strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
         dtypes=_dtypes(query, key_cache, sinks, *(turn or ())[:4]),
-        turns=turn is not None,
+        turns=0 if turn is None else 1 + turn.is_signed,
         norms=turn is not None and turn.query_norm is not None,
         eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
         pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
@@ -355,7 +357,7 @@ def _write(
         return call, new
     query, key = ready[:, :heads], ready[:, heads:]
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-    call = replace(call, strides=strides, turns=False, norms=False, eps=(0.0, 0.0))
+    call = replace(call, strides=strides, turns=0, norms=False, eps=(0.0, 0.0))
     return call, (query, key, value)
 
 

@@ -80,8 +80,13 @@ class QuantLayer:
         ids: Tensor,
         factors: Tensor,
         rounded: tuple[Tensor, Tensor] | None,
+        *,
+        summed: bool = True,
     ) -> Tensor:
-        """Output [T, D]; `rounded` are the rows of x in fp8 where a caller has them."""
+        """Output [T, D]; `rounded` are the rows of x in fp8 where a caller has them.
+
+        Not `summed` (fp8 alone): what every pick gives, [T * K, D].
+        """
         layer, slots = self.layer, ids.numel()
         if self.group and layer.shape.uses_few(x.shape[0]):
             return self._few(x, weights, ids, factors)
@@ -93,6 +98,8 @@ class QuantLayer:
         rows, scale = self._rounded(act, sort.head[layer.shape.experts :])
         y = x.new_empty((slots, layer.shape.width))
         self._down(plan, rows, scale, weights, y, sort)
+        if not summed:
+            return y
         return layer.sum(plan, y, ids, factors, weighted=True)
 
     def _few(self, x: Tensor, weights: Weights, ids: Tensor, factors: Tensor) -> Tensor:
@@ -241,8 +248,13 @@ def run_quantised(
     ids: Tensor,
     factors: Tensor,
     rounded: tuple[Tensor, Tensor] | None = None,
+    *,
+    summed: bool = True,
 ) -> Tensor:
-    """The layer: [T, D] -> [T, D]; `rounded` are the rows of x in fp8 where a caller has them."""
+    """The layer: [T, D] -> [T, D]; `rounded` are the rows of x in fp8 where a caller has them.
+
+    Not `summed` (fp8 alone): what every pick gives, [T * K, D].
+    """
     if x.shape[0] == 0:
         return torch.empty_like(x)
     _check(weights)
@@ -258,8 +270,8 @@ def run_quantised(
     quant = _quant_layer(layer, weights.group, (weights.act, weights.alpha, weights.limit))
     if x.is_cuda and device != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return quant.forward(x, weights, ids, factors, rounded)
-    return quant.forward(x, weights, ids, factors, rounded)
+            return quant.forward(x, weights, ids, factors, rounded, summed=summed)
+    return quant.forward(x, weights, ids, factors, rounded, summed=summed)
 
 
 def _check(weights: Weights) -> None:

@@ -63,19 +63,42 @@ def _beside(
     x = aligned(x)
     if not len(x):
         return torch.empty_like(x), torch.empty_like(x)
-    rows, scale = rounded_rows(x)
-
-    def of_all() -> Tensor:
-        up, up_scale, last, last_scale = shared
-        both = linear_fp8(rows, scale, up, up_scale, x.dtype)
-        return linear_fp8(*gated_rows(both), last, last_scale, x.dtype)
+    rows = rounded_rows(x)
 
     def of_picked() -> Tensor:
-        up, up_scale, down, down_scale = experts
-        weights = Weights(up, up_scale, down, down_scale, None, None, 0, SILU, 0.0, 0.0)
-        return run_quantised(x, weights, *pick(), (rows, scale))
+        return run_quantised(x, _weights(experts), *pick(), rows)
 
-    return side_by_side(of_picked, of_all, x)
+    return side_by_side(of_picked, lambda: _of_all(x, rows, shared), x)
+
+
+def parts(
+    x: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    experts: Sequence[Any],
+    shared: Sequence[Any],
+    pick: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What every pick gives [T * K, D], what the shared expert gives, ids, weights of the picks."""
+    picks: list[tuple[Tensor, Tensor]] = []
+
+    def of_picked() -> Tensor:
+        picks.append(pick())
+        return run_quantised(x, _weights(experts), *picks[0], rounded, summed=False)
+
+    out, more = side_by_side(of_picked, lambda: _of_all(x, rounded, shared), x)
+    return out, more, *picks[0]
+
+
+def _weights(experts: Sequence[Any]) -> Weights:
+    up, up_scale, down, down_scale = experts
+    return Weights(up, up_scale, down, down_scale, None, None, 0, SILU, 0.0, 0.0)
+
+
+def _of_all(x: Tensor, rounded: tuple[Tensor, Tensor], shared: Sequence[Any]) -> Tensor:
+    """The shared expert."""
+    up, up_scale, last, last_scale = shared
+    both = linear_fp8(*rounded, up, up_scale, x.dtype)
+    return linear_fp8(*gated_rows(both), last, last_scale, x.dtype)
 
 
 def gated_rows(both: Tensor) -> tuple[Tensor, Tensor]:

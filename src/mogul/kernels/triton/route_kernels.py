@@ -80,6 +80,36 @@ def _best_of_each(choice, logits, scores, cols, M: tl.constexpr):
     return ids, logit, score, one.reshape(choice.shape[0], choice.shape[1])
 
 
+@triton.jit
+def scores_of(logits, is_column, SCORE: tl.constexpr):
+    """Scores of fp32 logits [T, C], and what their exponentials are shares of."""
+    if SCORE == SOFTMAX:
+        top = tl.max(tl.where(is_column, logits, float("-inf")), 1)
+        part = tl.where(is_column, tl.exp(logits - top[:, None]), 0.0)
+        scores = part / tl.sum(part, 1)[:, None]
+        log = logits
+    else:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+        log = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
+    return scores, log
+
+
+@triton.jit
+def weights_of(
+    log_K, score_K, is_true, slots, WEIGHTING: tl.constexpr, K: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Weights of the picks [T, K] by one of three rules."""
+    if WEIGHTING == PROBABILITY:
+        weights = tl.where(is_true, score_K, 0.0)
+    elif WEIGHTING == RENORMALISED:
+        weights = _pool_shares(log_K, is_true, slots, K, 1)
+    elif K == M:  # one pick a group has all of its group's weight
+        weights = tl.where(is_true, 1.0, 0.0)
+    else:
+        weights = _pool_shares(log_K, is_true, slots, K, M)
+    return weights
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def route_tokens(
     logits_ptr, bias_ptr, scale_ptr, ids_ptr, weights_ptr, scores_ptr, rows_ptr, num_tokens,
@@ -99,14 +129,7 @@ def route_tokens(
     row = tokens.to(tl.int64)[:, None]
     logits = tl.load(logits_ptr + row * C + cols[None, :], mask=is_column, other=0.0)
     logits = logits.to(tl.float32)
-    if SCORE == SOFTMAX:
-        top = tl.max(tl.where(is_column, logits, float("-inf")), 1)
-        part = tl.where(is_column, tl.exp(logits - top[:, None]), 0.0)
-        scores = part / tl.sum(part, 1)[:, None]
-        log = logits
-    else:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-        log = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
+    scores, log = scores_of(logits, is_column, SCORE)
     keep = is_token & (cols < E)[None, :]
     tl.store(scores_ptr + row * E + cols[None, :], scores, mask=keep)
     choice = scores
@@ -142,15 +165,7 @@ def route_tokens(
             score_K = tl.where(here, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], score_K)
 
     is_true = (ids < E) & (slots < K)[None, :]
-    if WEIGHTING == PROBABILITY:
-        weights = tl.where(is_true, score_K, 0.0)
-    elif WEIGHTING == RENORMALISED:
-        weights = _pool_shares(log_K, is_true, slots, K, 1)
-    elif K == M:  # one pick a group has all of its group's weight
-        weights = tl.where(is_true, 1.0, 0.0)
-    else:
-        weights = _pool_shares(log_K, is_true, slots, K, M)
-    weights = weights * FACTOR
+    weights = weights_of(log_K, score_K, is_true, slots, WEIGHTING, K, M) * FACTOR
     if SCALED:
         weights = weights * tl.load(scale_ptr + tl.minimum(ids, E - 1)).to(tl.float32)
     slot_at = row * K + slots[None, :]

@@ -79,7 +79,8 @@ def _rule(spec: RouterSpec) -> list[int]:
     ]
 
 
-def _spec(rule: list[int], factor: float) -> RouterSpec:
+def spec_of(rule: list[int], factor: float) -> RouterSpec:
+    """The rule of a call of `mogul::route`."""
     experts, picks, groups, nulls, limit, score, weighting = rule
     return RouterSpec(
         num_experts=experts,
@@ -195,7 +196,7 @@ def _backward(ctx: Any, _dids: Any, dweights: Any, dscores: Any, _drows: Any) ->
         if scale is not None:
             leaves.append(scale.detach().requires_grad_())
         results = weigh_picks(
-            leaves[0], ids, _spec(ctx.rule, ctx.factor), leaves[1] if len(leaves) > 1 else None
+            leaves[0], ids, spec_of(ctx.rule, ctx.factor), leaves[1] if len(leaves) > 1 else None
         )
         wanted = [r for r, g in zip(results, (dweights, dscores), strict=True) if g is not None]
     grads = torch.autograd.grad(wanted, leaves, given, allow_unused=True)
