@@ -6,15 +6,17 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import ranks
+from torch.distributed import HashStore
 
 from mogul.core.errors import ConfigError, MogulError
 from mogul.parallel import launch, start
 from mogul.parallel.process import free_port
-from mogul.parallel.watch import BEATS_A_PATIENCE, EXIT_CODE
+from mogul.parallel.watch import BEATS_A_PATIENCE, EXIT_CODE, Watch
 
 
 def test_the_message_of_the_failed_rank_is_told():
@@ -89,6 +91,23 @@ def test_the_default_patience_ends_all_within_a_minute():
     patience_s = inspect.signature(start).parameters["patience_s"].default
     beat_s = patience_s / BEATS_A_PATIENCE
     assert patience_s + 3 * beat_s < 60  # the last beat, the look that starts the count, the last
+
+
+def test_the_rank_that_keeps_the_store_parts_last_and_does_not_wait_for_ever():
+    common = HashStore()
+    first, second = (Watch(rank, 2, 8.0, common) for rank in range(2))
+    for watch in (first, second):
+        watch.leave()
+    parting = threading.Thread(target=first.part)
+    parting.start()
+    parting.join(0.2)
+    assert parting.is_alive(), "another may still ask the store"
+    second.part()
+    parting.join(4)
+    assert not parting.is_alive()
+    alone = Watch(0, 2, 0.3, HashStore())
+    alone.leave()
+    alone.part()  # the other never does
 
 
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):
