@@ -23,6 +23,7 @@ from mogul.kernels.triton.linear import (
     FEW_ROWS_FP8,
     has_pdl,
     linear_few,
+    multiplies_fp8,
     scaled_product,
 )
 from mogul.kernels.triton.quant_layer import rounded_rows
@@ -59,6 +60,8 @@ def rows_linear_fp8(
     residual: Tensor | None,
 ) -> Tensor:
     """norm(x) @ weight.T + bias + residual."""
+    if x.is_cuda and not multiplies_fp8(x.device):
+        return _linear_host(x, norm, eps_number, eps, weight, scale, bias, residual)
     eps = eps if eps_number is None else float(eps_number)
     if not len(x):
         return x.new_empty((0, len(weight)))

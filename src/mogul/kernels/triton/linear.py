@@ -82,12 +82,17 @@ def _fp8_on_device(
 ) -> Tensor:
     """The same on a GPU; where it multiplies no fp8, from dequantised numbers."""
     check_linear(rows, row_scale, weight, weight_scale)
-    if torch.cuda.get_device_capability(rows.device) < _FP8_CAPABILITY:
+    if not multiplies_fp8(rows.device):
         wide = (weight.float() * weight_scale[:, None]).to(dtype)
         return (rows.float() * row_scale[:, None]).to(dtype) @ wide.T
     if len(rows) <= FEW_ROWS_FP8:
         return linear_few(rows, weight, dtype, (row_scale, weight_scale))
     return scaled_product(rows, row_scale, weight, weight_scale, dtype)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a GPU has products of fp8."""
+    return torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
 
 
 def scaled_product(
