@@ -34,6 +34,13 @@ def test_impossible_shapes_are_refused(sizes):
         kernels.LayerShape(*sizes)
 
 
+def test_sizes_that_are_no_shape_and_calls_of_nothing_are_refused():
+    with pytest.raises(ConfigError, match="shape '3x8' has no four sizes"):
+        kernels.layer_shape("3x8", pytest.fail)
+    with pytest.raises(ConfigError, match="0 tokens of a call"):
+        kernels.Request(TINY, tokens=(4, 0))
+
+
 def test_the_floor_is_arithmetic_or_bytes():
     limits = kernels.Limits(flop_per_s=1e9, bytes_per_s=1e9)
     assert TINY.flop(10) == 6 * 10 * 2 * 32 * 16

@@ -156,7 +156,11 @@ def test_bad_input_is_named(trace, checkpoint, tmp_path, capsys):
     for args, words in (
         (["trace", "--out", str(tmp_path / "t")], "give a model to trace"),
         (["trace", str(checkpoint), "--data", str(empty), "--out", str(tmp_path / "t")], "no text"),
+        (["trace", str(checkpoint), "--batch", "0", "--out", str(tmp_path / "t")], "0 sequences"),
+        (["trace", str(checkpoint), "--device", "mars", "--out", str(tmp_path / "t")],
+         "device 'mars' is unknown"),
         (["report", str(tmp_path)], "holds no trace"),
+        (["report", str(trace), "--devices", "2", "0"], "0 devices hold no expert"),
         (["place", str(trace), "--devices", "2", "--out", "x"], "belong together"),
         (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "3", "--groups", "4",
           "--out", str(tmp_path / "m")], "4 groups do not stand on 3 devices"),

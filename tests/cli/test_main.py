@@ -131,6 +131,13 @@ def test_an_unexpected_error_is_short_too(verb, capsys):
     assert "mogul info: RuntimeError: odd\nfix: this is unexpected" in capsys.readouterr().err
 
 
+def test_a_path_that_cannot_be_used_is_named(verb, capsys):
+    verb(raising(PermissionError(13, "Permission denied", "/root/x")))
+    assert cli.main(["info", "x"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("mogul info: /root/x: Permission denied\nfix: check that the path")
+
+
 def test_a_missing_library_names_its_extra(verb, capsys):
     verb(raising(ModuleNotFoundError("No module named 'torch'", name="torch")))
     assert cli.main(["info", "x"]) == 1

@@ -31,6 +31,9 @@ def test_run_prints_a_point_and_json_in_base_units(capsys):
         (("run", "preset:qwen3-30b-a3b", "--engine", "vlm"), "unknown engine 'vlm'"),
         (("sweep", "preset:qwen3-30b-a3b", "--tp", "2"), "--tp does nothing in `mogul simulate sw"),
         (("rum",), "unknown verb 'rum'"),
+        (("serve", "preset:qwen3-30b-a3b", "--rate", "0"), "300 requests at 0 a second never"),
+        (("serve", "preset:qwen3-30b-a3b", "--requests", "0"), "0 requests at 4 a second never"),
+        (("serve", "preset:qwen3-30b-a3b", "--input", "0"), "a request of 0 input and 512 output"),
         (("compare", "preset:qwen3-8b"), "is dense: it has nothing to group"),
     ],
 )

@@ -32,3 +32,12 @@ def test_the_terminal_table_shows_every_cell_and_note():
     for part in ("Loads", "device", "12", "rho is 1.5"):
         assert part in text
     assert "[bold]x" in shown("table", Table("t", ["a"], [["[bold]x"]]))
+
+
+def test_where_room_is_short_words_fold_and_no_number_is_cut():
+    columns = [f"column number {index}" for index in range(12)]
+    table = Table("narrow", columns, [[f"{index}.234e+17" for index in range(12)]])
+    lines = shown("table", table).splitlines()
+    assert max(map(len, lines)) <= 12 * (10 + 4)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)
+    assert [f"{index}.234e+17" for index in range(12)] == lines[-2].split()

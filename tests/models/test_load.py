@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.errors import ArtifactError, ConfigError, HardwareError
 from mogul.models import load_config, load_model, load_tokenizer
+from mogul.models.load import default_device, named_device
 
 TOKENS = torch.tensor([[1, 17, 30, 3]])
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -75,6 +76,28 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     refuse(tmp_path, "model type 't5' is no causal language model")
+
+
+def test_devices_are_named_before_anything_is_loaded():
+    assert named_device(None) == named_device("auto") == default_device()
+    assert named_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="device 'mars' is unknown") as caught:
+        named_device("mars")
+    assert caught.value.__notes__ == [f"fix: use one of auto, {', '.join(here())}"]
+    with pytest.raises(HardwareError, match="this machine has no device 'hpu'"):
+        named_device("hpu")
+    with pytest.raises(HardwareError, match="cpu:3 is not among this machine's 1 devices"):
+        named_device("cpu:3")
+
+
+def here() -> list[str]:
+    return list(dict.fromkeys(["cpu", default_device()]))
+
+
+def test_an_unknown_experts_implementation_names_the_nearest(pangu_folder):
+    error = refuse(pangu_folder(), "experts 'mogull' cannot be used", error=ConfigError,
+                   experts="mogull")  # fmt: skip
+    assert error.__notes__ == ["fix: did you mean 'mogul'?"]
 
 
 def test_remote_code_is_never_run(tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mogul.cli.main import main
-from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.errors import ArtifactError, ConfigError, MogulError
 from mogul.train.recipe import Recipe
 from mogul.train.recipe_file import read_recipe, read_resolved, write_resolved
 from mogul.train.schedule import ScheduleSpec
@@ -84,6 +84,19 @@ def test_unknown_config_keys_are_named(files):
         recipe = read_recipe(files / "base.toml", [change])
         with pytest.raises(ConfigError, match=words):
             build_model(recipe, choose_device("cpu"))
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(files):
+    from mogul.train.session import Session
+
+    for change, words in (
+        ("run.device=mars", "device 'mars' is unknown"),
+        ('data.sources=["no"]', "no holds no tokens.json"),
+    ):
+        recipe = read_recipe(files / "base.toml", [change])
+        with pytest.raises(MogulError, match=words):
+            Session(recipe, files / "run")
+        assert not (files / "run").exists()
 
 
 def test_circles_and_missing_files(files):

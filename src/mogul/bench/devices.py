@@ -30,7 +30,7 @@ from mogul.bench.devices_cases import (
 )
 from mogul.bench.devices_clock import Clock, Link, best_s, host_waits, measure_link
 from mogul.bench.kernels import DTYPES, LayerShape, Limits
-from mogul.core.errors import BackendError
+from mogul.core.errors import BackendError, ConfigError
 from mogul.core.log import log
 from mogul.parallel import World
 from mogul.parallel.dispatch import Experts
@@ -72,6 +72,11 @@ class Request:
     traced_tokens: tuple[int, ...] = ()
     """Numbers of tokens for which the phases of every rank are recorded, and waits for the host
     are counted."""
+
+    def __post_init__(self) -> None:
+        """Refuse to measure nothing."""
+        if any(count < 1 for count in self.tokens):
+            raise ConfigError(f"{min(self.tokens)} tokens of all ranks", fix="use 1 or more")
 
 
 @dataclass

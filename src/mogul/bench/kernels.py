@@ -77,6 +77,8 @@ def layer_shape(text: str, of_model: Callable[[str], tuple[int, ...]]) -> LayerS
     parts = text.split("x")
     if len(parts) in (4, 5) and all(part.isdigit() for part in parts):
         return LayerShape(*map(int, parts))
+    if text.strip("0123456789x") == "":
+        raise ConfigError(f"shape {text!r} has no four sizes", fix="write ExKxDxF, or ExKxDxFxM")
     return LayerShape(*of_model(text))
 
 
@@ -95,6 +97,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.train and self.quant:
             raise ConfigError("quantised experts have no backward", fix="drop --quant or --train")
+        if any(count < 1 for count in self.tokens):
+            raise ConfigError(f"{min(self.tokens)} tokens of a call", fix="use 1 or more")
 
     def resolved(self) -> tuple[torch.device, str, tuple[int, ...]]:
         """Device, dtype and token counts after the defaults."""

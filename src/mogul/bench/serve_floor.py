@@ -124,6 +124,6 @@ def _host(picks: Tensor) -> np.ndarray:
 
 def device_of(name: str | None) -> torch.device:
     """The device a bench means."""
-    from mogul.models.load import default_device
+    from mogul.models.load import named_device
 
-    return torch.device(name or default_device())
+    return torch.device(named_device(name))

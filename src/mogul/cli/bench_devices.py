@@ -92,6 +92,10 @@ def _place(options: Options) -> tuple[int, bool]:
     """Number of ranks, and whether they run on the processor."""
     import torch
 
+    from mogul.core.errors import ConfigError
+
+    if options.ranks is not None and options.ranks < 1:
+        raise ConfigError(f"{options.ranks} ranks hold no expert", fix="use 1 or more")
     on_cpu = options.cpu or torch.accelerator.current_accelerator() is None
     count = 2 if on_cpu else torch.accelerator.device_count()
     return options.ranks or count, on_cpu

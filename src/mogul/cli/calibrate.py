@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     from mogul.core.errors import ConfigError
     from mogul.models import load_model, load_tokenizer
     from mogul.models.input_stats import measure_stats
-    from mogul.models.load import default_device, find_folder
+    from mogul.models.load import find_folder, named_device
     from mogul.observe.data import calibration
     from mogul.spec.carried import carried_folder
 
@@ -95,7 +95,7 @@ def run(options: Options) -> int:
         seed=options.seed,
     )
     model = load_model(
-        folder, dtype=TORCH_NAMES[options.dtype], device=options.device or default_device()
+        folder, dtype=TORCH_NAMES[options.dtype], device=named_device(options.device)
     )
     stats = measure_stats(
         model, batches(data, options.batch), checkpoint=folder, sources=data.names

@@ -25,8 +25,8 @@ class Options:
     The held-out part depends on the documents' content only.
     """
 
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files and folders, read in this order."""
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
+    """Files, folders, shipped or hf:NAME, read in this order."""
     out: Path
     """Folder to write."""
     tokenizer: str | None = None

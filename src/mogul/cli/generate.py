@@ -13,6 +13,7 @@ from mogul.core.log import say
 
 EXAMPLES = """
 examples:
+  mogul generate nano --prompt "The word is"
   mogul generate ./moge --prompt "The capital of France is"
   mogul generate ./moge --prompt "Why is the sky blue?" --chat
   mogul generate ./moge --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
@@ -25,7 +26,7 @@ class Options:
     """Continue a prompt. The text goes to standard output, everything else to standard error."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Checkpoint folder, or hub id."""
+    """Checkpoint folder, nano or nano-topk (carried, no download), or hub id."""
 
     prompt: str
     """Text to continue, as it stands; - reads it from standard input."""

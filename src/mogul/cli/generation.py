@@ -203,21 +203,21 @@ def open_speaker(
     start_s = time.perf_counter()
     say(f"loading {model}")
     from mogul.models import load_tokenizer
-    from mogul.models.load import default_device
+    from mogul.models.load import named_device
     from mogul.serve.loading import open_model
 
+    where = named_device(device)
     tokenizer = load_tokenizer(model)
     if needs_template and not tokenizer.chat_template:
         raise ArtifactError(
             f"the tokenizer of {model} has no chat template: this is a base model",
             fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
         )
-    device = default_device() if device == "auto" else device
     loaded = open_model(
         model,
         load="checkpoint",
         dtype=TORCH_NAMES[dtype],
-        device=device,
+        device=where,
         experts=experts,
         quantise=None if quantise == "no" else quantise,
         statistics=statistics,

@@ -11,6 +11,7 @@ import os
 import sys
 from contextlib import suppress
 from importlib import import_module
+from inspect import cleandoc
 from typing import Any
 
 VERBS = {
@@ -119,7 +120,10 @@ def _guarded(verb: str, args: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"mogul {verb}: {type(error).__name__}: {error}\nfix: {_advice(error)}\n")
+        told = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.filename is not None:
+            told = f"{error.filename}: {error.strerror}"
+        sys.stderr.write(f"mogul {verb}: {told}\nfix: {_advice(error)}\n")
         return 1
 
 
@@ -128,6 +132,8 @@ def _advice(error: Exception) -> str:
     library = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and library in EXTRA_OF:
         return f"pip install 'mogul[{EXTRA_OF[library]}]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return "check that the path is right and may be read or written"
     return "this is unexpected; run again with --debug and report the traceback"
 
 
@@ -169,7 +175,7 @@ def _run_subverb(verb: str, args: list[str], module: Any) -> int:
 def _parse(module: Any, verb: str, args: list[str]) -> Any:
     import tyro
 
-    about = (module.Options.__doc__ or "").strip()
+    about = cleandoc(module.Options.__doc__ or "")
     description = f"{about}\n\n{getattr(module, 'EXAMPLES', '').strip()}"
     return tyro.cli(module.Options, prog=f"mogul {verb}", description=description, args=args)
 

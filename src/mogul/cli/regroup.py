@@ -75,7 +75,7 @@ def run(options: Options) -> int:
     """Group, compare, heal, write and print."""
     from mogul.core.errors import ConfigError
     from mogul.core.files import atomic_folder
-    from mogul.models.load import default_device, find_folder, load_model
+    from mogul.models.load import find_folder, load_model, named_device
     from mogul.models.regroup import find_groups, regroup
     from mogul.spec.fingerprint import stamp_of_folder
     from mogul.spec.trace import load_trace
@@ -94,7 +94,7 @@ def run(options: Options) -> int:
     if options.stream:
         return _stream(options, folder, trace, group_of, groups)
     with atomic_folder(options.out, force=options.force) as work:
-        device = options.device or default_device()
+        device = named_device(options.device)
         original = load_model(folder, dtype=options.dtype, device=device)
         grouped = regroup(original, group_of, groups)
         train_ids, held_out_ids = _windows(options, folder)

@@ -29,7 +29,7 @@ class Options:
     Writes one self-contained HTML page and the numbers as JSON beside it.
     """
 
-    traces: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    traces: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TRACE...")]
     """One trace folder, or two to compare."""
     devices: tuple[int, ...] = ()
     """Device counts to look at; by default the legal ones of a MoGE, else powers of two."""
@@ -37,7 +37,7 @@ class Options:
     """placement.json of `mogul place`: shown for its device count instead of a new one."""
     html: Path | None = None
     """The page; by default report.html in the (first) trace folder."""
-    no_html: bool = False
+    no_html: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print only."""
     format: Literal["table", "json", "csv"] = "table"
     """How the result is printed."""
@@ -59,11 +59,14 @@ def run(options: Options) -> int:
 
 
 def _report(options: Options, trace: Trace) -> int:
+    from mogul.core.errors import ConfigError
     from mogul.observe.numbers import summary
     from mogul.observe.report import default_devices, page_of, with_given
     from mogul.observe.report_devices import device_table, each_device_table
     from mogul.spec.placement import load_placement
 
+    if any(count < 1 for count in options.devices):
+        raise ConfigError(f"{min(options.devices)} devices hold no expert", fix="use 1 or more")
     given = [load_placement(path) for path in options.placement]
     devices = options.devices or (() if given else default_devices(trace))
     found = with_given(trace, devices, given)

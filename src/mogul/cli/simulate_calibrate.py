@@ -29,6 +29,8 @@ class Options:
     """Folder for the tables."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of everything that is measured."""
+
     budget: float = 540.0
     """Seconds after which nothing new is measured."""
 

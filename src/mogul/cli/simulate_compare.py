@@ -30,7 +30,10 @@ class Options(Deployment):
     """Groups of the grouped twin; by default the model's own, or its picks."""
 
     html: Path | None = None
+    """Write a report page."""
+
     format: Literal["table", "json", "csv"] = "table"
+    """How to print; json in base units."""
 
 
 def run(options: Options) -> int:

@@ -72,7 +72,11 @@ class Deployment:
     """Chance that a draft token is right."""
 
     max_ttft_ms: float | None = None
+    """Most milliseconds to the first token; what is slower is marked or left out."""
+
     max_tpot_ms: float | None = None
+    """Most milliseconds between tokens, likewise."""
+
     engine: str = "mogul"
     """mogul, vllm, sglang, trtllm, transformers, ascend."""
 
@@ -92,8 +96,7 @@ class Deployment:
     """Folder of tables that `mogul simulate calibrate` wrote; they come before all others."""
 
     machine: Path | None = None
-    """machine.json of `mogul simulate calibrate`: the tables beside it, and its launches and
-    collectives."""
+    """machine.json of `mogul simulate calibrate`: tables beside it, launches and collectives."""
 
     tables: Literal["own", "aiconfigurator"] = "own"
     """Measured kernels: mogul's own, or AIConfigurator's too (its wheel must be installed)."""

@@ -35,8 +35,13 @@ class Options(Deployment):
     """Most requests running at once on a copy."""
 
     seed: int = 0
+    """Seed of the arrivals."""
+
     html: Path | None = None
+    """Write a report page."""
+
     format: Literal["table", "json"] = "table"
+    """How to print; json in base units."""
 
 
 def run(options: Options) -> int:

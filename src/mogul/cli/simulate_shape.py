@@ -26,16 +26,24 @@ class Options:
     """
 
     total: tuple[float, float] = (60e9, 80e9)
+    """Least and most parameters."""
+
     active: tuple[float, float] = (15e9, 18e9)
+    """Least and most active parameters."""
+
     targets: tuple[str, ...] = ("ascend-300i-duo-chip:8:100:h2p", "ascend-910b:4:50")
-    """DEVICE:COUNT:MS, and :h2p for the paper's hybrid layout: machine, devices of one copy, most
-    milliseconds a token."""
+    """DEVICE:COUNT:MS (machine, devices of one copy, most milliseconds a token), and :h2p for the
+    paper's hybrid layout."""
 
     picks_per_group: tuple[int, ...] = (1,)
     """Picks in each group, one or more to draw from: 1 as in the paper, 0 for no groups."""
 
     quant: str = "w8a8-kv8"
+    """As in `mogul simulate run`."""
+
     engine: str = "ascend"
+    """As in `mogul simulate run`."""
+
     context: int = 2048
     """Cached tokens a request."""
 
@@ -43,9 +51,16 @@ class Options:
     """Training tokens, for the laws."""
 
     candidates: int = 200
+    """Shapes to draw."""
+
     seed: int = 0
+    """Seed of the draw."""
+
     html: Path | None = None
+    """Write a report page."""
+
     format: Literal["table", "json", "csv"] = "table"
+    """How to print; json in base units."""
 
 
 def run(options: Options) -> int:
@@ -79,12 +94,12 @@ def run(options: Options) -> int:
         )
         for name, one in shown
     ]
-    columns = ("", *keys, "total B", "active B", "score", "equivalent FLOP")
+    columns = ("", *keys, "total B", "active B", "score", "equal FLOP")
     beaten = f"{found.better} of {len(found.candidates)} candidates"
     notes = (
         f"{beaten} beat the published shape ({100 * found.percentile:.0f} %)",
         f"of those with its size and quality or more: {100 * found.percentile_at_quality:.0f} %",
-        "equivalent FLOP: dense compute of equal loss by efficiency leverage, extrapolated",
+        "equal FLOP: dense compute of equal loss by efficiency leverage, extrapolated",
     )
     extra = {"percentile": found.percentile, "at_quality": found.percentile_at_quality}
     table = Table("Shapes, fastest first", columns, rows, notes, extra=extra)

@@ -34,7 +34,10 @@ class Options(Deployment):
     """Write the best point (by tokens/s a device) as plan.json."""
 
     html: Path | None = None
+    """Write a report page."""
+
     format: Literal["table", "json", "csv"] = "table"
+    """How to print; json in base units."""
 
 
 def run(options: Options) -> int:

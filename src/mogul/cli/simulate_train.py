@@ -23,6 +23,8 @@ class Options(Deployment):
     """
 
     devices: int = 8
+    """Devices of the whole training."""
+
     sequence: int = 4096
     """Tokens a sequence."""
 
@@ -30,12 +32,20 @@ class Options(Deployment):
     """Sequences a step."""
 
     micro_batch: int = 1
+    """Sequences of one forward."""
+
     virtual_stages: int = 1
+    """Parts of the pipeline that one device holds (interleaved 1F1B)."""
+
     schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    """Order of forwards and backwards in the pipeline."""
+
     context_parallel: int = 1
     """Devices one sequence is cut over."""
 
     recompute: Literal["auto", "none", "selective", "experts", "full"] = "auto"
+    """What is computed again in the backward pass; auto is as little as fits."""
+
     graphs: Literal["none", "partial", "full"] = "none"
     """What is replayed from captured graphs: nothing; attention and router; everything."""
 
@@ -52,7 +62,10 @@ class Options(Deployment):
     """Training tokens: also prints the days."""
 
     html: Path | None = None
+    """Write a report page."""
+
     format: Literal["table", "json"] = "table"
+    """How to print; json in base units."""
 
 
 def run(options: Options) -> int:

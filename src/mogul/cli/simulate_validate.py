@@ -27,7 +27,10 @@ class Options:
     """Score only so many silicon rows (in the order of a hash of their ids)."""
 
     html: Path | None = None
+    """Write a report page."""
+
     format: Literal["table", "json"] = "table"
+    """How to print; json in base units."""
 
 
 def run(options: Options) -> int:

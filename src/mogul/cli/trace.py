@@ -27,14 +27,14 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Record once what the experts of a model do, for `report`, `place`, `regroup` and `compress`.
+    """Record once what the experts of a model do, for `report`, `place` and `regroup`.
 
     Data are .jsonl files with "text" (and "task" where tasks matter) or plain text files. The
     trace folder stays readable when the run is killed.
     """
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Folder of a mixture-of-experts checkpoint, or a hub id."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = ""
+    """Folder of a mixture-of-experts checkpoint, nano or nano-topk (carried), or a hub id."""
     out: Path
     """Folder of the trace; an earlier trace there is replaced at the first save."""
     data: tuple[str, ...] = (BUILTIN,)
@@ -95,12 +95,12 @@ def _merge(options: Options) -> int:
 
 
 def _trace(options: Options) -> TraceRun:
-    from mogul.models.load import default_device, find_folder, load_model, load_tokenizer
+    from mogul.models.load import find_folder, load_model, load_tokenizer, named_device
     from mogul.observe.data import calibration
     from mogul.observe.run import TraceSettings, run_trace
     from mogul.spec.fingerprint import stamp_of_folder
 
-    folder = find_folder(options.model)
+    folder, device = find_folder(options.model), named_device(options.device)
     stamp = stamp_of_folder(folder).replace(name=str(options.model))
     if options.per_token:
         from mogul.observe.tokens import require_pyarrow
@@ -119,7 +119,7 @@ def _trace(options: Options) -> TraceRun:
         folder,
         dtype=options.dtype,
         experts=options.experts,
-        device=options.device or default_device(),
+        device=device,
     )
     settings = TraceSettings(
         level=options.level, batch=options.batch, per_token=options.per_token, seed=options.seed

@@ -13,6 +13,8 @@ from typing import Any, Literal, TextIO
 
 TableFormat = Literal["table", "json", "csv"]
 PLAIN_WIDTH = 120
+LONGEST_WORD = 12
+"""Letters; longer words are folded where room is short, numbers never."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ class Table:
         from rich.text import Text
 
         buffer = io.StringIO()
+        widths = [self._least_width(index) for index in range(len(self.columns))]
         width = get_terminal_size().columns if out.isatty() else PLAIN_WIDTH
+        width = max(width, sum(widths) + 4 * len(widths))
         console = Console(file=buffer, width=width, highlight=False, force_terminal=out.isatty())
         table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for index, column in enumerate(self.columns):
-            numeric = bool(self.rows) and all(_is_numeric(row[index]) for row in self.rows)
-            table.add_column(Text(column), justify="right" if numeric else "left")
+            side = "right" if self._is_numeric(index) else "left"
+            least = widths[index]
+            table.add_column(Text(column), justify=side, min_width=least, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(_cell(value)) for value in row))
         console.print(Text(self.title, style="bold"))
@@ -70,6 +75,17 @@ class Table:
             console.print(Padding(Text(f"* {note}", style="dim"), (0, 0, 0, 2)))
         lines = (line.rstrip() for line in buffer.getvalue().splitlines())
         out.write("\n".join(lines) + "\n\n")
+
+    def _is_numeric(self, index: int) -> bool:
+        return bool(self.rows) and all(_is_numeric(row[index]) for row in self.rows)
+
+    def _least_width(self, index: int) -> int:
+        """Letters a column needs so that no number is cut and no short word is folded."""
+        words = str(self.columns[index]).split()
+        for row in self.rows:
+            words += [_cell(row[index])] if self._is_numeric(index) else _cell(row[index]).split()
+        longest = max(map(len, words), default=1)
+        return longest if self._is_numeric(index) else min(longest, LONGEST_WORD)
 
 
 def _cell(value: Any) -> str:

@@ -26,10 +26,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from mogul.core.errors import ArtifactError, ConfigError, MogulError, nearest
+from mogul.core.errors import ArtifactError, ConfigError, HardwareError, MogulError, nearest
 from mogul.core.files import read_json
 from mogul.core.log import say
 from mogul.models.check_tensors import check_names, raise_if_any, tell_casts
@@ -74,6 +75,29 @@ def default_device() -> str:
     """An accelerator where there is one, else the processor."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
+
+
+def named_device(name: str | None) -> str:
+    """The device a person named, if this machine has it; None and "auto" take the default.
+
+    Raises:
+        ConfigError: no device has such a name.
+        HardwareError: this machine has no such device.
+    """
+    if name is None or name == "auto":
+        return default_device()
+    here = dict.fromkeys(["cpu", default_device()])
+    fix = f"use one of {', '.join(('auto', *here))}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is unknown", fix=fix) from None
+    if device.type not in here:
+        raise HardwareError(f"this machine has no device {name!r}", fix=fix)
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise HardwareError(f"{name} is not among this machine's {count} devices", fix=fix)
+    return name
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -242,6 +266,13 @@ def _load(
 def _experts(skeleton: PreTrainedModel, experts: str) -> dict[str, str]:
     """The keyword that selects the experts implementation, for models that have one."""
     if type(skeleton)._can_set_experts_implementation():
+        try:
+            skeleton.get_correct_experts_implementation(experts)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                f"experts {experts!r} cannot be used: {str(error).partition('. ')[0]}",
+                fix=nearest(experts, {"eager", *ALL_EXPERTS_FUNCTIONS.keys()}),
+            ) from error
         return {"experts_implementation": experts}
     if getattr(skeleton.config, "num_experts", None) or hasattr(
         skeleton.config, "num_local_experts"

@@ -40,6 +40,11 @@ class TraceSettings:
     measure_overhead: bool = True
     """Run the first batch three times more, bare and traced, to say what tracing costs."""
 
+    def __post_init__(self) -> None:
+        """Refuse a batch of nothing."""
+        if self.batch < 1:
+            raise ConfigError(f"{self.batch} sequences in a forward", fix="use 1 or more")
+
 
 @dataclass(frozen=True)
 class TraceRun:

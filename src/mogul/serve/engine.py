@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogul.core.errors import ConfigError
-from mogul.models.load import default_device
+from mogul.models.load import named_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
 from mogul.serve.admit import PROMPT_ROWS, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
@@ -185,7 +185,7 @@ class Engine:
             path,
             load=load,
             dtype=dtype,
-            device=device or default_device(),
+            device=named_device(device),
             experts=experts,
             quantise=quantise,
             statistics=None if needs_scales and quantise is None else statistics,

@@ -35,6 +35,14 @@ class Arrival:
     output_tokens: int
     cached_prefix: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse a request that asks for nothing."""
+        if min(self.input_tokens, self.output_tokens) < 1:
+            raise ConfigError(
+                f"a request of {self.input_tokens} input and {self.output_tokens} output tokens",
+                fix="give each 1 or more",
+            )
+
 
 @dataclass
 class Served:
@@ -215,6 +223,10 @@ def poisson(
     rate_per_s: float, count: int, input_tokens: int, output_tokens: int, seed: int = 0
 ) -> list[Arrival]:
     """Requests of one length at random times."""
+    if not (rate_per_s > 0 and count > 0):
+        raise ConfigError(
+            f"{count} requests at {rate_per_s:g} a second never arrive", fix="use more than 0"
+        )
     gaps = np.random.default_rng(seed).exponential(1 / rate_per_s, count)
     return [Arrival(float(t), input_tokens, output_tokens) for t in np.cumsum(gaps)]
 
@@ -225,8 +237,12 @@ def read_arrivals(path: Path) -> list[Arrival]:
     Raises:
         ArtifactError: a line lacks a key or holds an unknown one.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}", fix="check the path") from None
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -236,4 +252,6 @@ def read_arrivals(path: Path) -> list[Arrival]:
                 f"{path}, line {number}: {error}",
                 fix='write {"arrival_s": 0.5, "input_tokens": 900, "output_tokens": 200}',
             ) from None
+    if not found:
+        raise ArtifactError(f"{path} holds no requests", fix="write one a line")
     return found

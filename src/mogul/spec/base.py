@@ -50,4 +50,23 @@ def _as_config_error(error: ValidationError, cls: type[Spec], where: str) -> Con
         return ConfigError(f"{where}: key {key!r} is missing", fix=f"add {key!r}")
     given = f" (given: {problem['input']!r})" if key else ""
     text = problem["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{where}: {key}: {text}{given}" if key else f"{where}: {text}")
+    told = f"{where}: {key}: {text}{given}" if key else f"{where}: {text}"
+    return ConfigError(told, fix=_mend(problem["type"], problem.get("ctx", {})))
+
+
+def _mend(kind: str, limits: Mapping[str, Any]) -> str:
+    """Say how to mend a value, where pydantic's kind of error tells."""
+    bounds = {
+        "greater_than": "use more than {gt:g}",
+        "greater_than_equal": "use {ge:g} or more",
+        "less_than": "use less than {lt:g}",
+        "less_than_equal": "use at most {le:g}",
+        "too_short": "give at least {min_length}",
+        "literal_error": "use {expected}",
+        "finite_number": "use a finite number",
+    }
+    if kind in bounds:
+        return bounds[kind].format(**limits)
+    name, _, end = kind.rpartition("_")
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    return f"give {words[name]}" if name in words and end in ("parsing", "type") else ""

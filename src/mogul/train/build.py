@@ -14,7 +14,7 @@ import mogul.models
 from mogul.core.errors import ConfigError, nearest
 from mogul.core.log import say
 from mogul.models.convert_config import is_grouped_elsewhere, moge_config
-from mogul.models.load import default_device
+from mogul.models.load import named_device
 from mogul.models.moge.configuration_moge import TRANSFORMERS_KEYS, MogeConfig
 from mogul.spec import presets
 from mogul.train.recipe import ModelSection, Recipe, RunSection
@@ -31,10 +31,8 @@ FRESH = ("e_score_correction_bias", "router_scale")
 
 def choose_device(name: str) -> torch.device:
     """The device of a run; `auto`: the accelerator where there is one."""
-    if name != "auto":
-        return torch.device(name)
-    kind = default_device()
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
+    device = torch.device(named_device(name))
+    return torch.device(device.type, 0) if name == "auto" and device.type != "cpu" else device
 
 
 def weight_dtype(run: RunSection, device: torch.device) -> torch.dtype:

@@ -85,6 +85,8 @@ class Session:
         )
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._make_parts()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_resolved(recipe, self.folder)
         self.step, self.tokens = 0, 0
         self._stack = ExitStack()
         if resume:
@@ -121,8 +123,6 @@ class Session:
             )
         if resume and (self.folder / RECIPE_FILE).exists():
             _check_same(read_resolved(self.folder), self.recipe)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_resolved(self.recipe, self.folder)
 
     def _go_on(self) -> None:
         """Put back the newest whole checkpoint; begin where none was ever written."""

@@ -161,6 +161,7 @@ def test_bad_input_is_named(tmp_path):
     fails(ConfigError, "cannot tell from its name", "f.doc", b"none")
     fails(ConfigError, "hold no text to train on", "g.txt", b"  \n")
     fails(ArtifactError, "no tokenizer", "h.txt", b"words", tokenizer=str(tmp_path / "none.json"))
+    fails(ArtifactError, "none does not exist", "h.txt", b"words", tokenizer="none")
     with pytest.raises(ConfigError, match="is no file and no folder"):
         build(BuildSpec(sources=(str(tmp_path / "none"),)), tmp_path / "out")
     with pytest.raises(ConfigError, match="cannot hold every byte"):

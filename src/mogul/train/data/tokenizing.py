@@ -63,6 +63,11 @@ def open_tokenizer(path: str) -> Any:
 
     file = Path(path)
     try:
+        if not file.exists() and path.count("/") != 1:
+            raise ArtifactError(
+                f"{path} does not exist, so there is no tokenizer in it",
+                fix="name a checkpoint folder or a tokenizer.json",
+            )
         if file.is_file():
             found = PreTrainedTokenizerFast(tokenizer_file=str(file))
         else:
