@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,16 @@ def test_the_last_tile_is_wide_enough_and_no_wider_than_needed(width: int, block
     last, left = last_width(width, block), width % block or block
     assert left <= last <= block
     assert last == block or last // 2 < left or last == 64
+
+
+@pytest.mark.parametrize("device", ["", "NVIDIA H200"])
+def test_an_even_share_of_a_known_layer_runs_as_the_layer(device, monkeypatch):
+    monkeypatch.delenv(plans.USER_PLANS, raising=False)
+    whole = plans.Shape(64, 8, 5120, 1344, device=device)
+    for parts in (2, 4):
+        share = replace(whole, experts=64 // parts, picks=8 // parts)
+        for tokens in (16, 456, 4096, 16384):
+            assert plans.plan_for(share, tokens) == plans.plan_for(whole, tokens)
+    masked = replace(whole, experts=32)  # half of the experts, all picks: other rows an expert
+    assert not plans.is_measured(masked)
+    assert plans.plan_for(masked, 456) == plans.rule(masked, 456)

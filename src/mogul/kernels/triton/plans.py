@@ -3,6 +3,7 @@
 A plan is chosen from the shape alone; nothing is tuned inside a request.
 The table is `plans.json` beside this file; the finest match on (device, E, K, D, F) and the
 smallest `tokens` bound that holds wins; rows with a `device` only count on GPUs of that name.
+An even share of a known layer (a part of its experts and of each token's picks) runs as the layer.
 """
 
 from __future__ import annotations
@@ -149,6 +150,8 @@ def _with_backward(plan: Plan, shape: Shape) -> Plan:
     return replace(plan, down_grad=tile, up_grad=tile, gate_up_weight=square, down_weight=square)
 
 
+SHARES = (1, 2, 4, 8)
+"""Devices that a known layer may be spread over by groups."""
 USER_PLANS = "MOGUL_PLANS"
 """Environment variable: a file of further plans."""
 
@@ -227,10 +230,13 @@ def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entr
 
 def _entries(shape: Shape) -> list[Entry]:
     """Rows of the user's own file (MOGUL_PLANS, from `mogul bench kernels --tune`), then ours."""
-    key = (shape.experts, shape.picks, shape.width, shape.inner)
     own = table(shape.capability, Path(os.environ[USER_PLANS])) if USER_PLANS in os.environ else {}
-    found = own.get(key, []) + table(shape.capability).get(key, [])
-    return [entry for entry in found if entry.device in shape.device]
+    for parts in SHARES:  # as many rows an expert as in the whole layer
+        key = (parts * shape.experts, parts * shape.picks, shape.width, shape.inner)
+        found = own.get(key, []) + table(shape.capability).get(key, [])
+        if known := [entry for entry in found if entry.device in shape.device]:
+            return known
+    return []
 
 
 def is_measured(shape: Shape) -> bool:
