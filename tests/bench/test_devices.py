@@ -163,3 +163,14 @@ def test_a_decode_row_tells_what_its_step_spends_time_in():
     one, many = decode_rows([step | {"batch": 1}, step | {"batch": 64}], "GPU", [profile])
     assert one["kernels_us"] == {"push_words": 300.0, "up_tokens": 1000.0}
     assert "kernels_us" not in many
+
+
+def test_ranks_that_cannot_share_the_experts_are_refused_before_any_starts(capsys):
+    for ranks, told in (
+        ("3", "32 experts cannot be shared equally by ep=3 ranks"),
+        ("0", "0 ranks hold no expert"),
+    ):
+        assert main(["bench", "devices", "--cpu", "--ranks", ranks, "--tokens", "16"]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["bench", "devices", "--cpu", "--tokens", "0"]) == 2
+    assert "0 tokens of all ranks" in capsys.readouterr().err

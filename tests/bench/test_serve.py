@@ -232,3 +232,13 @@ def test_statistics_of_another_folder_are_used(tmp_path, capsys, model) -> None:
     assert "rounding by the inputs of 40 tokens" in capsys.readouterr().err
     assert main([*words, str(tmp_path)]) != 0
     assert "input_stats.safetensors" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_refused(capsys) -> None:
+    words = ["bench", "serve", "nano", "--batch", "1", "--runs", "1", "--device", "cpu"]
+    for more, told in (
+        (["--input", "1000", "--output", "100"], "1100 tokens exceed the 1024"),
+        (["--input", "8", "--set", "page_size=many"], "page_size 'many' is no number"),
+    ):
+        assert main([*words, *more]) == 2
+        assert told in capsys.readouterr().err

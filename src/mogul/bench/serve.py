@@ -228,6 +228,12 @@ def _engine(
 
     most = max(workload.requests for workload in request.workloads)
     length = max(one.input_tokens + one.output_tokens for one in request.workloads)
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if made_for is not None and length > made_for:
+        raise ConfigError(
+            f"requests of {length} tokens exceed the {made_for} that the model was made for",
+            fix="lower --input or --output",
+        )
     options = {"max_sequences": most, "max_length": length, "reuse_prefix": False, "seed": 0}
     settled = EngineOptions(**{**options, **request.engine, **more})
     return Engine(model, None, settled, speculator=speculator, kv_scales=request.kv_scales)

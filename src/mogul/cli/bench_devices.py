@@ -69,9 +69,11 @@ def run(options: Options) -> int:
     from mogul.bench import ledger
     from mogul.bench.devices_report import ledger_rows, table, write_page
     from mogul.bench.devices_run import measure_on_ranks
+    from mogul.parallel.owners import contiguous
 
     request, training = _request(options)
     ranks, on_cpu = _place(options)
+    contiguous(request.shape.experts, ranks)  # refuses ranks that cannot share them
     found = measure_on_ranks(request, training, ranks, on_cpu=on_cpu)
     shown = table(found["rows"], found["facts"])
     shown.show(options.format)

@@ -224,9 +224,10 @@ def open_speaker(
     )
     params = sampling_params(loaded.generation_config, sampling)
     count = show_count(loaded.num_parameters())
-    count += f" unquantised ({quantise})" if quantise != "no" else ""
+    kind = str(loaded.dtype).removeprefix("torch.")
+    kind += f", the others in {quantise}," if quantise != "no" else ""
     say(
-        f"{count} parameters in {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, "
+        f"{count} parameters in {kind} on {loaded.device}, "
         f"{show_s(time.perf_counter() - start_s, 1)}; {_sampling_words(params)}"
     )
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from mogul.core.errors import ConfigError
@@ -62,6 +63,8 @@ class EngineOptions:
         """Refuse sizes that hold nothing."""
         for name in ("max_length", "max_sequences", "step_tokens", "page_size", "cache_tokens"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, Integral):
+                raise ConfigError(f"{name} {value!r} is no number", fix="give a whole number")
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} holds nothing", fix="give 1 or more")
         if not 0 < self.memory_share <= 1:

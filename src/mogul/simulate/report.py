@@ -92,8 +92,12 @@ def _sections(page: Page, p: Prediction) -> None:
     page.section("What would change it")
     page.figure(_sensitivity(p))
     page.section("How it is known")
-    sources = sorted({s for o in p.decode.operators for s in o.estimate.sources})
-    page.prose(f"Most of the decode step is **{p.tier}**.", *sources)
+    parts_of: dict[str, set[str]] = {}
+    for timed in p.decode.operators:
+        for source in timed.estimate.sources:
+            parts_of.setdefault(source, set()).add(timed.operator.part)
+    told = (f"{', '.join(sorted(parts))}: {source}" for source, parts in sorted(parts_of.items()))
+    page.prose(f"Most of the decode step is **{p.tier}**.", *told)
 
 
 def _how_far_off(page: Page) -> None:
@@ -108,16 +112,16 @@ def _how_far_off(page: Page) -> None:
 
 def _memory_chart(p: Prediction) -> Chart:
     names = list(p.memory.parts)
-    sizes = [p.memory.parts[name] / 1e9 for name in names]
+    sizes = [p.memory.parts[name] / 2**30 for name in names]
+    room = p.memory.capacity_bytes / 2**30
     return Chart(
         title="Memory of the fullest device",
         x_label="part",
-        y_label="GB",
-        series=(Series(name="GB", x=names, y=sizes, kind="bars"),),
-        caption=f"{sum(sizes):.1f} GB of the {p.memory.capacity_bytes / 1e9:.1f} GB the engine may "
-        "use.",
+        y_label="GiB",
+        series=(Series(name="GiB", x=names, y=sizes, kind="bars"),),
+        caption=f"{sum(sizes):.1f} GiB of the {room:.1f} GiB the engine may use.",
         y_from_zero=True,
-        reference=(p.memory.capacity_bytes / 1e9, "what the engine may use"),
+        reference=(room, "what the engine may use"),
     )
 
 
@@ -152,11 +156,12 @@ def _load_map(p: Prediction) -> HeatMap:
     return HeatMap(
         title="Expected load of every rank over the mean",
         x_label="rank",
-        y_label="kind of layer",
+        y_label="layers",
         value_label="over the mean",
         panels=(("rows", rows), ("distinct experts", distinct)),
-        caption=f"Within one step the busiest rank has rho {first.rho:.2f} times the mean rows and "
-        f"delta {first.delta:.2f} times the mean distinct experts.",
+        caption="A row is a kind of layer. Within one step the busiest rank has rho "
+        f"{first.rho:.2f} times the mean rows and delta {first.delta:.2f} times the mean distinct "
+        "experts.",
         range=(0.5, 2.0),
     )
 
