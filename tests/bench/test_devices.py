@@ -11,6 +11,7 @@ from mogul.bench import devices
 from mogul.bench import devices_cases as cases
 from mogul.bench.devices_report import gain_chart, ledger_rows, table, timeline, training_rows
 from mogul.bench.kernels import LayerShape
+from mogul.cli.main import main
 from mogul.spec import balance
 
 SHAPE = LayerShape(16, 4, 16, 8, 4)
@@ -130,8 +131,6 @@ def test_skewed_draws_span_the_luck_of_an_ungrouped_router():
 
 
 def test_it_runs_on_processes_of_the_processor(tmp_path, capfd):
-    from mogul.cli.main import main
-
     words = "bench devices --cpu --shape 16x4x16x8x4 --tokens 8 --routing skewed --format json"
     assert (
         main([*words.split(), "--train-layers", "1", "--length", "16", "--out", str(tmp_path)]) == 0
