@@ -27,6 +27,7 @@ LAYOUTS = {
         ),
         True,
     ),
+    "clamped SiLU": (ExpertLayout(activation="clamped_silu", limit=1.0), False),
     "no gate": (ExpertLayout(has_gate=False, activation="relu2"), True),
     "no gate, transposed": (ExpertLayout(is_transposed=True, has_gate=False, activation="gelu"),
                             False),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import mogul.models
@@ -200,6 +202,54 @@ def test_experts_without_gate_equal_eager():
     config._experts_implementation = "mogul"
     assert layout_of(module).activation == "relu2"
     torch.testing.assert_close(module(x, ids, weights), expected, atol=1e-4, rtol=1e-5)
+
+
+OWN_GATES = {
+    "beam": "BeamExperts",  # not in Transformers 5.17
+    "deepseek_v4": "DeepseekV4Experts",
+    "glm5_next": "Glm5NextTextExperts",
+    "gpt_oss": "GptOssExperts",
+    "hy_v4": "HYV4Experts",
+    "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+}
+
+
+def own_gate(model):
+    home = pytest.importorskip(
+        f"transformers.models.{model}.modeling_{model}", exc_type=ImportError
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8}
+    limits = {"hidden_act": "silu", "swiglu_limit": 0.5, "swiglu_alpha": 1.3}
+    experts = {"num_local_experts": 4, "num_experts": 4, "_experts_implementation": "eager"}
+    torch.manual_seed(3)
+    module = getattr(home, OWN_GATES[model])(SimpleNamespace(**sizes, **limits, **experts))
+    if model == "gpt_oss":
+        module.limit = 0.5  # a constant of the class
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+@pytest.mark.parametrize("model", OWN_GATES)
+def test_gates_of_their_own_equal_eager_with_gradients(model):
+    module, ids = own_gate(model), torch.randint(4, (6, 2))
+    x, weights = torch.randn(6, 16, requires_grad=True), torch.rand(6, 2)
+    leaves = [x, *module.parameters()]
+    expected = module(x, ids, weights)
+    gradients = torch.autograd.grad((expected**2).sum(), leaves)
+    module.config._experts_implementation = "mogul"
+    given = module(x, ids, weights)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    for got, want in zip(torch.autograd.grad((given**2).sum(), leaves), gradients, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_clamped_gate_with_another_activation_is_refused():
+    module = own_gate("deepseek_v4")
+    module.act_fn = ACT2FN["gelu"]
+    with pytest.raises(BackendError, match="its activation GELUActivation is not SiLU"):
+        layout_of(module)
 
 
 def test_fp8_experts_are_refused_by_name():

@@ -22,6 +22,8 @@ def _relu_squared(hidden: Tensor) -> Tensor:
 
 
 CLAMPED_SWIGLU = "clamped_swiglu"
+CLAMPED_SILU = "clamped_silu"
+CLAMPED = (CLAMPED_SWIGLU, CLAMPED_SILU)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -36,7 +38,8 @@ class ExpertLayout:
     """The layout of one experts layer; the default is that of Qwen3-MoE.
 
     `clamped_swiglu` is gpt-oss's: (up.clamp(-limit, limit) + 1) * gate * sigmoid(alpha * gate),
-    with gate.clamp(max=limit).
+    with gate.clamp(max=limit). `clamped_silu` is DeepSeek-V4's: silu(gate.clamp(max=limit)) *
+    up.clamp(-limit, limit).
     """
 
     is_transposed: bool = False
@@ -50,15 +53,15 @@ class ExpertLayout:
     limit: float = 7.0
 
     def __post_init__(self) -> None:
-        known = (*ACTIVATIONS, CLAMPED_SWIGLU)
+        known = (*ACTIVATIONS, *CLAMPED)
         if self.activation not in known:
             raise ConfigError(
                 f"experts have no activation {self.activation!r}",
                 fix=nearest(self.activation, known),
             )
-        if self.activation == CLAMPED_SWIGLU and not self.has_gate:
+        if self.activation in CLAMPED and not self.has_gate:
             raise ConfigError(
-                "activation 'clamped_swiglu' needs a gate half, but has_gate=False",
+                f"activation {self.activation!r} needs a gate half, but has_gate=False",
                 fix="set has_gate=True or choose another activation",
             )
 
@@ -91,9 +94,11 @@ class ExpertLayout:
         if not self.has_gate:
             return ACTIVATIONS[self.activation](hidden)
         gate, up = self.split(hidden)
-        if self.activation == CLAMPED_SWIGLU:
+        if self.activation in CLAMPED:
             gate = gate.clamp(max=self.limit)
             up = up.clamp(min=-self.limit, max=self.limit)
+            if self.activation == CLAMPED_SILU:
+                return F.silu(gate) * up
             return (up + 1) * (gate * (gate * self.alpha).sigmoid())
         active = ACTIVATIONS[self.activation](gate)
         return active * up if active.requires_grad else active.mul_(up)

@@ -31,6 +31,24 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 """Transformers' names of activations, and the kernels' names of the same functions."""
+_MODELS = "transformers.models."
+GATES = {
+    _MODELS + "gpt_oss.modeling_gpt_oss.GptOssExperts": ("clamped_swiglu", "alpha", "limit"),
+    _MODELS + "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": (
+        "clamped_swiglu", "alpha", "limit",
+    ),
+    _MODELS + "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": (
+        "clamped_swiglu", "swiglu_alpha", "swiglu_limit",
+    ),
+    _MODELS + "deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts": ("clamped_silu", "", "limit"),
+    _MODELS + "glm5_next.modeling_glm5_next.Glm5NextTextExperts": (
+        "clamped_silu", "", "swiglu_limit",
+    ),
+    _MODELS + "hy_v4.modeling_hy_v4.HYV4Experts": ("clamped_silu", "", "swiglu_limit"),
+}  # fmt: skip
+"""Gate functions of their own: the activation, and the attributes that hold its alpha and limit."""
+WIDE_GATES = (_MODELS + "beam.modeling_beam.BeamExperts",)
+"""The default gate, computed in float32, as the kernels do."""
 OTHERS = 'use experts_implementation="grouped_mm" or "eager" for this model'
 
 _backend = "auto"
@@ -89,21 +107,26 @@ def layout_of(experts: nn.Module) -> ExpertLayout:
         return ExpertLayout(
             is_transposed=module.is_transposed, has_gate=False, activation=activation
         )
-    if type(module)._apply_gate is transformers_moe._default_apply_gate:
+    gate = type(module)._apply_gate
+    owner = f"{gate.__module__}.{gate.__qualname__}".removesuffix("._apply_gate")
+    if gate is transformers_moe._default_apply_gate or owner in WIDE_GATES:
         if not module.is_concatenated:
             raise _refusal(name, "it declares interleaved weights but splits them in halves")
         return ExpertLayout(
             is_transposed=module.is_transposed, activation=_activation(module.act_fn, name)
         )
-    if type(module)._apply_gate is _gpt_oss_gate():
-        return ExpertLayout(
-            is_transposed=module.is_transposed,
-            is_concatenated=module.is_concatenated,
-            activation="clamped_swiglu",
-            alpha=float(module.alpha),
-            limit=float(module.limit),
-        )
-    raise _refusal(name, "it has a gate function of its own that mogul does not know")
+    if owner not in GATES:
+        raise _refusal(name, "it has a gate function of its own that mogul does not know")
+    activation, alpha, limit = GATES[owner]
+    if hasattr(module, "act_fn") and not alpha and _activation(module.act_fn, name) != "silu":
+        raise _refusal(name, f"its activation {type(module.act_fn).__name__} is not SiLU")
+    return ExpertLayout(
+        is_transposed=module.is_transposed,
+        is_concatenated=module.is_concatenated,
+        activation=activation,
+        alpha=float(getattr(module, alpha)) if alpha else ExpertLayout.alpha,
+        limit=float(getattr(module, limit)),
+    )
 
 
 def _first_matmul(has_gate: bool) -> str:
@@ -125,12 +148,6 @@ def _activation(act_fn: Any, name: str) -> str:
             return activation
     known = ", ".join(sorted(set(ACTIVATIONS.values())))
     raise _refusal(name, f"its activation {type(act_fn).__name__} is not one of {known}")
-
-
-def _gpt_oss_gate() -> Any:
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-
-    return GptOssExperts._apply_gate
 
 
 def _refusal(name: str, reason: str) -> BackendError:

@@ -21,6 +21,7 @@ CASES = {
         ),
         True,
     ),
+    "clamped SiLU": (ExpertLayout(activation="clamped_silu", limit=0.8), False),
     "interleaved with biases": (ExpertLayout(is_concatenated=False), True),
     "transposed gelu_tanh": (ExpertLayout(is_transposed=True, activation="gelu_tanh"), False),
     "gelu": (ExpertLayout(activation="gelu"), False),

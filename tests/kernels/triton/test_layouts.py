@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mogul.kernels import ExpertLayout, moe_forward  # noqa: E402
-from mogul.kernels.layout import ACTIVATIONS, CLAMPED_SWIGLU  # noqa: E402
+from mogul.kernels.layout import ACTIVATIONS, CLAMPED, CLAMPED_SILU, CLAMPED_SWIGLU  # noqa: E402
 from mogul.kernels.triton import any_kernels, any_layer  # noqa: E402
 from mogul.kernels.triton.any_ops import run_any  # noqa: E402
 
@@ -27,6 +27,7 @@ CASES = (
     "gelu",
     "no gate, relu2",
     "no gate, relu, transposed",
+    "clamped SiLU",
 )
 GPT_OSS = ExpertLayout(is_transposed=True, is_concatenated=False, activation=CLAMPED_SWIGLU)
 
@@ -47,9 +48,10 @@ def test_forward_and_gradients_equal_the_reference(found: list[dict[str, Any]], 
 
 
 def test_the_kernels_know_every_activation() -> None:
-    assert set(any_layer.ACTIVATIONS) == {*ACTIVATIONS, CLAMPED_SWIGLU}
+    assert set(any_layer.ACTIVATIONS) == {*ACTIVATIONS, *CLAMPED}
     assert any_layer.ACTIVATIONS[any_kernels.GELU_TANH.value] == "gelu_tanh"
     assert any_layer.ACTIVATIONS[any_kernels.CLAMPED.value] == CLAMPED_SWIGLU
+    assert any_layer.ACTIVATIONS[any_kernels.CLAMPED_SILU.value] == CLAMPED_SILU
 
 
 BLOCKS = {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32}
@@ -143,5 +145,23 @@ def test_gpt_oss_experts_on_a_device(tokens: int) -> None:
         )  # fmt: skip
         grads = torch.autograd.grad(out, given, dout.to(dtype))
         results[backend] = [out.detach(), *grads]
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        assert float((got.float() - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [3, 700])
+def test_clamped_silu_on_a_device(tokens: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(tokens, 256), (8, 384, 256), (8, 256, 192)]
+    leaves = [torch.randn(*s, device="cuda", generator=generator) * 0.3 for s in shapes]
+    ids = torch.rand(tokens, 8, device="cuda", generator=generator).topk(4).indices
+    layout, results = ExpertLayout(activation=CLAMPED_SILU, limit=2.0), {}
+    for backend, dtype in (("reference", torch.float32), ("triton", torch.bfloat16)):
+        given = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        weights = torch.full(ids.shape, 0.25, device="cuda", dtype=dtype)
+        out = moe_forward(*given, ids, weights, layout=layout, backend=backend)
+        results[backend] = [out.detach(), *torch.autograd.grad((out * 2).sum(), given)]
     for got, want in zip(results["triton"], results["reference"], strict=True):
         assert float((got.float() - want).norm() / want.norm()) < 1e-2

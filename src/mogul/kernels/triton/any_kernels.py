@@ -19,12 +19,13 @@ GELU_TANH = tl.constexpr(2)
 RELU = tl.constexpr(3)
 RELU2 = tl.constexpr(4)
 CLAMPED = tl.constexpr(5)
+CLAMPED_SILU = tl.constexpr(6)
 
 
 @triton.jit
 def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
     """Value and derivative of the activation (of gpt-oss's inner swish for CLAMPED)."""
-    if (ACT == SILU) | (ACT == CLAMPED):
+    if (ACT == SILU) | (ACT == CLAMPED) | (ACT == CLAMPED_SILU):
         sig = tl.sigmoid(g * ALPHA)
         value = g * sig
         slope = sig + ALPHA * value * (1.0 - sig)
@@ -52,10 +53,12 @@ def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
 @triton.jit
 def _joined(g, u, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """act, d act / d g, d act / d u."""
-    if ACT == CLAMPED:
+    if (ACT == CLAMPED) | (ACT == CLAMPED_SILU):
         low_g = tl.minimum(g, LIMIT)
         value, slope = _activation(low_g, ACT, ALPHA)
-        up = tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + 1.0
+        up = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+        if ACT == CLAMPED:
+            up += 1.0
         act = up * value
         to_g = tl.where(g <= LIMIT, up * slope, 0.0)
         to_u = tl.where(tl.abs(u) <= LIMIT, value, 0.0)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogul.kernels.layout import CLAMPED_SWIGLU, ExpertLayout
+from mogul.kernels.layout import CLAMPED_SILU, CLAMPED_SWIGLU, ExpertLayout
 from mogul.kernels.triton import any_kernels
 from mogul.kernels.triton.launch import Launch, cdiv
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.plans import Plan, Tile
 from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_views
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", CLAMPED_SWIGLU)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", CLAMPED_SWIGLU, CLAMPED_SILU)
 """By the kernels' numbers."""
 
 
