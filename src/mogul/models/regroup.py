@@ -171,7 +171,7 @@ def _objection(spec: ModelSpec, values: Mapping[str, Any]) -> str | None:
         return "it has no experts"
     if spec.family not in FAMILIES:
         return f"family {spec.family!r} has layers a MoGE does not have"
-    if spec.moe.grouping.num_groups > 1:
+    if spec.is_grouped:
         return f"it has {spec.moe.grouping.num_groups} groups already"
     windowed = spec.attention.num_windowed_layers
     if windowed not in (0, spec.num_layers):

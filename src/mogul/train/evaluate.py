@@ -24,11 +24,6 @@ class HeldOutLoss:
     tokens: int
     """Tokens predicted: all but the first of each window."""
 
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token)."""
-        return math.exp(self.nats_per_token)
-
 
 def held_out_loss(
     model: nn.Module, windows: Windows, *, batch_size: int = 4, description: str = "held-out loss"

@@ -19,8 +19,8 @@ def layer_diagram(moge: Grouping, twin: Grouping) -> str:
             BLUE, copies, shards, picked, joined=False,
         ),
         _panel(
-            f"twin: {copies} copies of the whole FFN, one pick",
-            ORANGE, copies, shards, [picked[0]] * shards, joined=True,
+            f"twin: {twin.num_experts} copies of the whole FFN, one pick",
+            ORANGE, twin.num_experts, shards, [picked[0]] * shards, joined=True,
         ),
     ]  # fmt: skip
     # One below the other: a phone shows them whole.
