@@ -127,6 +127,13 @@ def rolled(x, cos, sin):
     return turned.transpose(1, 2)
 
 
+def rolled_in_parts(x, cos, sin):
+    """The same, where a sum of products is no operator of its own."""
+    x = x.transpose(1, 2)
+    turned = x * cos[:, :, None] + 1 * x.roll(WIDTH // 2, -1) * sin[:, :, None]
+    return turned.transpose(1, 2)
+
+
 def rolled_otherwise(x, cos, sin):
     """By a quarter: not recognised."""
     x = x.transpose(1, 2)
@@ -176,6 +183,7 @@ def test_a_rotation_that_changes_the_dtype_stays():
         (attention(norms=False), "mogul.attend_turned"),
         (attention(rotation=other_rotation), "mogul.attend"),
         (attention(norms=False, rotation=rolled), "mogul.attend_turned"),
+        (attention(norms=False, rotation=rolled_in_parts), "mogul.attend_turned"),
         (attention(norms=False, rotation=rolled_otherwise), "mogul.attend"),
     ],
 )

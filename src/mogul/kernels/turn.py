@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mogul.core.errors import ConfigError
 
-FEW, FRESH, CHUNKS = 1, 2, 4
-ALL_KINDS = FEW | FRESH | CHUNKS
+FEW, FRESH, CHUNKS, SEVERAL = 1, 2, 4, 8
+ALL_KINDS = FEW | FRESH | CHUNKS | SEVERAL
 """Kinds of sequences that a call may hold: of at most `FEW_QUERIES` queries; of more, without
-earlier keys or with some. A launch for a kind that is not there can be left out."""
+earlier keys or with some; of few queries but not of one. A launch for a kind that is not there can
+be left out, and tiles of one query are smaller."""
 
 FEW_QUERIES = 16
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH
+from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH, SEVERAL
 from mogul.serve.requests import Live
 
 UNKNOWN = -1
@@ -210,4 +210,5 @@ def _kinds(entries: Sequence[Entry]) -> int:
             kinds |= FEW
         if entry.count > 1:
             kinds |= FRESH if entry.first == 0 else CHUNKS
+            kinds |= SEVERAL if entry.count <= FEW_QUERIES else 0
     return kinds

@@ -151,17 +151,32 @@ def find_rotated(node: Any) -> Rotated | None:
 
 def _find_rolled(node: Any) -> Rotated | None:
     """The rotation `x * cos + roll(x, half) * sin` of [1, T, H, C], the sines signed."""
-    if not is_call(node, aten.addcmul.default) or node.kwargs:
-        return None
-    straight, rolled, sin = node.args
-    for x, cos in _both_orders(straight, aten.mul.Tensor):
-        if value(x).dtype != value(node).dtype or not _is_rolled(rolled, x):
-            continue
-        shape = value(x).shape
-        wanted = (*shape[:2], 1, shape[3])
-        if all(isinstance(one, torch.fx.Node) and value(one).shape == wanted for one in (cos, sin)):
-            return Rotated(x, *(_squeezed(one) for one in (cos, sin)), is_signed=True)
+    for straight, rolled, sin in _sums_of_products(node):
+        for x, cos in _both_orders(straight, aten.mul.Tensor):
+            if value(x).dtype != value(node).dtype or not _is_rolled(rolled, x):
+                continue
+            shape = value(x).shape
+            angles = [one for one in (cos, sin) if isinstance(one, torch.fx.Node)]
+            if [value(one).shape for one in angles] == 2 * [(*shape[:2], 1, shape[3])]:
+                return Rotated(x, *map(_squeezed, angles), is_signed=True)
     return None
+
+
+def _sums_of_products(node: Any) -> list[tuple[Any, Any, Any]]:
+    """All (a, b, c) of which a node is a + b * c, be it one operator or several."""
+    if is_call(node, aten.addcmul.default):
+        return [] if node.kwargs else [tuple(node.args)]
+    return [
+        (left, _once(one), other)
+        for left, right in _both_orders(node, aten.add.Tensor)
+        for one, other in _both_orders(right, aten.mul.Tensor)
+    ]
+
+
+def _once(node: Any) -> Any:
+    """What a node multiplies by 1; the node itself where it does not."""
+    is_product = is_call(node, aten.mul.Tensor) or is_call(node, aten.mul.Scalar)
+    return node.args[0] if is_product and node.args[1] in (1, 1.0) else node
 
 
 def _squeezed(angle: Any) -> Any:

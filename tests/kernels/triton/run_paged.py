@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mogul.kernels import PAGED_ATTENTION
 from mogul.kernels.paged_attention import TURNS
 from mogul.kernels.triton import paged
-from mogul.kernels.turn import Turn
+from mogul.kernels.turn import CHUNKS, FEW, FRESH, Turn
 
 FP8 = torch.float8_e4m3fn
 _spec = spec_from_file_location(
@@ -166,6 +166,15 @@ def turns(name: str) -> None:
     call = calls.make(few, width=16, group=3, padding=1, page_size=16)
     angles = torch.randn(len(call["query_THC"]), 16)
     compare(name, call, turn=Turn(angles.cos(), angles.sin(), is_signed=True))
+
+
+def alone(name: str) -> None:
+    """Beside prompts, sequences of one query: said to be, they take smaller tiles."""
+    paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
+    paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
+    for sequences in ([(18, 18), (1, 40)], [(1, 5), (3, 30), (20, 20)]):
+        call = calls.make(sequences, width=16, group=3, padding=1, page_size=16)
+        compare(name, call, kinds=FEW | FRESH | CHUNKS)
 
 
 def neighbours(name: str) -> None:

@@ -23,7 +23,7 @@ from mogul.kernels.triton import paged, prompt_kernels  # noqa: E402
 from mogul.kernels.triton.attention import why_not_triton_attention  # noqa: E402
 from mogul.kernels.turn import Turn  # noqa: E402
 
-CASES = ("few", "few16", "many", "many16", "fp8", "views", "turns", "neighbours")
+CASES = ("few", "few16", "many", "many16", "fp8", "views", "turns", "alone", "neighbours")
 LIMITS = {"few16": 2e-3, "many16": 2e-3, "fp8": 2e-3}  # fp8 pages are multiplied in fp16
 
 

@@ -43,7 +43,7 @@ class OneTile(NamedTuple):
     warps: int = 4
 
 
-linear_tile, up_tile, down_tile = OneTile(4, 1024), OneTile(4, 1024), OneTile(8, 512)
+linear_tile, up_tile, down_tile = OneTile(8, 1024), OneTile(8, 1024), OneTile(8, 1024)
 
 Norm = tuple[Tensor, float]
 """Weight and eps."""

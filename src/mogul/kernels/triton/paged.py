@@ -26,7 +26,7 @@ from mogul.kernels.triton.launch import (
     descriptor,
     next_power_of_2,
 )
-from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH, Turn
+from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH, SEVERAL, Turn
 
 FEW_ROWS = 64
 TURNED_INSIDE = 16
@@ -322,7 +322,7 @@ def paged_attention_triton(
     pages = (key_cache, value_cache)
     where = (slots_T, tables_SB, query_starts, lengths_S)
     turns = _turn_tensors(turn, query)
-    most = most_few(call.group)
+    most = most_few(call.group) if kinds & SEVERAL else 1
     writes = max_query_len > most or (turn is not None and len(lengths_S) > TURNED_INSIDE)
     new = (query, key, value)
     if writes:
