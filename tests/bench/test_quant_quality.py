@@ -75,21 +75,27 @@ def test_a_cache_in_fp8_is_compared_with_the_same_engine(tiny):
     assert [row.calibrated for row in rows] == [False, True]
     for row in rows:
         assert 0 < abs(row.loss) < 0.01
+        assert 0 < row.error < 0.01
         assert row.bits_per_byte == pytest.approx(plain.bits_per_byte * (1 + row.loss), rel=1e-4)
         assert 0.9 < row.same_top1 <= 1
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2_text():
     from mogul.bench.smollm2 import smollm2_checkpoint
     from mogul.models import load_model, load_tokenizer
     from mogul.train.data import shipped_text, token_windows
 
     checkpoint = smollm2_checkpoint()
     dense, tokenizer, text = load_model(checkpoint), load_tokenizer(checkpoint), shipped_text()
-    held_out = token_windows(text.held_out, tokenizer, 256).spread(8)
-    calibration = token_windows(text.train, tokenizer, 256).spread(16)
-    return subjects_of(dense, held_out, calibration)
+    held_out = token_windows(text.held_out, tokenizer, 256)
+    return dense, held_out, token_windows(text.train, tokenizer, 256).spread(16)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_text):
+    dense, held_out, calibration = smollm2_text
+    return subjects_of(dense, held_out.spread(8), calibration)
 
 
 @pytest.mark.full
@@ -104,7 +110,10 @@ def test_quality_bars_on_smollm2(smollm2):
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_the_bar_of_fp8_caches_on_smollm2(smollm2):
-    for subject in smollm2:
+def test_the_bar_of_fp8_caches_on_smollm2(smollm2_text):
+    """Single windows wander by more than the bar: what is above it for sure fails."""
+    dense, held_out, calibration = smollm2_text
+    for subject in subjects_of(dense, held_out.spread(24), calibration):
         for row in kv_qualities(subject):
-            assert row.loss <= MOST_WORSE_CACHE, row
+            assert row.loss - 2 * row.error <= MOST_WORSE_CACHE, row
+            assert row.error < MOST_WORSE_CACHE, row

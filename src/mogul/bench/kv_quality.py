@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mogul.bench.engine_quality import hear
+from mogul.bench.engine_quality import hear, standard_error
 from mogul.serve import Engine
 from mogul.serve.kv_scales import KvScales, measure_scales
 from mogul.serve.options import EngineOptions
@@ -31,6 +31,8 @@ class KvQuality:
     bits_per_byte: float
     loss: float
     """Bits per byte over those with a cache of the model's dtype, less 1."""
+    error: float
+    """Standard error of `loss`, over windows of the same text."""
     same_top1: float
     """Share of positions whose likeliest next token stays."""
 
@@ -53,6 +55,7 @@ def kv_qualities(subject: Subject) -> Iterator[KvQuality]:
             given is not None,
             found.bits_per_byte,
             found.bits_per_byte / plain.bits_per_byte - 1,
+            standard_error(found.nats, plain.nats),
             float((found.top1 == plain.top1).mean()),
         )
 
