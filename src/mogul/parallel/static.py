@@ -25,7 +25,7 @@ from mogul.parallel.move import Gather, Scatter, begin, may_push
 from mogul.parallel.parcel import Parcel, is_worth_packing
 from mogul.parallel.window import Window, open_window
 
-EARLY_BYTES = 1 << 24
+EARLY_BYTES = 1 << 23
 """Tokens of a rank that travel so long that their picks go first."""
 
 

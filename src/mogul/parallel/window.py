@@ -30,7 +30,7 @@ PUSHED_WORDS = 4096
 """Words that one program of the kernel copies."""
 SUMMED = 2048
 """Values that one program sums."""
-COPIED_BYTES = 1 << 22
+COPIED_BYTES = 1 << 24
 """Moves beside the computation and larger than this go by copy engine, which takes no processors
 from the experts."""
 MOST_WORDS = 1 << 30

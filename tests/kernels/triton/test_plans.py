@@ -179,8 +179,9 @@ def test_an_even_share_of_a_known_layer_runs_as_the_layer(device, monkeypatch):
     whole = plans.Shape(64, 8, 5120, 1344, device=device)
     for parts in (2, 4):
         share = replace(whole, experts=64 // parts, picks=8 // parts)
-        for tokens in (16, 456, 4096, 16384):
+        for tokens in (16, 64, 4096, 16384):
             assert plans.plan_for(share, tokens) == plans.plan_for(whole, tokens)
+        assert plans.plan_for(share, 456) == plans.rule(share, 456), "its tiles of 64 rows are not"
     masked = replace(whole, experts=32)  # half of the experts, all picks: other rows an expert
     assert not plans.is_measured(masked)
     assert plans.plan_for(masked, 456) == plans.rule(masked, 456)

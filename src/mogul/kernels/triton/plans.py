@@ -3,7 +3,8 @@
 A plan is chosen from the shape alone; nothing is tuned inside a request.
 The table is `plans.json` beside this file; the finest match on (device, E, K, D, F) and the
 smallest `tokens` bound that holds wins; rows with a `device` only count on GPUs of that name.
-An even share of a known layer (a part of its experts and of each token's picks) runs as the layer.
+An even share of a known layer (a part of its experts and of each token's picks) runs as the layer,
+but in row tiles of 64: with as many rows an expert but fewer experts those were measured slower.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ class Entry:
     device: str = ""
     """Only for GPUs with this in their name; of equal bounds such a row comes first."""
     note: str = field(default="", compare=False)
+    by_rule: bool = False
+    """Up to so many tokens the rule holds, not `plan`."""
 
 
 def _tile(row: dict[str, Any] | None) -> Tile | None:
@@ -234,9 +237,15 @@ def _entries(shape: Shape) -> list[Entry]:
     for parts in SHARES:  # as many rows an expert as in the whole layer
         key = (parts * shape.experts, parts * shape.picks, shape.width, shape.inner)
         found = own.get(key, []) + table(shape.capability).get(key, [])
-        if known := [entry for entry in found if entry.device in shape.device]:
-            return known
+        known = [entry for entry in found if entry.device in shape.device]
+        if known:
+            return known if parts == 1 else [_of_share(entry) for entry in known]
     return []
+
+
+def _of_share(entry: Entry) -> Entry:
+    """What a layer's row says of a share of it."""
+    return replace(entry, by_rule=entry.plan is not None and entry.plan.rows == 64)
 
 
 def is_measured(shape: Shape) -> bool:
@@ -264,7 +273,7 @@ def plan_for(shape: Shape, tokens: int) -> Plan:
     """Table row whose bound holds, else the rule."""
     for entry in _entries(shape):
         if entry.plan is not None and tokens <= entry.tokens:
-            return _with_backward(entry.plan, shape)
+            return rule(shape, tokens) if entry.by_rule else _with_backward(entry.plan, shape)
     return rule(shape, tokens)
 
 
