@@ -42,7 +42,11 @@ def table_of(folder: Path, manifest: TokenManifest) -> Table:
     """The parts of a token folder, one row each."""
     from mogul.core.table import Table
 
-    rows = []
+    rows, notes = [], []
+    if manifest.duplicates:
+        notes.append(f"{manifest.duplicates} equal documents left out")
+    if not manifest.of("held_out"):
+        notes.append("nothing is held out; of few documents take parts: --held-out-by position")
     for part in ("train", "held_out"):
         shards = manifest.of(part)
         tokens = sum(shard.tokens for shard in shards)
@@ -54,5 +58,5 @@ def table_of(folder: Path, manifest: TokenManifest) -> Table:
         title=f"{folder}: vocabulary {manifest.vocab_size}",
         columns=("part", "shards", "documents", "tokens", "text bytes", "bytes a token"),
         rows=rows,
-        notes=[f"{manifest.duplicates} equal documents left out"] * bool(manifest.duplicates),
+        notes=notes,
     )

@@ -41,6 +41,7 @@ class ProgressBar:
         self._last_plain_s = self._start_s
         self._rich: Progress | None = None
         self._shown = False
+        self._told = 0.0
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Count `amount` more units as done and show `note` beside them."""
@@ -56,7 +57,7 @@ class ProgressBar:
             self._show_rich()
         elif not self._shown or now_s - self._last_plain_s >= PLAIN_EVERY_S:
             self._last_plain_s = now_s
-            self._shown = True
+            self._shown, self._told = True, done
             say(self._plain_line(now_s))
 
     def _plain_line(self, now_s: float) -> str:
@@ -86,7 +87,7 @@ class ProgressBar:
         """Leave the last state on screen."""
         if self._rich is not None:
             self._rich.stop()
-        elif self._shown:
+        elif self._shown and self._told != self.done:
             say(self._plain_line(time.monotonic()))
 
 

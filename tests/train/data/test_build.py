@@ -206,3 +206,11 @@ def test_the_name_of_a_special_token_is_text(tmp_path):
     tokenizer = open_tokenizer(str(tmp_path / "o" / "tokenizer"))
     assert tokenizer.decode(ids[:-1]) == f"before {END_OF_TEXT} after"
     assert tokenizer(END_OF_TEXT)["input_ids"] == [0]  # the saved tokenizer is as it was
+
+
+def test_what_holds_out_nothing_says_how_to(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("Only one document, and nothing beside it. " * 20)
+    out = tmp_path / "tokens"
+    words = ["data", "build", str(tmp_path / "one.txt"), "--out", str(out), "--vocab-size", "300"]
+    assert main(words) == 0
+    assert "nothing is held out; of few documents take parts" in capsys.readouterr().out
