@@ -174,7 +174,7 @@ def test_the_last_tile_is_wide_enough_and_no_wider_than_needed(width: int, block
 
 
 @pytest.mark.parametrize("device", ["", "NVIDIA H200"])
-def test_an_even_share_of_a_known_layer_runs_as_the_layer(device, monkeypatch):
+def test_an_even_share_of_a_known_layer_runs_as_the_layer(device, tmp_path, monkeypatch):
     monkeypatch.delenv(plans.USER_PLANS, raising=False)
     whole = plans.Shape(64, 8, 5120, 1344, device=device)
     for parts in (2, 4):
@@ -182,6 +182,17 @@ def test_an_even_share_of_a_known_layer_runs_as_the_layer(device, monkeypatch):
         for tokens in (16, 64, 4096, 16384):
             assert plans.plan_for(share, tokens) == plans.plan_for(whole, tokens)
         assert plans.plan_for(share, 456) == plans.rule(share, 456), "its tiles of 64 rows are not"
+    own = {"rows": 16, "up": {"n": 32, "k": 64}, "down": {"n": 64, "k": 64}}
+    shape = {"experts": 32, "picks": 4, "width": 5120, "inner": 1344}
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps([{**shape, "tokens": 700, "plan": own}]))
+    monkeypatch.setenv(plans.USER_PLANS, str(file))
+    plans.plan_for.cache_clear()
+    share = replace(whole, experts=32, picks=4)
+    assert plans.plan_for(share, 456).rows == 16, "rows of its own come first"
+    assert plans.plan_for(share, 4096) == plans.plan_for(whole, 4096)
+    plans.plan_for.cache_clear()
+    monkeypatch.delenv(plans.USER_PLANS)
     masked = replace(whole, experts=32)  # half of the experts, all picks: other rows an expert
     assert not plans.is_measured(masked)
     assert plans.plan_for(masked, 456) == plans.rule(masked, 456)

@@ -234,13 +234,13 @@ def table(capability: int = 90, path: Path | None = None) -> dict[Any, list[Entr
 def _entries(shape: Shape) -> list[Entry]:
     """Rows of the user's own file (MOGUL_PLANS, from `mogul bench kernels --tune`), then ours."""
     own = table(shape.capability, Path(os.environ[USER_PLANS])) if USER_PLANS in os.environ else {}
+    every: list[Entry] = []
     for parts in SHARES:  # as many rows an expert as in the whole layer
         key = (parts * shape.experts, parts * shape.picks, shape.width, shape.inner)
         found = own.get(key, []) + table(shape.capability).get(key, [])
         known = [entry for entry in found if entry.device in shape.device]
-        if known:
-            return known if parts == 1 else [_of_share(entry) for entry in known]
-    return []
+        every += known if parts == 1 else map(_of_share, known)
+    return every
 
 
 def _of_share(entry: Entry) -> Entry:
