@@ -31,12 +31,7 @@ from typing import Any, TextIO
 RESULTS = Path("benchmarks/study.jsonl")
 VARIANTS = ("topk-aux", "topk-bias", "moge2", "moge4", "moge8")
 TURN = ("topk-aux", "moge8", "moge4", "topk-bias", "moge2")  # what matters most comes first
-# Upcycled against dense, continued: SmolLM2, or the dense model of recipes/study-dense.toml.
-SECOND = tuple(
-    f"{origin}-{kind}"
-    for origin in ("continued", "smollm2")
-    for kind in ("dense", "moge2", "moge4")
-)
+SECOND = ("smollm2-dense", "smollm2-moge2", "smollm2-moge4")  # continued dense or upcycled
 DEVICES = (2, 4, 8)
 BATCHES = (16, 64, 512)  # tokens of a forward for which device balance is told
 SAMPLED = 16_384  # held-out tokens whose picks are looked at
@@ -80,7 +75,7 @@ def main() -> int:
 def scale_name(options: argparse.Namespace, variant: str) -> str:
     """The name under which results are kept."""
     if variant in SECOND:
-        return f"study-{variant.partition('-')[0]}"
+        return "study-smollm2"
     return options.scale.stem if options.scale else "study"
 
 
