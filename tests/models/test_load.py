@@ -223,3 +223,10 @@ def test_kimi_k2_is_deepseek_v3(tmp_path):
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [["moge"], 3])
+def test_a_model_type_that_is_no_word_is_named(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": value}))
+    with pytest.raises(ArtifactError, match="model_type is"):
+        load_config(tmp_path)

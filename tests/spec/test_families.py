@@ -258,3 +258,27 @@ def test_aliases_that_disagree_are_an_error():
 def test_a_wrong_value_names_its_key():
     with pytest.raises(ConfigError, match="hidden_size"):
         model_spec({**DENSE, "model_type": "llama", "hidden_size": "wide", "head_dim": 8})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "fix"),
+    [
+        ({"num_hidden_layers": "many"}, "num_hidden_layers is 'many'", "a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0", "a whole number above 0"),
+        ({"num_key_value_heads": {}}, "num_key_value_heads is {}", "a whole number"),
+        ({"router_n_groups": True}, "router_n_groups is True", "a whole number"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0", "a whole number above 0"),
+        ({"mlp_only_layers": -1}, "mlp_only_layers is -1", "a list of layers"),
+        ({"quantization_config": 8}, "quantization_config is 8", "an object"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(changes, words, fix):
+    with pytest.raises(ConfigError, match=words) as caught:
+        model_spec({**DENSE, **MOE, "model_type": "qwen3_moe", **changes})
+    assert caught.value.__notes__ == [f"fix: give {fix}"]
+
+
+@pytest.mark.parametrize("kind", [["moge"], {}, 3])
+def test_a_model_type_that_is_no_word_is_unknown(kind):
+    with pytest.raises(ConfigError, match="model_type"):
+        model_spec({**DENSE, "model_type": kind})

@@ -109,6 +109,8 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     if is_grouped_elsewhere(content):
         return _as_moge(file, content)
     model_type = content.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ArtifactError(f"{file}: model_type is {model_type!r}", fix="give its name")
     as_type = SAME_MODEL.get(str(model_type), model_type)
     if as_type not in CONFIG_MAPPING:
         raise ArtifactError(
@@ -126,7 +128,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     except MogulError as error:
         error.add_note(f"in {file}")
         raise
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         raise ArtifactError(f"{file} cannot be used: {error}", fix="mend the value") from error
 
 

@@ -353,14 +353,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     if kind == "PanguProMoE" and _is_second_pangu(config):
         return FAMILIES["PanguProMoEV2"]
-    if kind not in _BY_MODEL_TYPE:
+    if str(kind) not in _BY_MODEL_TYPE:
         raise ConfigError(f"unknown model_type {kind!r}", fix=nearest(str(kind), _BY_MODEL_TYPE))
     return _BY_MODEL_TYPE[kind]
 
 
 def _is_second_pangu(config: Mapping[str, Any]) -> bool:
     architectures = config.get("architectures") or ()
-    return "param_sink_number" in config or any("MoEV2" in str(name) for name in architectures)
+    return "param_sink_number" in config or "MoEV2" in str(architectures)
 
 
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -21,6 +21,22 @@ _ATTENTION_KEYS = {
     "mla": ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     "split": ("qk_nope_dim", "qk_rope_dim", "v_channels"),
 }
+_FROM_ONE = frozenset({*_ALWAYS, *_ATTENTION_KEYS["split"], "decoder_sparse_step", "head_dim"})
+_COUNTS = (
+    *_ATTENTION_KEYS["mla"], "q_lora_rank", "num_key_value_heads", "value_head_dim",
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "intermediate_size",
+    "shared_expert_intermediate_size", "n_shared_experts", "router_n_groups", "n_group",
+    "topk_group", "first_k_dense_replace", "max_window_layers", "num_sink_keys",
+    "param_sink_number", "num_nextn_predict_layers",
+)  # fmt: skip
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(_COUNTS, (int, "a whole number")),
+    **dict.fromkeys(_FROM_ONE, (int, "a whole number above 0")),
+    "mlp_only_layers": ((list, tuple), "a list of layers"),
+    "layer_types": ((list, tuple), "a list, one kind a layer"),
+    "quantization_config": (dict, "an object"),
+}
+"""Keys that are computed with: what they must be."""
 
 
 class ConfigReader:
@@ -40,7 +56,14 @@ class ConfigReader:
             raise ConfigError(
                 f"the config contradicts itself: {told} mean the same", fix="keep one of them"
             )
-        return values[0] if values else default
+        if not values:
+            return default
+        kind, words = _KINDS.get(name, (object, ""))
+        is_right = isinstance(values[0], kind) and not (kind is int and values[0] is True)
+        if not is_right or (name in _FROM_ONE and values[0] < 1):
+            key = next(iter(found))
+            raise ConfigError(f"the config's {key} is {values[0]!r}", fix=f"give {words}")
+        return values[0]
 
     def fact(self, value: Any) -> Any:
         """Return a family's fact: itself, or what the config says where it is a Key."""
