@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mogul.kernels.triton.linear_kernels import fetch
-from mogul.kernels.triton.quant_kernels import _scale
+from mogul.kernels.triton.quant_kernels import _put_rounded, _scale
 from mogul.kernels.triton.quant_token_kernels import FOLD, _folded
 from mogul.kernels.triton.route_kernels import _best_of_each, scores_of, weights_of
 
@@ -233,8 +233,7 @@ def norm_rounded(
         tl.store(normed_ptr + row * C + cols, x, mask=live)
     x = x.to(tl.float32)
     scale = _scale(tl.abs(x).to(tl.int32, bitcast=True))
-    value = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
-    tl.store(value_ptr + row * C + cols, value.to(value_ptr.dtype.element_ty), mask=live)
+    _put_rounded(value_ptr + row * C + cols, x, scale, live)
     tl.store(scale_ptr + row, scale)
 
 

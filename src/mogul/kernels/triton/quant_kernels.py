@@ -31,22 +31,35 @@ def round_rows(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     if not COUNTED or row < tl.load(count_ptr):
-        top = tl.zeros((BLOCK_C,), tl.int32)
-        for base in tl.static_range(0, C, BLOCK_C):
-            live = base + cols < C
-            x = tl.load(x_ptr + row * C + base + cols, mask=live, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.abs(x).to(tl.int32, bitcast=True))
-        scale = _scale(top)
-        for base in tl.static_range(0, C, BLOCK_C):
-            live = base + cols < C
-            x = tl.load(x_ptr + row * C + base + cols, mask=live, other=0.0).to(tl.float32)
-            value = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
-            tl.store(
-                value_ptr + row * C + base + cols,
-                value.to(value_ptr.dtype.element_ty),
-                mask=live,
-            )
+        if C <= BLOCK_C:  # the row stays in registers
+            x = tl.load(x_ptr + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+            scale = _scale(tl.abs(x).to(tl.int32, bitcast=True))
+            _put_rounded(value_ptr + row * C + cols, x, scale, cols < C)
+        else:
+            scale = _round_long(x_ptr + row * C, value_ptr + row * C, C, BLOCK_C)
         tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _put_rounded(at, x, scale, keep):
+    """Numbers over their scale as e4m3."""
+    value = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    tl.store(at, value.to(at.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _round_long(x_ptr, value_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Round a row that is read twice; its scale."""
+    cols = tl.arange(0, BLOCK_C)
+    top = tl.zeros((BLOCK_C,), tl.int32)
+    for base in tl.static_range(0, C, BLOCK_C):
+        x = tl.load(x_ptr + base + cols, mask=base + cols < C, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(x).to(tl.int32, bitcast=True))
+    scale = _scale(top)
+    for base in tl.static_range(0, C, BLOCK_C):
+        x = tl.load(x_ptr + base + cols, mask=base + cols < C, other=0.0).to(tl.float32)
+        _put_rounded(value_ptr + base + cols, x, scale, base + cols < C)
+    return scale
 
 
 @triton.jit
@@ -66,16 +79,19 @@ def round_gated(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_F)
-    top = tl.zeros((BLOCK_F,), tl.int32)
-    for base in tl.static_range(0, F, BLOCK_F):
-        act = _gated(both_ptr + row * (2 * F), base + cols, F)
-        top = tl.maximum(top, tl.abs(act).to(tl.int32, bitcast=True))
-    scale = _scale(top)
-    for base in tl.static_range(0, F, BLOCK_F):
-        act = _gated(both_ptr + row * (2 * F), base + cols, F)
-        value = tl.minimum(tl.maximum(act / scale, -448.0), 448.0)
-        at = value_ptr + row * F + base + cols
-        tl.store(at, value.to(value_ptr.dtype.element_ty), mask=base + cols < F)
+    if F <= BLOCK_F:  # the row stays in registers
+        act = _gated(both_ptr + row * (2 * F), cols, F)
+        scale = _scale(tl.abs(act).to(tl.int32, bitcast=True))
+        _put_rounded(value_ptr + row * F + cols, act, scale, cols < F)
+    else:
+        top = tl.zeros((BLOCK_F,), tl.int32)
+        for base in tl.static_range(0, F, BLOCK_F):
+            act = _gated(both_ptr + row * (2 * F), base + cols, F)
+            top = tl.maximum(top, tl.abs(act).to(tl.int32, bitcast=True))
+        scale = _scale(top)
+        for base in tl.static_range(0, F, BLOCK_F):
+            act = _gated(both_ptr + row * (2 * F), base + cols, F)
+            _put_rounded(value_ptr + row * F + base + cols, act, scale, base + cols < F)
     tl.store(scale_ptr + row, scale)
 
 

@@ -32,7 +32,7 @@ from mogul.kernels.triton.sorting import Sorted, max_tiles
 
 SILU, CLAMPED = 0, 1
 """ACT of the kernels."""
-_ROUND_COLUMNS = 2048
+_ROUND_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _round(columns: int, counted: bool, _dtype: torch.dtype, device: int) -> Lau
     pdl = device >= 0 and has_pdl(device)
     block = min(_ROUND_COLUMNS, next_power_of_2(columns))
     constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": pdl}
-    return Launch(quant_kernels.round_rows, constants, warps=4, pdl=pdl)
+    return Launch(quant_kernels.round_rows, constants, warps=4 if block <= 2048 else 8, pdl=pdl)
 
 
 def _words(scale: Tensor, group: int) -> Tensor:

@@ -21,7 +21,7 @@ from mogul.kernels.triton.launch import Launch, aligned, next_power_of_2
 from mogul.kernels.triton.linear import has_pdl, linear_fp8
 from mogul.kernels.triton.quant_layer import SILU, Weights, rounded_rows, run_quantised
 
-_COLUMNS = 2048
+_COLUMNS = 8192
 
 
 def _run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
