@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,8 +36,18 @@ def test_rows_of_another_run_in_the_folder_count_for_nothing(tmp_path, monkeypat
     assert told == [(["a", "b", "c"], []), (["b", "c"], ["a"])]
 
 
+@pytest.fixture
+def ranks_that_are_heard(capfd):
+    """Ranks speak to where the process that forks them was started."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    yield capfd
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 @pytest.mark.full
-def test_a_unit_that_hangs_on_one_rank_is_lost_and_the_others_are_measured(tmp_path, capfd):
+def test_a_unit_that_hangs_on_one_rank_is_lost_and_the_others_are_measured(
+    tmp_path, ranks_that_are_heard
+):
     units = [
         Unit("first", 30, device_units.count),
         Unit("stuck", 1, device_units.hang),
@@ -53,4 +64,4 @@ def test_a_unit_that_hangs_on_one_rank_is_lost_and_the_others_are_measured(tmp_p
     assert [row["unit"] for row in rows if row["part"] == "end"] == ["first", "failing", "last"]
     assert [row["unit"] for row in rows if row["part"] == "skip"] == ["too long"]
     assert "ValueError: broken" in next(row["failed"] for row in rows if "failed" in row)
-    assert "in hang" in capfd.readouterr().err  # where it stood
+    assert "in hang" in ranks_that_are_heard.readouterr().err  # where it stood
