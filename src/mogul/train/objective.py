@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mogul.core.errors import ConfigError
+from mogul.train.narrow import add_wide_product, multiplies_wide
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
 """(model, ids [B, L]) -> mean loss in nats, with a gradient."""
@@ -146,6 +147,8 @@ def _chunk_size(x_TD: Tensor, weight_VD: Tensor) -> int:
 def _add_product(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
     if total_VD.dtype == x_CD.dtype:
         total_VD.addmm_(dlogits_CV.mT, x_CD)
+    elif multiplies_wide(dlogits_CV, x_CD):
+        add_wide_product(total_VD, dlogits_CV.mT, x_CD)
     else:
         total_VD += dlogits_CV.mT @ x_CD
 

@@ -26,6 +26,7 @@ from mogul.train.balance_rules import (
     warmed,
     z_loss,
 )
+from mogul.train.narrow import multiplies_wide, router_logits
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,13 @@ class TrainedRouter:
     """[T] true at real tokens; None: all."""
     balance_warms: bool
     training: bool
+    weight: Tensor
+
+    def product(self, x: Tensor) -> Tensor:
+        """Logits in float32, of narrow factors where the device can."""
+        if self.training and multiplies_wide(x, self.weight):
+            return router_logits(x, self.weight)
+        return super().product(x)  # pyright: ignore[reportAttributeAccessIssue]
 
     def adjust(self, logits: Tensor) -> Tensor:
         """The warm-up, between a router's logits and its choice."""

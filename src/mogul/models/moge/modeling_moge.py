@@ -126,12 +126,9 @@ class MogeRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route [..., D]: logits [T, E], weights [T, K] (both float32), ids [T, K] (int64)."""
-        x_TD, weight_ED = hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         with maybe_autocast(device_type=x_TD.device.type, enabled=False):
-            if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
-                wide = torch.promote_types(x_TD.dtype, torch.float32)
-                x_TD, weight_ED = x_TD.to(wide), weight_ED.to(wide)
-            logits_TE = self.adjust(F.linear(x_TD, weight_ED))
+            logits_TE = self.adjust(self.product(x_TD))
             bias, scale = self.e_score_correction_bias, self.router_scale
             if not (self.straight_through and self.training):
                 routing = route(logits_TE, self.spec, bias=bias, scale=scale)
@@ -141,6 +138,14 @@ class MogeRouter(nn.Module):
             if scale is not None:
                 weights_TK = weights_TK * F.pad(scale.float(), (0, 1))[routing.ids]
         return logits_TE, weights_TK, routing.ids
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """Logits in float32 or wider; training makes them without wide copies."""
+        weight_ED = self.weight
+        if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            x_TD, weight_ED = x_TD.to(wide), weight_ED.to(wide)
+        return F.linear(x_TD, weight_ED)
 
     def adjust(self, logits_TE: Tensor) -> Tensor:
         """Change the logits before they choose; a routing warm-up replaces this in training."""
