@@ -162,6 +162,8 @@ def test_bad_input_is_named(trace, checkpoint, tmp_path, capsys):
         (["report", str(tmp_path)], "holds no trace"),
         (["report", str(trace), "--devices", "2", "0"], "0 devices hold no expert"),
         (["place", str(trace), "--devices", "2", "--out", "x"], "belong together"),
+        (["place", str(trace), "--devices", "2", "--nodes", "0"], "0 nodes and batches of 64"),
+        (["place", str(trace), "--devices", "2", "--batch", "0"], "batches of 0 tokens cannot be"),
         (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "3", "--groups", "4",
           "--out", str(tmp_path / "m")], "4 groups do not stand on 3 devices"),
         (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "8",

@@ -177,7 +177,12 @@ def _parse(module: Any, verb: str, args: list[str]) -> Any:
 
     about = cleandoc(module.Options.__doc__ or "")
     description = f"{about}\n\n{getattr(module, 'EXAMPLES', '').strip()}"
-    return tyro.cli(module.Options, prog=f"mogul {verb}", description=description, args=args)
+    options = tyro.cli(module.Options, prog=f"mogul {verb}", description=description, args=args)
+    if getattr(options, "seed", 0) < 0:
+        from mogul.core.errors import ConfigError
+
+        raise ConfigError(f"--seed {options.seed} is below 0", fix="use 0 or more")
+    return options
 
 
 if __name__ == "__main__":

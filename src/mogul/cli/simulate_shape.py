@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -96,12 +97,17 @@ def run(options: Options) -> int:
     ]
     columns = ("", *keys, "total B", "active B", "score", "equal FLOP")
     beaten = f"{found.better} of {len(found.candidates)} candidates"
+    at_quality = found.percentile_at_quality
+    told = "no candidate" if math.isnan(at_quality) else f"{100 * at_quality:.0f} %"
     notes = (
         f"{beaten} beat the published shape ({100 * found.percentile:.0f} %)",
-        f"of those with its size and quality or more: {100 * found.percentile_at_quality:.0f} %",
+        f"of those with its size and quality or more: {told}",
         "equal FLOP: dense compute of equal loss by efficiency leverage, extrapolated",
     )
-    extra = {"percentile": found.percentile, "at_quality": found.percentile_at_quality}
+    extra = {
+        "percentile": found.percentile,
+        "at_quality": None if math.isnan(at_quality) else at_quality,
+    }
     table = Table("Shapes, fastest first", columns, rows, notes, extra=extra)
     table.show(options.format)
     write_page(options.html, "Model shapes", [table])

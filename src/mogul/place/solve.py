@@ -26,6 +26,8 @@ from mogul.spec.trace import ModelStamp, Trace
 
 METHODS = ("auto", "contiguous", "greedy", "swap", "coactivation", "ilp")
 _DRAWS = 32
+MOST_BATCH = 65_536
+"""Tokens of a batch that delta is predicted for: all draws stand in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,11 @@ def place(trace: Trace, wish: Wish) -> Placement:
     model = trace.meta.model
     if wish.method not in METHODS:
         raise ConfigError(f"unknown method {wish.method!r}", fix=nearest(wish.method, METHODS))
+    if wish.num_nodes < 1 or not 1 <= wish.batch_tokens <= MOST_BATCH:
+        raise ConfigError(
+            f"{wish.num_nodes} nodes and batches of {wish.batch_tokens} tokens cannot be",
+            fix=f"give at least one node, and 1 to {MOST_BATCH:,} tokens",
+        )
     if trace.meta.num_tokens == 0:
         raise ConfigError("the trace holds no tokens", fix="trace some data first")
     by_groups = model.num_groups > 1 and not wish.allow_imbalance

@@ -83,6 +83,14 @@ class Limits:
     tokens_a_decode: int = 1
     """Tokens a decoding request computes a step (drafts included)."""
 
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing ever runs."""
+        for name in ("step_tokens", "sequences", "tokens_a_decode"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)}: nothing runs", fix="give 1 or more"
+                )
+
 
 @dataclass(slots=True)
 class StepPlan(Generic[R]):

@@ -137,6 +137,11 @@ def study(
     Raises:
         ConfigError: the budgets leave no candidate.
     """
+    if not 0 < tokens < math.inf or num_candidates < 1:
+        raise ConfigError(
+            f"{num_candidates} shapes trained on {tokens:g} tokens cannot be ranked",
+            fix="give one shape and one token at least",
+        )
     known = reference or model_spec(presets.config("pangu-pro-moe-72b"))
     yardstick = tuple(rate(known, target) for target in targets)
     if not all(yardstick):
@@ -204,8 +209,10 @@ def _draw(ranges: Ranges, rng: np.random.Generator) -> dict[str, Any] | None:
     each = ranges.picks_per_group[0]
     if len(ranges.picks_per_group) > 1:
         each = int(rng.choice(ranges.picks_per_group))
+    if each < 0 or (each and picks % each):
+        return None
     groups = picks // each if each else 1
-    if experts % groups or (each and picks % each):
+    if experts % groups:
         return None
     shape: dict[str, Any] = {
         "hidden": hidden,

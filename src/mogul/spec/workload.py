@@ -13,7 +13,7 @@ from mogul.spec.base import Spec
 class Speculation(Spec):
     """Draft tokens verified in one step (multi-token prediction)."""
 
-    draft_tokens: int = Field(default=1, ge=1)
+    draft_tokens: int = Field(default=1, ge=1, le=1024)
     acceptance: float = Field(default=0.7, ge=0, le=1)
     """Chance that a draft token is right, given that all before it were."""
 
