@@ -100,10 +100,11 @@ def run(options: Options) -> int:
     stats = measure_stats(
         model, batches(data, options.batch), checkpoint=folder, sources=data.names
     )
+    scales = _measure_scales(model, data, folder) if options.kv_scales else None
     out = options.out or folder
     out.mkdir(parents=True, exist_ok=True)
     written = {"inputs of layers": (stats.save(out), len(stats.importance))}
-    if options.kv_scales and (scales := _measure_scales(model, data, folder)) is not None:
+    if scales is not None:
         written["keys and values"] = (scales.save(out), len(scales.keys))
     _table(options, stats.num_tokens, written).show(options.format)
     return 0
