@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mogul.kernels.triton import fp8_token_kernels as kernels  # noqa: E402
 
 SCRIPT = """
 import torch
@@ -132,3 +138,46 @@ def test_kernels_equal_their_definitions():
         check=False,
     )
     assert "fp8 tokens are right" in done.stdout, done.stderr[-3000:]
+
+
+POINTERS = {
+    **dict.fromkeys(("x_ptr", "norm_ptr", "bias_ptr", "plus_ptr", "out_ptr", "act_ptr"), "bf16"),
+    **dict.fromkeys(("w_ptr", "shared_ptr"), "fp8e4nv"),
+    **dict.fromkeys(("scale_ptr", "shared_scale_ptr", "weights_ptr"), "fp32"),
+    "ids_ptr": "i64",
+}
+CONSTANTS = {
+    **{"N": 512, "K": 512, "BLOCK_N": 8, "BLOCK_K": 512, "EPS": 1e-5, "NORM": True, "BIAS": True},
+    **{"ADD": True, "LINES": 4, "PDL": True, "D": 512, "F": 64, "S": 128, "E": 16},
+}
+
+
+def ptx(kernel: Any) -> str:
+    """Compiled for sm_90."""
+    names = [parameter.name for parameter in kernel.params]
+    values = {**CONSTANTS, "K": 2} if "ids_ptr" in names else CONSTANTS
+    constants = {name: values[name] for name in names if name.isupper()}
+    signature = {name: "constexpr" if name in constants else f"*{POINTERS[name]}" for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in POINTERS
+    }
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+@pytest.mark.parametrize("kernel", [kernels.product_one_fp8, kernels.up_one, kernels.down_one])
+def test_weights_are_on_their_way_and_become_fp16_by_the_devices_own_conversion(
+    kernel: Any,
+) -> None:
+    before, wait, after = ptx(kernel).partition("griddepcontrol.wait")
+    assert wait
+    assert "prefetch.global.L2" in before
+    assert "ld.global" not in before, "what the kernel before writes is not there yet"
+    assert "cvt.rn.f16x2.e4m3x2" in after
+
+
+def test_picks_are_there_before_what_reads_them_begins() -> None:
+    before, _, after = ptx(kernels.up_one).partition("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in after
+    assert "griddepcontrol.launch_dependents" not in before
