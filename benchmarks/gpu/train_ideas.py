@@ -14,8 +14,8 @@ Predicted before the first run (48 rows of 2,048 tokens, AdamW, one H100: 366 ms
 
 Found, each once and one after the other on a card that grew warm (its unchanged kernels slowed by
 2 to 3 %): base 372.0 ms, all 379.9, router 369.3, qkv 385.5, head 380.8; all with 60 rows 467.6.
-By their kernels: router -10 ms and 6 GiB less, head -1, qkv +8 (what joins the three gradients
-reads and writes more than the two sums that it spares).
+By their kernels: router about -10 ms and 6 GiB less, head -1, qkv +11 to +14 (what joins the three
+gradients takes 19 ms, more than the two sums that it spares).
 
 Router and head were kept, qkv was not: `base` is the step without all three.
 Predicted before the second run, variants taking turns: router+head -11 ms (38.9 % on that card),
