@@ -108,7 +108,7 @@ for experts, picks, inner, shared in ((8, 4, 48, 80), (16, 2, 16, 144)):
             got = f.moe_normed_shared(x, norm, None, 1e-3, router, *some, rule, 1.5, *tensors)
             want = f._moe_host(x, norm, None, 1e-3, router, *some, rule, 1.5, *tensors)
             close(got - x, want - x, 0.12)
-        assert not f._counter(x.device).any(), "left as found"
+        assert not f.counters(x.device).any(), "left as found"
         x = half(1, width)
         args = (router, *some, rule, 1.5)
         normed, ids, weights = f.pick_one(x, (norm, 1e-3), *args)

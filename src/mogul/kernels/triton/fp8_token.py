@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mogul.kernels.triton import quant_shared, routing
-from mogul.kernels.triton.launch import Launch, aligned, cdiv, even_block, next_power_of_2
+from mogul.kernels.triton.launch import Launch, aligned, cdiv, counters, even_block, next_power_of_2
 from mogul.kernels.triton.linear import (
     FETCHED_BYTES,
     FEW_ROWS_FP8,
@@ -193,7 +193,7 @@ def pick_one(
     inner = router.shape[1]
     facts = (num_bias, scale is not None, norm[1], factor)
     launch = _route(inner, tuple(rule), facts, dtypes, _device(x))
-    done = _counter(x.device)
+    done = counters(x.device)
     parts = (x, weight, router, *some, normed, logits, done, ids, weights)
     launch((rule[0], 1), _device(x), *parts)
     return normed, ids, weights
@@ -211,12 +211,6 @@ def _sum(
         grid = (len(out), cdiv(width, block))
         launch(grid, _device(y), y, ids, weights, more, aligned(plus), out)
     return out
-
-
-@cache
-def _counter(device: torch.device) -> Tensor:
-    """Programs of `route_one` that have ended; every launch leaves it at 0."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _device(tensor: Tensor) -> int:
