@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from mogul.serve import rewrites
 from mogul.serve.attention import LayerCache, StepState, running
 from mogul.serve.passes import FewRows
 
@@ -187,7 +188,8 @@ def test_a_rotation_that_changes_the_dtype_stays():
         (attention(norms=False, rotation=rolled_otherwise), "mogul.attend"),
     ],
 )
-def test_attention_norms_and_rotates_by_itself(function, operator):
+def test_attention_norms_and_rotates_by_itself(function, operator, monkeypatch):
+    monkeypatch.setattr(rewrites, "rolled_inside", True)
     args = inputs()
     first, second = state(), state()
     with running(first):
@@ -204,6 +206,15 @@ def test_attention_norms_and_rotates_by_itself(function, operator):
     keys = [one.caches[0].key for one in (first, second)]
     torch.testing.assert_close(*keys, atol=3e-2, rtol=3e-2)
     assert keys[0].any()
+
+
+def test_rolled_rotations_stay_before_attention():
+    """A whole run with them inside was slower."""
+    args = inputs()
+    with running(state()):
+        graph = as_inductor_sees_it(attention(norms=False, rotation=rolled), *args)
+    FewRows()(graph.graph)
+    assert "mogul.attend.default" in [str(node.target) for node in graph.graph.nodes]
 
 
 def test_experts_are_one_operator_in_compiled_code(monkeypatch):

@@ -22,6 +22,11 @@ _DEFINED = (attention, normed, ops)
 """Imported for the operators that they define."""
 
 
+rolled_inside = False
+"""Whether attention also does rotations by rolled halves: a whole run with them was slower than one
+with launches before it."""
+
+
 def join(graph: Graph) -> None:
     """Change a graph, whose products are mogul's already, in place."""
     join_attention(graph)
@@ -168,6 +173,8 @@ def _turn_inside(graph: Graph, node: Any) -> None:
     if len(turns) < 2 or turns[0][1:] != turns[1][1:]:
         return
     cos, sin, is_signed = turns[0][1:]
+    if is_signed and not rolled_inside:
+        return
     norms = [find_norm(turn.x) for turn in turns]
     if (norms[0] is None) != (norms[1] is None):
         return
