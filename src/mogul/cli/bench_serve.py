@@ -152,7 +152,9 @@ def engine_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign:
-            raise ConfigError(f"--set {pair} is not NAME=VALUE")
+            raise ConfigError(
+                f"--set {pair} is not NAME=VALUE", fix="write for example --set kv_dtype=fp8"
+            )
         if name not in known:
             raise ConfigError(f"the engine has no option {name!r}", fix=nearest(name, known))
         try:

@@ -139,7 +139,10 @@ class EngineVoice:
         for chunk in self.engine.stream(prompt_ids, self.params):
             yield chunk.text, len(chunk.token_ids)
             if chunk.answer is not None and chunk.answer.finish == "error":
-                raise BackendError(f"the answer failed: {chunk.answer.error}")
+                raise BackendError(
+                    f"the answer failed: {chunk.answer.error}",
+                    fix="ask again; shorten the prompt or lower --max-new-tokens if memory ran out",
+                )
 
 
 class PlainVoice:
@@ -167,7 +170,10 @@ class PlainVoice:
             while len(said) < self.params.max_tokens:
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 if (cache := getattr(out, "past_key_values", None)) is None:
-                    raise BackendError(f"{type(self.model).__name__} keeps no cache to go on with")
+                    raise BackendError(
+                        f"{type(self.model).__name__} keeps no cache to go on with",
+                        fix="use a model that keeps keys and values",
+                    )
                 ids = Sampler().sample(out.logits[:, -1], SamplingBatch.build([row])).ids[None]
                 if (token := int(ids)) in ends:
                     break

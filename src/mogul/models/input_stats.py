@@ -186,7 +186,10 @@ def measure_stats(
     experts = [name for name, _ in experts_modules(model)]
     linears = [name for name, _ in linear_modules(model)]
     if not experts and not linears:
-        raise ConfigError(f"{type(model).__name__} has no layer that quantises")
+        raise ConfigError(
+            f"{type(model).__name__} has no layer that quantises",
+            fix="calibrate a model with experts or linear layers",
+        )
     found: dict[str, Importance | Tensor] = {}
     if experts:
         found.update(expert_inputs(model, todo))

@@ -258,7 +258,9 @@ def _load(
             **experts,
         )
     except (RuntimeError, OSError) as error:
-        raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
+        raise ArtifactError(
+            f"{folder} cannot be loaded: {error}", fix="check the files, or fetch them again"
+        ) from error
     misshaped = [f"{n} {list(a)} instead of {list(b)}" for n, a, b in report["mismatched_keys"]]
     missing = sorted(report["missing_keys"])
     raise_if_any(folder, missing, sorted(set(report["unexpected_keys"]) - skipped), misshaped)

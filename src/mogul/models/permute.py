@@ -184,7 +184,8 @@ def _reordered(data: bytes, entry: TensorEntry, change: Renumbering) -> bytes:
     if not shape or shape[0] < experts:
         raise ArtifactError(
             f"{entry.name} has shape {list(entry.shape)}; its first axis should count the "
-            f"{experts} experts"
+            f"{experts} experts",
+            fix="apply the placement to the checkpoint that was traced",
         )
     blocks = np.frombuffer(data, dtype=np.uint8).reshape(shape[0], -1)
     return blocks[change.row_order(layer, shape[0])].tobytes()

@@ -22,7 +22,10 @@ def check_comparable(first: Trace, second: Trace) -> None:
                 fix="compare traces of models of one shape",
             )
     if first.meta.layers != second.meta.layers:
-        raise ConfigError("the traces cannot be compared: they have other layers with experts")
+        raise ConfigError(
+            "the traces cannot be compared: they have other layers with experts",
+            fix="compare traces of models of one shape",
+        )
 
 
 def comparison(first: Trace, second: Trace) -> Table:

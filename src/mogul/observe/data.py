@@ -80,7 +80,9 @@ def _document(line: str, file: Path, number: int) -> tuple[str, str]:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ArtifactError(f"{file}, line {number} is no JSON: {error}") from error
+        raise ArtifactError(
+            f"{file}, line {number} is no JSON: {error}", fix="mend the line"
+        ) from error
     text = values.get("text") if isinstance(values, dict) else None
     if text is None and isinstance(values, dict) and isinstance(values.get("messages"), list):
         text = "\n".join(str(message.get("content", "")) for message in values["messages"])

@@ -104,7 +104,8 @@ def _attach(block: MoeBlock, see: Callable[[Picks], None]) -> list[Any]:
         ids, weights = _picks_in((*args, *kwargs.values()))
         if ids is None:
             raise BackendError(
-                f"{type(block.experts).__name__} is called without ids: its picks cannot be seen"
+                f"{type(block.experts).__name__} is called without ids: its picks cannot be seen",
+                fix="trace a model whose router hands its picks to the experts",
             )
         see(Picks(block.layer, ids, weights, seen_logits.pop() if seen_logits else None))
 

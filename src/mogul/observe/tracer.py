@@ -157,7 +157,10 @@ class Tracer:
         self._is_open = False
         batch, self.next_batch = self.next_batch, None
         if missing := [layer for layer in self.layers if layer not in self._seen]:
-            raise BackendError(f"the forward did not pass the layers {missing}")
+            raise BackendError(
+                f"the forward did not pass the layers {missing}",
+                fix="trace a model that runs all its layers in a forward",
+            )
         seen = [self._seen[layer] for layer in self.layers]
         self._seen.clear()
         ids = torch.stack([picks.ids for picks in seen])

@@ -46,7 +46,10 @@ class Problem:
                 fix="make the devices a multiple of the nodes",
             )
         if not np.isfinite(self.load_E).all() or (self.load_E < 0).any():
-            raise ConfigError("the loads of the experts must be finite and not negative")
+            raise ConfigError(
+                "the loads of the experts must be finite and not negative",
+                fix="make the trace again with `mogul trace`",
+            )
 
     @property
     def num_experts(self) -> int:

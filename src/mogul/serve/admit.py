@@ -26,11 +26,15 @@ def check_request(ids: tuple[int, ...], params: SamplingParams, engine: Engine) 
     vocab_size, most = engine.runner.vocab_size, engine.sizes.max_length
     if max(ids) >= vocab_size or min(ids) < 0:
         raise ConfigError(
-            f"the prompt holds token {max(ids, key=abs)}, the model knows 0..{vocab_size - 1}"
+            f"the prompt holds token {max(ids, key=abs)}, the model knows 0..{vocab_size - 1}",
+            fix="use the model's own tokenizer",
         )
     for field in ("logit_bias", "stop_token_ids"):
         if (largest := max(getattr(params, field), default=0)) >= vocab_size:
-            raise ConfigError(f"{field} names token {largest}, the model knows 0..{vocab_size - 1}")
+            raise ConfigError(
+                f"{field} names token {largest}, the model knows 0..{vocab_size - 1}",
+                fix="use the model's own tokenizer",
+            )
     if len(ids) + params.max_tokens > most:
         raise ConfigError(
             f"{len(ids)} prompt tokens and {params.max_tokens} new ones exceed the length of "
@@ -39,7 +43,9 @@ def check_request(ids: tuple[int, ...], params: SamplingParams, engine: Engine) 
             "max_length or cache_tokens",
         )
     if params.routed_experts and not engine.runner.tap.num_layers:
-        raise BackendError("routed_experts is asked of a model without experts")
+        raise BackendError(
+            "routed_experts is asked of a model without experts", fix="leave routed_experts out"
+        )
     if params.stop and engine.tokenizer is None:
         raise ConfigError("stop strings need a tokenizer", fix="use stop_token_ids")
 

@@ -122,7 +122,10 @@ def read_scales(path: str | Path, *, checkpoint: str | Path | None = None) -> Kv
     try:
         found, weights = _file_scales(folder / FILE) or (_own_scales(folder), "")
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"the scales in {folder} cannot be read: {error}") from error
+        raise ArtifactError(
+            f"the scales in {folder} cannot be read: {error}",
+            fix="measure them anew with `mogul calibrate`",
+        ) from error
     if weights and checkpoint is not None and weights != weights_hash(find_folder(checkpoint)):
         raise ArtifactError(f"{folder / FILE} was measured on other weights", fix=_AGAIN)
     return _settle(folder, found, weights) if found else None
@@ -151,10 +154,16 @@ def _settle(folder: Path, found: dict[str, Tensor], weights: str) -> KvScales:
     parts: dict[str, dict[int, Tensor]] = {"k": {}, "v": {}}
     for name, scale in found.items():
         if (match := _NAME.search(name)) is None:
-            raise ArtifactError(f"{folder}: {name} is no scale of a layer's keys or values")
+            raise ArtifactError(
+                f"{folder}: {name} is no scale of a layer's keys or values",
+                fix="measure them anew with `mogul calibrate`",
+            )
         scale = scale.float().reshape(-1)
         if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise ArtifactError(f"{folder}: {name} is {scale.tolist()}, which scales nothing")
+            raise ArtifactError(
+                f"{folder}: {name} is {scale.tolist()}, which scales nothing",
+                fix="measure them anew with `mogul calibrate`",
+            )
         parts[match[2]][int(match[1])] = scale
     layers = range(max(map(len, parts.values())))
     if any(sorted(part) != list(layers) for part in parts.values()):

@@ -42,7 +42,9 @@ def with_groups(model: ModelSpec, num_groups: int) -> ModelSpec:
         ConfigError: a dense model, or groups that do not divide experts and picks.
     """
     if model.moe is None:
-        raise ConfigError(f"{model.family} has no experts to group")
+        raise ConfigError(
+            f"{model.family} has no experts to group", fix="name a model with experts"
+        )
     grouping = model.moe.grouping.replace(num_groups=num_groups)
     return model.replace(moe=model.moe.replace(grouping=grouping))
 

@@ -145,7 +145,10 @@ def _trace_load(routing: Routing, num_experts: int, num_layers: int) -> np.ndarr
         try:
             load = np.atleast_2d(np.asarray(np.load(path)["load"], dtype=float))
         except (OSError, KeyError) as error:
-            raise ArtifactError(f"{path} has no array 'load': {error}") from None
+            raise ArtifactError(
+                f"{path} has no array 'load': {error}",
+                fix="make the trace again with `mogul trace`",
+            ) from None
     else:
         load = load_trace(path).count.astype(float)
     if load.shape[1] != num_experts or load.shape[0] not in (1, num_layers):
@@ -172,7 +175,9 @@ def _shares(
         )
     if len(placement.layers) not in (1, num_layers):
         raise ConfigError(
-            f"{routing.placement} places {len(placement.layers)} layers, the model has {num_layers}"
+            f"{routing.placement} places {len(placement.layers)} layers, the model has "
+            f"{num_layers}",
+            fix="place the experts of a trace of this model",
         )
     shares = []
     for one in placement.layers:

@@ -126,7 +126,7 @@ def serve(setting: Setting, arrivals: Sequence[Arrival], limits: Limits | None =
         ConfigError: the model does not fit, or a request never could.
     """
     if not arrivals:
-        raise ConfigError("the trace has no requests")
+        raise ConfigError("the trace has no requests", fix="give one at least")
     setting.parallel.check(setting.model)
     copies = setting.parallel.dp
     bounds = limits or default_limits(setting, arrivals)

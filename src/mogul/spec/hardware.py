@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} does not exist", fix="give a TOML file, or a name from `mogul simulate hw`"
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ArtifactError(f"{path} is not TOML: {error}") from None
+        raise ArtifactError(f"{path} is not TOML: {error}", fix="mend the line it names") from None
     parent = values.pop("extends", None)
     if parent is None:
         return {"name": path.stem, **values}

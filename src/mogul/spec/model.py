@@ -158,12 +158,16 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _layers_fit(self) -> Self:
         if bool(self.moe_layers) != (self.moe is not None):
-            raise ConfigError("a model has experts if and only if some of its layers have them")
+            raise ConfigError(
+                "a model has experts if and only if some of its layers have them",
+                fix="give moe_layers and moe together",
+            )
         if self.moe_layers and not 0 <= min(self.moe_layers) <= max(self.moe_layers) < (
             self.num_layers
         ):
             raise ConfigError(
-                f"moe_layers={self.moe_layers} is outside the {self.num_layers} layers"
+                f"moe_layers={self.moe_layers} is outside the {self.num_layers} layers",
+                fix="number layers from 0",
             )
         if len(set(self.moe_layers)) < self.num_layers and not self.dense_width:
             raise ConfigError(

@@ -71,10 +71,14 @@ class Placement(Spec):
                 raise ConfigError(
                     f"layer {one.layer} fills {len(one.expert_of_slot)} slots with experts up to "
                     f"{max(given, default=-1)}; there are {num_slots} slots and "
-                    f"{self.model.num_experts} experts"
+                    f"{self.model.num_experts} experts",
+                    fix="make the placement again with `mogul place`",
                 )
             if missing := sorted(experts - given):
-                raise ConfigError(f"layer {one.layer} has no slot for the experts {missing[:8]}")
+                raise ConfigError(
+                    f"layer {one.layer} has no slot for the experts {missing[:8]}",
+                    fix="make the placement again with `mogul place`",
+                )
         return self
 
     @property

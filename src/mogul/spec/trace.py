@@ -115,7 +115,10 @@ class TraceMeta(Spec):
     @model_validator(mode="after")
     def _layers_stand_in_order(self) -> Self:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ConfigError(f"layers={self.layers} of a trace must be ascending and not empty")
+            raise ConfigError(
+                f"layers={self.layers} of a trace must be ascending and not empty",
+                fix="make the trace again with `mogul trace`",
+            )
         return self
 
 
@@ -130,7 +133,8 @@ class Trace:
         experts, layers = self.meta.model.num_experts, len(self.meta.layers)
         if (shape := self.arrays["count"].shape) != (layers, experts):
             raise ArtifactError(
-                f"the trace counts {shape}, not {layers} layers x {experts} experts"
+                f"the trace counts {shape}, not {layers} layers x {experts} experts",
+                fix="make the trace again with `mogul trace`",
             )
 
     @property
@@ -206,7 +210,10 @@ def load_trace(folder: str | Path) -> Trace:
     try:
         arrays = load(data)
     except SafetensorError as error:
-        raise ArtifactError(f"{stats} is not a safetensors file: {error}") from error
+        raise ArtifactError(
+            f"{stats} is not a safetensors file: {error}",
+            fix="make the trace again with `mogul trace`",
+        ) from error
     keep = {"sample_key": np.uint64}
     wide = {
         name: a.astype(keep.get(name, np.int64)) if a.dtype.kind in "iu" else a

@@ -138,13 +138,18 @@ def read(folder: Path) -> Snapshot:
     for name, seal in files.items():
         file = folder / name
         if file.name != name or file.suffix != ".safetensors":
-            raise ArtifactError(f"{folder / STATE_FILE} names a strange file: {name!r}")
+            raise ArtifactError(
+                f"{folder / STATE_FILE} names a strange file: {name!r}",
+                fix="go on from an earlier checkpoint",
+            )
         if not file.is_file() or _seal_of(file) != seal:
             raise ArtifactError(f"{file} is missing or damaged", fix="resume from an earlier one")
         try:
             tensors[file.stem] = load_file(file)
         except SafetensorError as error:
-            raise ArtifactError(f"{file} is no safetensors file: {error}") from error
+            raise ArtifactError(
+                f"{file} is no safetensors file: {error}", fix="go on from an earlier checkpoint"
+            ) from error
     return Snapshot(step, tensors, state)
 
 

@@ -60,7 +60,10 @@ class StoredTensor:
             while left_bytes:
                 chunk = file.read(min(left_bytes, CHUNK_BYTES))
                 if not chunk:
-                    raise ArtifactError(f"{self.file} became shorter while it was read")
+                    raise ArtifactError(
+                        f"{self.file} became shorter while it was read",
+                        fix="leave the checkpoint alone until it is done",
+                    )
                 left_bytes -= len(chunk)
                 yield chunk
 

@@ -287,7 +287,7 @@ def statistics(scored: list[silicon.Scored], scales: Mapping[str, float]) -> dic
         if one.predicted_s
     ]
     if not priced:
-        raise ArtifactError("no row could be priced")
+        raise ArtifactError("no row could be priced", fix="score more rows")
     predicted, measured = np.array(priced).T
     error = np.abs(predicted / measured - 1)
     return {
