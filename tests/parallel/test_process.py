@@ -110,6 +110,48 @@ def test_the_rank_that_keeps_the_store_parts_last_and_does_not_wait_for_ever():
     alone.part()  # the other never does
 
 
+AGAIN = """
+import torch
+import torch.distributed as dist
+from mogul.parallel import start
+from mogul.parallel.process import stop
+worlds = []
+for turn in range(3):
+    worlds.append(start(patience_s=8.0))
+    assert not worlds[-1].watch._store.check(["left1"]), "what ranks said before they parted"
+    count = torch.ones(())
+    dist.all_reduce(count)
+    assert count == 2
+    stop(worlds[-1])
+"""
+
+
+@pytest.mark.parametrize("libuv", ["0", pytest.param("1", marks=pytest.mark.full)])
+def test_ranks_that_parted_start_again_with_a_fresh_store(libuv):
+    """Also while what they were is still at hand."""
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "MOGUL_CPU_RANKS": "1", "OMP_NUM_THREADS": "1", "USE_LIBUV": libuv,
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGAIN],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for one in started:
+            _, told = one.communicate(timeout=60)
+            assert one.returncode == 0, told
+    finally:
+        for one in started:
+            one.kill()
+            one.communicate()
+
+
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="this process is no rank") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from mogul.train.narrow import add_wide_product, multiplies_wide, router_logits
 
@@ -48,6 +49,22 @@ def test_logits_are_those_of_wide_factors(device, compiled):
 def test_the_operator_keeps_its_word():
     x, weight, _ = _factors("cpu")
     torch.library.opcheck(router_logits, (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("turned", ["x", "weight"])
+def test_compilers_are_told_how_gradients_lie(turned):
+    """They lie in rows, however the factor they belong to does."""
+    x, weight, grad = _factors("cpu")
+    x, weight = (
+        one.t().contiguous().t() if turned == name else one
+        for name, one in (("x", x), ("weight", weight))
+    )
+    both = [x.requires_grad_(), weight.requires_grad_()]
+    plain = torch.autograd.grad(router_logits(*both), both, grad)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) for each in (grad, *both)]
+        told = torch.ops.mogul.router_gradients(*fakes)
+    assert [each.stride() for each in told] == [each.stride() for each in plain]
 
 
 def test_only_devices_that_can_are_asked():

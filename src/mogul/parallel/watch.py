@@ -28,7 +28,8 @@ class Watch:
 
     def __init__(self, rank: int, size: int, patience_s: float, common: Store) -> None:
         self.rank, self.size, self.patience_s = rank, size, patience_s
-        self._common = common  # rank 0's is the store itself, which must outlive what others ask it
+        self._common: Store | None = common
+        """Rank 0's is the store itself, which must outlive what others ask it."""
         store: Any = PrefixStore("mogul_watch", common)
         # A connection of its own where torch can make one: a thread may wait in the other.
         self._store = store.clone() if hasattr(store, "clone") else store
@@ -53,12 +54,16 @@ class Watch:
         self._thread.join()
 
     def part(self) -> None:
-        """Say that this rank asks nothing more; the one that keeps the store waits for all."""
+        """Say that this rank asks nothing more; the one that keeps the store waits for all.
+
+        The store ends here, not with the watch: whoever starts again must find a fresh one.
+        """
         with suppress(RuntimeError):  # one that was slow, or is gone, does not matter any more
             self._store.set(f"parted{self.rank}", "1")
             if self.rank == 0:
                 every = [f"parted{rank}" for rank in range(self.size)]
                 self._store.wait(every, timedelta(seconds=self.patience_s))
+        self._common = None
 
     def _beat(self) -> None:
         self._beats += 1

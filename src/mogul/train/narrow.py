@@ -50,7 +50,7 @@ def _router_gradients(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple
 
 @_router_gradients.register_fake
 def _(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TD), torch.empty_like(weight_ED)
+    return x_TD.new_empty(x_TD.shape), weight_ED.new_empty(weight_ED.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
