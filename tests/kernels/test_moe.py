@@ -1,5 +1,5 @@
 import logging
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import pytest
 import torch
@@ -276,6 +276,19 @@ def test_one_operator_for_the_compiler(name):
     with torch.no_grad():
         got = torch.compile(moe_forward, fullgraph=True, backend="aot_eager")(**call)
     assert torch.equal(got, case.run("cpu"))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_the_operator_tells_the_compiler_how_its_result_lies(tokens):
+    case = make_case(tokens, dtype=torch.float32)
+    turned = case.x.T.contiguous().T
+    call = (turned, case.gate_up, case.down, case.ids, case.weights, None, None)
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.mogul.moe_cpu.default,
+            (*call, *astuple(ExpertLayout())),
+            test_utils="test_faketensor",
+        )
 
 
 class Exported(torch.nn.Module):

@@ -25,6 +25,15 @@ as_inductor_sees_it = _tests.as_inductor_sees_it
 HEADS, KV_HEADS, WIDTH, TOKENS = 4, 2, 16, 6
 
 
+def with_reshapes(traced):
+    """Views have become reshapes where the pass runs."""
+    for node in traced.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    traced.recompile()
+    return traced
+
+
 def norm(x, weight, eps=1e-6):
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -61,6 +70,16 @@ def other_norm(x, weight, w):
     return F.linear(weight * wide.to(x.dtype), w)
 
 
+def heads_normed(x, weight, w):
+    """Every head is normed for itself, the product reads all of a token: the norm stays."""
+    return F.linear(norm(x, weight).reshape(len(x), -1), w)
+
+
+def computed_norm(x, weight, w):
+    """A launch before would make the weight, which a router reads ahead of what is before it."""
+    return router(x, 1 + weight, w)
+
+
 def shared(x, weight, w):
     """Normed rows that others read too, and no router: the norm stays."""
     rows = norm(x, weight)
@@ -68,7 +87,7 @@ def shared(x, weight, w):
 
 
 def rewritten(function, *args):
-    graph = as_inductor_sees_it(function, *args)
+    graph = with_reshapes(as_inductor_sees_it(function, *args))
     want = graph(*args)
     FewRows()(graph.graph)
     graph.graph.lint()
@@ -91,6 +110,12 @@ def rewritten(function, *args):
         ),
         (other_norm, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
         (shared, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
+        (heads_normed, ((5, 2, 16), (16,), (24, 32)), ["mogul.linear"]),
+        (
+            computed_norm,
+            ((5, 32), (32,), (16, 32)),
+            ["mogul.linear", "mogul.softmax_topk"],
+        ),
     ],
 )
 def test_products_say_the_same_in_fewer_operators(function, shapes, operators):
@@ -206,6 +231,12 @@ def test_attention_norms_and_rotates_by_itself(function, operator, monkeypatch):
     keys = [one.caches[0].key for one in (first, second)]
     torch.testing.assert_close(*keys, atol=3e-2, rtol=3e-2)
     assert keys[0].any()
+
+
+def test_code_compiled_with_rolled_rotations_inside_is_another(monkeypatch):
+    before = FewRows().uuid()
+    monkeypatch.setattr(rewrites, "rolled_inside", not rewrites.rolled_inside)
+    assert FewRows().uuid() != before
 
 
 def test_rolled_rotations_stay_before_attention():

@@ -28,13 +28,7 @@ RULE = [8, 2, 2, 0, 0, 0, 0]
 
 
 def as_inductor_sees_it(function, *args):
-    """Views have become reshapes where the pass runs."""
-    traced = _tests.as_inductor_sees_it(function, *args)
-    for node in traced.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    traced.recompile()
-    return traced
+    return _tests.with_reshapes(_tests.as_inductor_sees_it(function, *args))
 
 
 def packed(*shape):
@@ -69,6 +63,13 @@ def read_twice(x, gain, weight, scale, bias, _plus):
     return rows, (out + bias).view(shape)
 
 
+def heads_normed(x, gain, weight, scale, bias, _plus):
+    """Every half of a row is normed for itself: the product would norm it whole."""
+    halves = norm(x.reshape(*x.shape[:-1], 2, -1), gain[: WIDTH // 2])
+    rows = quantise_rows(halves.reshape(-1, WIDTH))
+    return linear_fp8(*rows, weight, scale, x.dtype) + bias
+
+
 def gated(x, _gain, weight, scale, bias, _plus):
     """What a compiled launch makes is rounded by it."""
     out, shape = multiplied(torch.nn.functional.silu(x) * x, weight, scale)
@@ -82,6 +83,7 @@ def gated(x, _gain, weight, scale, bias, _plus):
         (added, "mogul.rows_linear_fp8", (False, True, True)),
         (added_without_bias, "mogul.rows_linear_fp8", (True, False, True)),
         (read_twice, "mogul.linear_fp8", None),
+        (heads_normed, "mogul.linear_fp8", None),
         (gated, "mogul.linear_fp8", None),
     ],
 )
@@ -121,6 +123,15 @@ def unequal_parts(x, gain, router, factors, experts, shared):
     return x + (parts[0] + 2 * parts[1]).reshape(x.shape)
 
 
+def computed_norm(x, gain, *more):
+    """One token's launch reads the norm's weight and the router before what came ahead ends."""
+    return block(x, 1 + gain, *more)
+
+
+def computed_router(x, gain, router, *more):
+    return block(x, gain, 2 * router, *more)
+
+
 def of_a_block():
     torch.manual_seed(0)
     x, gain = torch.randn(1, 5, WIDTH).bfloat16(), (1 + torch.randn(WIDTH) / 4).bfloat16()
@@ -148,6 +159,7 @@ def test_experts_norm_route_and_add():
     torch.testing.assert_close(graph(*args), want[None], atol=2e-2, rtol=2e-2)
 
 
-def test_parts_that_are_not_simply_added_stay():
-    _, _, found = rewritten(unequal_parts)
+@pytest.mark.parametrize("function", [unequal_parts, computed_norm, computed_router])
+def test_what_is_not_simply_added_or_not_there_yet_stays(function):
+    _, _, found = rewritten(function)
     assert found == ["mogul.moe_routed_shared"]

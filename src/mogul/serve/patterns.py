@@ -53,6 +53,22 @@ def _target(node: Any) -> Any:
     return getattr(node, "target", None)
 
 
+def lies_ready(weight: Any) -> bool:
+    """Whether a weight comes from outside as it is: kernels may read it ahead of those before."""
+    return weight.op in ("placeholder", "get_attr")
+
+
+def norm_of_rows(rows: Any) -> Norm | None:
+    """The norm that rows [T, C] come from, perhaps reshaped, where it is over all of C."""
+    norm = find_norm(reshaped(rows))
+    return norm if norm is not None and value(norm.x).shape[-1] == value(rows).shape[-1] else None
+
+
+def reshaped(node: Any) -> Any:
+    """What a reshape reshapes; the node itself where it is none."""
+    return node.args[0] if is_call(node, aten.reshape.default) else node
+
+
 def find_norm(node: Any) -> Norm | None:
     """The norm whose result a node is."""
     for weight, scaled in _both_orders(node, aten.mul.Tensor):

@@ -14,7 +14,16 @@ from torch.fx import Graph
 
 from mogul.kernels.triton import normed, ops
 from mogul.serve import attention
-from mogul.serve.patterns import Norm, find_norm, find_rotated, is_call, value
+from mogul.serve.patterns import (
+    Norm,
+    find_norm,
+    find_rotated,
+    is_call,
+    lies_ready,
+    norm_of_rows,
+    reshaped,
+    value,
+)
 
 aten = torch.ops.aten
 mogul = torch.ops.mogul
@@ -54,11 +63,6 @@ def join_residuals(graph: Graph) -> None:
         _add_inside(graph, node, mogul.moe_added.default, node.args)
 
 
-def reshaped(node: Any) -> Any:
-    """What a reshape reshapes; the node itself where it is none."""
-    return node.args[0] if is_call(node, aten.reshape.default) else node
-
-
 def norm_args(norm: Norm) -> tuple[Any, Any, float]:
     """The weight and eps of a norm as operators take them."""
     is_number = isinstance(norm.eps, float)
@@ -68,7 +72,7 @@ def norm_args(norm: Norm) -> tuple[Any, Any, float]:
 def _norm_inside(graph: Graph, node: Any) -> None:
     """Norm the rows of a product inside it, or of a router that picks, with all that it feeds."""
     rows, weight, dtype = node.args
-    norm = find_norm(reshaped(rows))
+    norm = norm_of_rows(rows)
     if norm is None or dtype != value(rows).dtype or value(rows).dim() != 2:
         return
     x = norm.x
@@ -93,7 +97,7 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     """One operator for norm, router and picks; the normed rows go to whoever else reads them."""
     linear, k, renormalise, dtype = picks.args
     rows, weight = linear.args[:2]
-    if weight.op != "placeholder":
+    if not lies_ready(weight) or not lies_ready(norm.weight):
         return
     with graph.inserting_before(rows):  # others may read the normed rows before the router does
         args = (x, *norm_args(norm), weight, k, renormalise, dtype)

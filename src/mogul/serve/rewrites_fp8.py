@@ -14,8 +14,16 @@ import torch
 from torch.fx import Graph
 
 from mogul.kernels.triton import fp8_token
-from mogul.serve.patterns import Norm, find_norm, find_rounded, is_call, value
-from mogul.serve.rewrites import norm_args, only_user, reshaped, residual_behind
+from mogul.serve.patterns import (
+    Norm,
+    find_rounded,
+    is_call,
+    lies_ready,
+    norm_of_rows,
+    reshaped,
+    value,
+)
+from mogul.serve.rewrites import norm_args, only_user, residual_behind
 
 aten = torch.ops.aten
 mogul = torch.ops.mogul
@@ -71,7 +79,7 @@ def _is_there(x: Any) -> bool:
 
 def _norm_of(x: Any) -> Norm | None:
     """The norm that rows come from, where nobody else reads them."""
-    norm = find_norm(reshaped(x))
+    norm = norm_of_rows(x)
     alone = len(x.users) == 1 and (x is reshaped(x) or len(reshaped(x).users) == 1)
     return norm if alone else None
 
@@ -98,9 +106,11 @@ def _bias_behind(node: Any) -> tuple[Any, Any]:
 
 
 def _norm_and_add(graph: Graph, node: Any) -> None:
-    x, rows, *more = node.args
-    norm = find_norm(reshaped(x))
-    if norm is None or reshaped(rows) is not reshaped(x) or value(norm.weight).dim() != 1:
+    x, rows, router, *more = node.args
+    norm = norm_of_rows(x)
+    if norm is None or reshaped(rows) is not reshaped(x):
+        return
+    if not lies_ready(router) or not lies_ready(norm.weight):
         return
     if any(user is not node for one in {x, rows} for user in one.users if user is not x):
         return
@@ -114,7 +124,7 @@ def _norm_and_add(graph: Graph, node: Any) -> None:
     if added is None or added.residual is not norm.x:
         return
     with graph.inserting_before(added.total):
-        args = (_flat(graph, norm.x, x), *norm_args(norm), *more)
+        args = (_flat(graph, norm.x, x), *norm_args(norm), router, *more)
         out = graph.call_function(mogul.moe_normed_shared.default, args)
         out.meta = {"val": value(both)}
         if added.shaped is not both:

@@ -106,7 +106,11 @@ def _no_gradient(_ctx: Any, _grad: Tensor) -> None:
 
 
 _LIB.impl("moe_cpu", _operator, "CPU")
-torch.library.register_fake("mogul::moe_cpu", lambda x, *_: torch.empty_like(x), lib=_LIB)
+torch.library.register_fake(
+    "mogul::moe_cpu",
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lib=_LIB,
+)
 torch.library.register_autograd("mogul::moe_cpu", _no_gradient, lib=_LIB)
 
 
