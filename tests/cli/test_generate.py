@@ -1,5 +1,6 @@
 """`mogul generate` streams what the model says to standard output, and nothing else."""
 
+import functools
 import io
 import signal
 import subprocess
@@ -131,9 +132,10 @@ def test_words_arrive_as_they_are_said_and_ctrl_c_ends_cleanly(endless_checkpoin
         *(sys.executable, "-m", "mogul.cli.main", "generate", str(endless_checkpoint)),
         *("--prompt", "the", "--max-new-tokens", "60000", "--temperature", "1.0", "--top-k", "0"),
     ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    # a shell's background jobs are born deaf to SIGINT, and so would be this one
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear) as process:
         first = process.stdout.read(20)
         assert process.poll() is None, "the first words came only with the last"
         time.sleep(0.2)
