@@ -80,6 +80,15 @@ def computed_norm(x, weight, w):
     return router(x, 1 + weight, w)
 
 
+def computed_weight(x, weight, w):
+    """One row's product reads its weight as far ahead."""
+    return product(x, weight, 2 * w)
+
+
+def computed_weight_and_residual(x, w, more):
+    return residual(x, 2 * w, more)
+
+
 def shared(x, weight, w):
     """Normed rows that others read too, and no router: the norm stays."""
     rows = norm(x, weight)
@@ -111,6 +120,8 @@ def rewritten(function, *args):
         (other_norm, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
         (shared, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
         (heads_normed, ((5, 2, 16), (16,), (24, 32)), ["mogul.linear"]),
+        (computed_weight, ((5, 32), (32,), (16, 32)), ["mogul.linear"]),
+        (computed_weight_and_residual, ((5, 32), (16, 32), (5, 16)), ["mogul.linear"]),
         (
             computed_norm,
             ((5, 32), (32,), (16, 32)),

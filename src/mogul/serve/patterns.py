@@ -54,7 +54,7 @@ def _target(node: Any) -> Any:
 
 
 def lies_ready(weight: Any) -> bool:
-    """Whether a weight comes from outside as it is: kernels may read it ahead of those before."""
+    """Whether a weight comes from outside as it is: kernels of one row read it ahead of others."""
     return weight.op in ("placeholder", "get_attr")
 
 

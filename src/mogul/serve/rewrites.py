@@ -58,7 +58,8 @@ def join_norms(graph: Graph) -> None:
 def join_residuals(graph: Graph) -> None:
     """Residuals are added by the product, or the experts, that they are added to."""
     for node in graph.find_nodes(op="call_function", target=mogul.linear.default):
-        _add_inside(graph, node, mogul.added_linear.default, node.args[:2])
+        if lies_ready(node.args[1]):
+            _add_inside(graph, node, mogul.added_linear.default, node.args[:2])
     for node in graph.find_nodes(op="call_function", target=mogul.moe.default):
         _add_inside(graph, node, mogul.moe_added.default, node.args)
 
@@ -74,6 +75,8 @@ def _norm_inside(graph: Graph, node: Any) -> None:
     rows, weight, dtype = node.args
     norm = norm_of_rows(rows)
     if norm is None or dtype != value(rows).dtype or value(rows).dim() != 2:
+        return
+    if not lies_ready(weight):
         return
     x = norm.x
     if rows is not reshaped(rows):
@@ -97,7 +100,7 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     """One operator for norm, router and picks; the normed rows go to whoever else reads them."""
     linear, k, renormalise, dtype = picks.args
     rows, weight = linear.args[:2]
-    if not lies_ready(weight) or not lies_ready(norm.weight):
+    if not lies_ready(norm.weight):
         return
     with graph.inserting_before(rows):  # others may read the normed rows before the router does
         args = (x, *norm_args(norm), weight, k, renormalise, dtype)
