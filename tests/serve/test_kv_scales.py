@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.serve import Engine, SamplingParams
-from mogul.serve.kv_scales import FILE, KvScales, measure_scales, read_scales
+from mogul.serve.kv_scales import FILE, KvScales, find_scales, measure_scales, read_scales
 from mogul.serve.options import EngineOptions
 
 SMALL = {"max_sequences": 4, "step_tokens": 24, "cache_tokens": 400, "page_size": 4, "seed": 0}
@@ -107,6 +107,19 @@ def test_the_checkpoints_own_scales_are_used(tiny, tmp_path):
     assert found == [(0.5, 0.25), (1.5, 0.25)]
     assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))[0].finish == "length"
     engine.close()
+
+
+def test_statistics_beside_another_checkpoint_do_not_bring_its_own_scales(tmp_path):
+    served, other = tmp_path / "served", tmp_path / "other"
+    for folder, factor in ((served, 1.0), (other, 8.0)):
+        folder.mkdir()
+        names = (f"model.layers.0.self_attn.{kind}_scale" for kind in "kv")
+        save_file({name: torch.tensor([factor]) for name in names}, folder / "model.safetensors")
+    scales = find_scales(served, other)
+    assert scales is not None
+    assert scales.keys[0].tolist() == [1.0]
+    with pytest.raises(ArtifactError, match="does not exist"):
+        find_scales(served, tmp_path / "none")
 
 
 @pytest.mark.parametrize(

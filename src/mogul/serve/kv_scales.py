@@ -99,8 +99,9 @@ def find_scales(path: str | Path, statistics: str | Path | None = None) -> KvSca
     scales = None
     if statistics is not None:
         named = Path(statistics)
-        folder = named.parent if named.suffix == ".safetensors" else named
-        scales = read_scales(folder, checkpoint=path)
+        folder = find_folder(named.parent if named.suffix == ".safetensors" else named)
+        if (folder / FILE).exists():  # its own tensors, if it has some, belong to other weights
+            scales = read_scales(folder, checkpoint=path)
     scales = scales or read_scales(path, checkpoint=path)
     known = f"{len(scales.keys)} layers' own scales" if scales is not None else "scale 1"
     say(f"fp8 keys and values with {known}")
