@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mogul.kernels.triton.row_kernels import _load_rows, _tile_at
+from mogul.kernels.triton.row_kernels import _dot, _load_rows, _tile_at
 
 _MAGIC = tl.constexpr(0x4B000000)
 _TWO_23 = tl.constexpr(8388608.0)
@@ -152,15 +152,6 @@ def _fp8_tile(value_ptr, cols, k, C: tl.constexpr, BLOCK_K: tl.constexpr, STREAM
 
 
 @triton.jit
-def _multiply(rows, weight, acc, SWAP: tl.constexpr):
-    if SWAP:
-        acc = tl.dot(weight, rows.T, acc)
-    else:
-        acc = tl.dot(rows, weight.T, acc)
-    return acc
-
-
-@triton.jit
 def _across(values, SWAP: tl.constexpr):
     """Values of rows, to multiply or mask an accumulator."""
     if SWAP:
@@ -219,8 +210,8 @@ def up_quantised(
                 block = _load_rows(row_ptr, live, k, D, BLOCK_K)
                 gate_w = _int4_tile(w_at, s_at, near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
                 up_w = _int4_tile(w_at, s_at, F + near, k, x_ptr, 2 * F, D, GROUP, BLOCK_N, BLOCK_K)
-                gate = _multiply(block, gate_w, gate, SWAP)
-                up = _multiply(block, up_w, up, SWAP)
+                gate = _dot(block, gate_w, gate, SWAP)
+                up = _dot(block, up_w, up, SWAP)
         else:
             w_at = w_ptr + e64 * (2 * F * D)
             for k in tl.range(0, D, BLOCK_K):
@@ -231,8 +222,8 @@ def up_quantised(
                 else:
                     gate_w = _fp8_tile(w_at, near, k, D, BLOCK_K, STREAM)
                     up_w = _fp8_tile(w_at, F + near, k, D, BLOCK_K, STREAM)
-                gate = _multiply(block, gate_w, gate, SWAP)
-                up = _multiply(block, up_w, up, SWAP)
+                gate = _dot(block, gate_w, gate, SWAP)
+                up = _dot(block, up_w, up, SWAP)
             row_scale = _across(tl.load(x_scale_ptr + token, mask=live, other=0.0), SWAP)
             col_at = w_scale_ptr + e64 * (2 * F) + near
             gate = gate * row_scale * _across(tl.load(col_at), not SWAP)
@@ -279,7 +270,7 @@ def down_quantised(
             for k in tl.range(0, F, BLOCK_K):
                 block = _load_rows(row_ptr, live, k, F, BLOCK_K)
                 weight = _int4_tile(w_at, s_at, near, k, a_ptr, D, F, GROUP, BLOCK_N, BLOCK_K)
-                acc = _multiply(block, weight, acc, SWAP)
+                acc = _dot(block, weight, acc, SWAP)
         else:
             w_at = w_ptr + e64 * (D * F)
             for k in tl.range(0, F, BLOCK_K):
@@ -289,7 +280,7 @@ def down_quantised(
                 else:
                     block = _load_rows(row_ptr, live, k, F, BLOCK_K)
                     weight = _fp8_tile(w_at, near, k, F, BLOCK_K, STREAM)
-                acc = _multiply(block, weight, acc, SWAP)
+                acc = _dot(block, weight, acc, SWAP)
             acc = acc * _across(tl.load(a_scale_ptr + rows, mask=live, other=0.0), SWAP)
             acc = acc * _across(tl.load(w_scale_ptr + e64 * D + near), not SWAP)
         if BIAS:
