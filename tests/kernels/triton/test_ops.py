@@ -16,7 +16,11 @@ def held() -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(
-    "what", ["checkpoint", "compile", "export", "export_one_node", "residual", "moe", "moe_train"]
+    "what",
+    [
+        *("checkpoint", "compile", "export", "export_one_node", "residual", "moe", "moe_train"),
+        "strides",
+    ],
 )
 def test_the_operators_hold_under(held: dict[str, bool], what: str) -> None:
     assert held[what]

@@ -6,6 +6,7 @@ They carry fake and autograd registrations, so a compiled or exported model sees
 from __future__ import annotations
 
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,8 +96,9 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, *args: Any) -> tupl
 @torch.library.register_fake("mogul::moe_any_grad", lib=_LIB)
 def _(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     x, gate_up, down, _ids, weights, up_bias, down_bias = args[:7]
-    biases = (x.new_empty(0) if b is None else torch.empty_like(b) for b in (up_bias, down_bias))
-    return *(torch.empty_like(t) for t in (x, gate_up, down, weights)), *biases
+    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    biases = (x.new_empty(0) if b is None else empty(b) for b in (up_bias, down_bias))
+    return *(empty(t) for t in (x, gate_up, down, weights)), *biases
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -7,7 +7,7 @@ activation checkpointing see one node.  Outside of tracing and autograd `run` sk
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ def _(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = x.new_empty(0)
-    empty = torch.empty_like
+    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
     grads = (empty(gate_up), empty(down)) if need_weight else (none, none)
     return empty(x) if need_input else none, *grads, empty(weights)
 
