@@ -302,6 +302,7 @@ def die_silently(world: World, victim: int) -> None:
 
 def abort(world: World, victim: int) -> None:
     """One rank is ended from within, the others are in a collective with it."""
+    dist.barrier()  # all have joined
     if world.rank == victim:
         os.abort()
     dist.barrier()

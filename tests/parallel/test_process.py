@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import ranks
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from mogul.core.errors import ConfigError, MogulError
 from mogul.parallel import launch, start
@@ -64,19 +65,7 @@ time.sleep(100)
 )
 def test_ranks_without_a_launcher_see_that_one_is_gone(victim, joining):
     """Nobody watches from outside: the other rank ends by itself, with a message."""
-    common = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "MOGUL_CPU_RANKS": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ALONE.format(victim=victim, joining=joining)],
-            env={**os.environ, **common, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    started = _ranks_alone(ALONE.format(victim=victim, joining=joining))
     other = started[1 - victim]
     _, told = other.communicate(timeout=60)
     started[victim].communicate(timeout=60)
@@ -85,6 +74,46 @@ def test_ranks_without_a_launcher_see_that_one_is_gone(victim, joining):
         return
     assert other.returncode == EXIT_CODE
     assert f"mogul: rank {1 - victim} ends: " in told
+
+
+STILL = """
+import os, signal
+from mogul.parallel import start
+from mogul.parallel.process import stop
+world = start(patience_s=2.0)
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+stop(world)
+"""
+
+
+def test_a_rank_that_is_done_sees_that_another_is_gone():
+    """No connection breaks, so only the watch can tell."""
+    started = _ranks_alone(STILL)
+    try:
+        _, told = started[0].communicate(timeout=60)
+        assert started[0].returncode == EXIT_CODE
+        assert "mogul: rank 0 ends: rank 1 shows no sign of life" in told
+    finally:
+        started[1].kill()
+        started[1].communicate()
+
+
+def _ranks_alone(script: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that nobody watches from outside."""
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "MOGUL_CPU_RANKS": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
 
 
 def test_the_default_patience_ends_all_within_a_minute():
@@ -110,46 +139,15 @@ def test_the_rank_that_keeps_the_store_parts_last_and_does_not_wait_for_ever():
     alone.part()  # the other never does
 
 
-AGAIN = """
-import torch
-import torch.distributed as dist
-from mogul.parallel import start
-from mogul.parallel.process import stop
-worlds = []
-for turn in range(3):
-    worlds.append(start(patience_s=8.0))
-    assert not worlds[-1].watch._store.check(["left1"]), "what ranks said before they parted"
-    count = torch.ones(())
-    dist.all_reduce(count)
-    assert count == 2
-    stop(worlds[-1])
-"""
-
-
-@pytest.mark.parametrize("libuv", ["0", pytest.param("1", marks=pytest.mark.full)])
-def test_ranks_that_parted_start_again_with_a_fresh_store(libuv):
-    """Also while what they were is still at hand."""
-    common = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "MOGUL_CPU_RANKS": "1", "OMP_NUM_THREADS": "1", "USE_LIBUV": libuv,
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", AGAIN],
-            env={**os.environ, **common, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for one in started:
-            _, told = one.communicate(timeout=60)
-            assert one.returncode == 0, told
-    finally:
-        for one in started:
-            one.kill()
-            one.communicate()
+def test_the_store_ends_where_its_rank_parts():
+    """Whoever starts again at this port must not read what was said before."""
+    port = free_port()
+    watch = Watch(0, 2, 0.3, TCPStore("127.0.0.1", port, None, True, wait_for_workers=False))
+    socket.create_connection(("127.0.0.1", port)).close()
+    watch.leave()
+    watch.part()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
 
 
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):

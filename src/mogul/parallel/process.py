@@ -81,10 +81,10 @@ def start(*, patience_s: float = 40.0) -> World:
 
 
 def stop(world: World) -> None:
-    """Leave in order: the others are not alarmed."""
+    """Leave in order: the others are not alarmed. Who waits for them watches until they come."""
+    dist.barrier()
     if world.watch is not None:
         world.watch.leave()
-    dist.barrier()
     dist.destroy_process_group()
     if world.watch is not None:
         world.watch.part()
