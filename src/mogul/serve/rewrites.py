@@ -129,6 +129,14 @@ class Added(NamedTuple):
     shaped: Any
     total: Any
 
+    def in_shape(self, graph: Graph, out: Any, node: Any) -> Any:
+        """What takes the place of the sum: `out`, in the shape that `node`'s result went in."""
+        if self.shaped is node:
+            return out
+        shaped = graph.call_function(aten.reshape.default, (out, self.shaped.args[1]))
+        shaped.meta = {"val": value(self.total)}
+        return shaped
+
 
 def residual_behind(node: Any) -> Added | None:
     """The residual that a result alone is added to, perhaps reshaped."""
@@ -151,16 +159,13 @@ def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> 
     added = residual_behind(node)
     if added is None or kept.dtype != value(args[0]).dtype:
         return
-    residual, last, total = added
+    residual, total = added.residual, added.total
     with graph.inserting_before(total):
         rows = graph.call_function(aten.reshape.default, (residual, [-1, kept.shape[1]]))
         rows.meta = {"val": kept}
         product = graph.call_function(joined, (*args, rows))
         product.meta = {"val": kept}
-        shaped = product
-        if last is not node:
-            shaped = graph.call_function(aten.reshape.default, (product, last.args[1]))
-            shaped.meta = {"val": value(total)}
+        shaped = added.in_shape(graph, product, node)
     total.replace_all_uses_with(shaped)
 
 

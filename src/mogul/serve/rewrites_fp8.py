@@ -52,7 +52,7 @@ def _take_rows(graph: Graph, node: Any) -> None:
         return
     last, bias = _bias_behind(node)
     added = residual_behind(last)
-    end, shaped = (last, None) if added is None else (added.total, added.shaped)
+    end = last if added is None else added.total
     with graph.inserting_before(end):
         before = (x, None, None, 0.0)
         if norm is not None:
@@ -61,9 +61,7 @@ def _take_rows(graph: Graph, node: Any) -> None:
         args = (*before, weight, weight_scale, bias, plus)
         out = graph.call_function(mogul.rows_linear_fp8.default, args)
         out.meta = {"val": value(node)}
-        if shaped is not None and shaped is not last:
-            out = graph.call_function(aten.reshape.default, (out, shaped.args[1]))
-            out.meta = {"val": value(end)}
+        out = out if added is None else added.in_shape(graph, out, last)
     end.replace_all_uses_with(out)
 
 
@@ -127,7 +125,5 @@ def _norm_and_add(graph: Graph, node: Any) -> None:
         args = (_flat(graph, norm.x, x), *norm_args(norm), router, *more)
         out = graph.call_function(mogul.moe_normed_shared.default, args)
         out.meta = {"val": value(both)}
-        if added.shaped is not both:
-            out = graph.call_function(aten.reshape.default, (out, added.shaped.args[1]))
-            out.meta = {"val": value(added.total)}
+        out = added.in_shape(graph, out, both)
     added.total.replace_all_uses_with(out)

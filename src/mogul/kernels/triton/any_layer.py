@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mogul.kernels.layout import CLAMPED_SILU, CLAMPED_SWIGLU, ExpertLayout
 from mogul.kernels.triton import any_kernels
-from mogul.kernels.triton.launch import Launch, cdiv
+from mogul.kernels.triton.launch import Launch, cdiv, device_index
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.plans import Plan, Tile
 from mogul.kernels.triton.sorting import Sorted, max_tiles, sorted_views
@@ -249,7 +249,7 @@ _layers: dict[tuple[Layer, Form], AnyLayer] = {}
 
 def layer_for(call: Call, form: Form) -> AnyLayer:
     """The layer of a call, made once."""
-    device = call.x.device.index if call.x.is_cuda else -1
+    device = device_index(call.x)
     dtypes = (call.x.dtype, call.ids.dtype, call.weights.dtype)
     experts, inner = call.down.shape[0], call.down.shape[1 if form.transposed else 2]
     layer = layer_of(experts, call.ids.shape[1], call.x.shape[1], inner, dtypes, device)

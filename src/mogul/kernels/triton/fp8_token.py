@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from mogul.kernels.triton import quant_shared, routing
-from mogul.kernels.triton.launch import Launch, aligned, cdiv, counters, even_block, next_power_of_2
+from mogul.kernels.triton.launch import (
+    Launch,
+    aligned,
+    cdiv,
+    counters,
+    device_index,
+    even_block,
+    next_power_of_2,
+)
 from mogul.kernels.triton.linear import (
     FETCHED_BYTES,
     FEW_ROWS_FP8,
@@ -26,6 +34,7 @@ from mogul.kernels.triton.linear import (
     multiplies_fp8,
     scaled_product,
 )
+from mogul.kernels.triton.normed import eps_of, norm_host
 from mogul.kernels.triton.quant_layer import rounded_rows
 
 one_token = True
@@ -62,7 +71,7 @@ def rows_linear_fp8(
     """norm(x) @ weight.T + bias + residual."""
     if x.is_cuda and not multiplies_fp8(x.device):
         return _linear_host(x, norm, eps_number, eps, weight, scale, bias, residual)
-    eps = eps if eps_number is None else float(eps_number)
+    eps = eps_of(eps_number, eps)
     if not len(x):
         return x.new_empty((0, len(weight)))
     if len(x) == 1 and one_token:
@@ -93,9 +102,9 @@ def product_one(
     flags = (norm is not None, bias is not None, residual is not None)
     weights, eps = (x, 0.0) if norm is None else (aligned(norm[0]), norm[1])
     dtypes = tuple(one.dtype for one in (x, weights, *more))
-    launch = _one(columns, inner, eps, flags, linear_tile, dtypes, _device(x))
+    launch = _one(columns, inner, eps, flags, linear_tile, dtypes, device_index(x))
     grid = (cdiv(columns, linear_tile.n), 1)
-    launch(grid, _device(x), x, weights, aligned(weight), scale, *more, out)
+    launch(grid, device_index(x), x, weights, aligned(weight), scale, *more, out)
     return out
 
 
@@ -106,8 +115,8 @@ def normed_rows(x: Tensor, norm: Norm, *, keep: bool) -> tuple[Tensor, Tensor, T
     value = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if len(x):
-        launch = _normed(x.shape[1], norm[1], keep, (x.dtype, weight.dtype), _device(x))
-        launch((len(x), 1), _device(x), x, weight, normed, value, scale)
+        launch = _normed(x.shape[1], norm[1], keep, (x.dtype, weight.dtype), device_index(x))
+        launch((len(x), 1), device_index(x), x, weight, normed, value, scale)
     return normed, value, scale
 
 
@@ -127,7 +136,7 @@ def moe_normed_shared(
 
     `tensors` are those of `mogul::moe_routed_shared`.
     """
-    eps = eps if eps_number is None else float(eps_number)
+    eps = eps_of(eps_number, eps)
     route = (bias, scale, rule, factor)
     if not len(x):
         return torch.empty_like(x)
@@ -157,7 +166,7 @@ def _moe_one(
 ) -> Tensor:
     """Three launches: norm, router and picks; up of all; down of all and the sums."""
     up, up_scale, down, down_scale, both, both_scale, last, last_scale = map(aligned, tensors)
-    x, device = aligned(x), _device(x)
+    x, device = aligned(x), device_index(x)
     normed, ids, weights = pick_one(x, norm, router, *route)
     (experts, width, inner), picks = down.shape, ids.shape[1]
     wide = last.shape[1]
@@ -192,10 +201,10 @@ def pick_one(
     dtypes = tuple(one.dtype for one in (x, weight, router, *some))
     inner = router.shape[1]
     facts = (num_bias, scale is not None, norm[1], factor)
-    launch = _route(inner, tuple(rule), facts, dtypes, _device(x))
+    launch = _route(inner, tuple(rule), facts, dtypes, device_index(x))
     done = counters(x.device)
     parts = (x, weight, router, *some, normed, logits, done, ids, weights)
-    launch((rule[0], 1), _device(x), *parts)
+    launch((rule[0], 1), device_index(x), *parts)
     return normed, ids, weights
 
 
@@ -207,14 +216,10 @@ def _sum(
     if len(out):
         block, width = even_block(out.shape[1]), out.shape[1]
         dtypes = (y.dtype, ids.dtype, weights.dtype)
-        launch = _summing(width, ids.shape[1], experts, block, dtypes, _device(y))
+        launch = _summing(width, ids.shape[1], experts, block, dtypes, device_index(y))
         grid = (len(out), cdiv(width, block))
-        launch(grid, _device(y), y, ids, weights, more, aligned(plus), out)
+        launch(grid, device_index(y), y, ids, weights, more, aligned(plus), out)
     return out
-
-
-def _device(tensor: Tensor) -> int:
-    return tensor.device.index if tensor.is_cuda else -1
 
 
 def _made(name: str, constants: dict[str, Any], warps: int, device: int) -> Launch:
@@ -302,13 +307,6 @@ def _summing(
     return _made("sum_added", constants, max(1, block // 256), device)
 
 
-def _norm_host(x: Tensor, norm: Tensor, eps_number: Tensor | None, eps: float) -> Tensor:
-    wide = x.float()
-    number = eps if eps_number is None else float(eps_number)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + number)
-    return norm * wide.to(x.dtype)
-
-
 def _linear_host(
     x: Tensor,
     norm: Tensor | None,
@@ -322,7 +320,7 @@ def _linear_host(
     """The definition."""
     from mogul.kernels.quant_format import quantise_rows
 
-    rows = x if norm is None else _norm_host(x, norm, eps_number, eps)
+    rows = x if norm is None else norm_host(x, norm, eps_number, eps)
     out = torch.ops.mogul.linear_fp8(*quantise_rows(rows), weight, scale, x.dtype)
     out = out if bias is None else out + bias
     return out if residual is None else residual + out
@@ -344,7 +342,7 @@ def _moe_host(
     from mogul.kernels.quant_backends import moe_with_shared
     from mogul.kernels.reference.route import route_reference
 
-    rows = _norm_host(x, norm, eps_number, eps)
+    rows = norm_host(x, norm, eps_number, eps)
     spec = routing.spec_of(rule, factor)
     ids, weights, _ = route_reference(rows.float() @ router.float().T, spec, bias, scale)
     out, shared = moe_with_shared(rows, tensors[:4], ids, weights, tensors[4:])

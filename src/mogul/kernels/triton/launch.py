@@ -225,6 +225,11 @@ def counters(device: torch.device) -> torch.Tensor:
     return sets[of_stream.setdefault(stream, len(of_stream) % _COUNTER_SETS)]
 
 
+def device_index(tensor: torch.Tensor) -> int:
+    """The index of a tensor's GPU; -1 on the processor, where kernels are interpreted."""
+    return tensor.device.index if tensor.is_cuda else -1
+
+
 def cdiv(a: int, b: int) -> int:
     """A / b rounded up."""
     return -(-a // b)

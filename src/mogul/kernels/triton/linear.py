@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
-from mogul.kernels.triton.launch import INTERPRETED, Launch, aligned, cdiv, next_power_of_2
+from mogul.kernels.triton.launch import (
+    INTERPRETED,
+    Launch,
+    aligned,
+    cdiv,
+    device_index,
+    next_power_of_2,
+)
 
 BLOCK_ROWS = 64
 """Rows that one program multiplies at most."""
@@ -138,7 +145,7 @@ def linear_narrow(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     x, weight = aligned(x), aligned(weight)
     out = torch.empty((len(x), columns), dtype=dtype, device=x.device)
     if len(x):
-        device = x.device.index if x.is_cuda else -1
+        device = device_index(x)
         launch = _narrow(columns, inner, (x.dtype, weight.dtype, dtype), device)
         launch((cdiv(columns, NARROW_BLOCK), len(x)), device, x, weight, out)
     return out
@@ -158,7 +165,7 @@ def linear_few(
     out = torch.empty((count, columns), dtype=dtype, device=rows.device)
     if not count:
         return out
-    device = rows.device.index if rows.is_cuda else -1
+    device = device_index(rows)
     block_t = min(BLOCK_ROWS, max(16, next_power_of_2(count)))
     tile = few_tile or tile_of(columns, block_t, weight.itemsize)
     adds = (residual is not None, bias is not None)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from mogul.kernels.triton import linear
-from mogul.kernels.triton.launch import Launch, aligned, cdiv, counters, next_power_of_2
+from mogul.kernels.triton.launch import (
+    Launch,
+    aligned,
+    cdiv,
+    counters,
+    device_index,
+    next_power_of_2,
+)
 from mogul.kernels.triton.topk import softmax_topk
 
 MOST_ROUTED, MOST_INNER = 256, 4096
@@ -36,19 +43,20 @@ _LIB.define(
 )
 
 
-def _number(eps_number: Tensor | None, eps: float) -> float:
+def eps_of(eps_number: Tensor | None, eps: float) -> float:
     """The eps of a norm: a compiler hands numbers of modules over as tensors on the host."""
     return eps if eps_number is None else float(eps_number)
 
 
-def _norm_host(x: Tensor, norm: Tensor, eps_number: Tensor | None, eps: float) -> Tensor:
+def norm_host(x: Tensor, norm: Tensor, eps_number: Tensor | None, eps: float) -> Tensor:
+    """The definition of a norm."""
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _number(eps_number, eps))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps_of(eps_number, eps))
     return norm * wide.to(x.dtype)
 
 
 def _normed_linear_host(x: Tensor, norm: Tensor, n: Tensor | None, eps: float, w: Tensor) -> Tensor:
-    return _norm_host(x, norm, n, eps) @ w.T
+    return norm_host(x, norm, n, eps) @ w.T
 
 
 def _added_linear_host(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -65,7 +73,7 @@ def _normed_route_host(
     renormalise: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed = _norm_host(x, norm, eps_number, eps)
+    normed = norm_host(x, norm, eps_number, eps)
     return normed, *torch.ops.mogul.softmax_topk(normed @ weight.T, k, renormalise, dtype)
 
 
@@ -74,8 +82,8 @@ def norm_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     x, norm = aligned(x), aligned(norm)
     out = torch.empty_like(x)
     if len(x):
-        launch = _norm(x.shape[1], eps, (x.dtype, norm.dtype), _device(x))
-        launch((len(x), 1), _device(x), x, norm, out)
+        launch = _norm(x.shape[1], eps, (x.dtype, norm.dtype), device_index(x))
+        launch((len(x), 1), device_index(x), x, norm, out)
     return out
 
 
@@ -83,7 +91,7 @@ def normed_linear(
     x: Tensor, norm: Tensor, eps_number: Tensor | None, eps: float, weight: Tensor
 ) -> Tensor:
     """Products of rows that are normed first."""
-    eps = _number(eps_number, eps)
+    eps = eps_of(eps_number, eps)
     if len(x) == 1:
         return product_one(x, weight, norm=norm, eps=eps)
     return linear.product(norm_rows(x, norm, eps), weight, x.dtype)
@@ -113,8 +121,8 @@ def product_one(
     flags = (norm is not None, residual is not None)
     more = [x if some is None else aligned(some) for some in (norm, residual)]
     dtypes = tuple(tensor.dtype for tensor in (x, weight, *more))
-    launch = _one(columns, inner, eps, flags, dtypes, one_columns, _device(x))
-    launch((cdiv(columns, one_columns), len(x)), _device(x), x, more[0], weight, more[1], out)
+    launch = _one(columns, inner, eps, flags, dtypes, one_columns, device_index(x))
+    launch((cdiv(columns, one_columns), len(x)), device_index(x), x, more[0], weight, more[1], out)
     return out
 
 
@@ -129,7 +137,7 @@ def normed_route(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed rows, values and ids of their picks."""
-    eps = _number(eps_number, eps)
+    eps = eps_of(eps_number, eps)
     rows, (columns, inner) = len(x), weight.shape
     if not 0 < rows <= linear.few_rows or columns > MOST_ROUTED or inner > MOST_INNER:
         normed = norm_rows(x, norm, eps)
@@ -139,15 +147,11 @@ def normed_route(
     normed, logits = torch.empty_like(x), x.new_empty((rows, columns), dtype=torch.float32)
     values, ids = x.new_empty((rows, k), dtype=dtype), x.new_empty((rows, k), dtype=torch.int64)
     dtypes = (x.dtype, norm.dtype, weight.dtype, dtype)
-    launch = _route(columns, inner, k, renormalise, eps, dtypes, _device(x))
+    launch = _route(columns, inner, k, renormalise, eps, dtypes, device_index(x))
     grid = (cdiv(columns, linear.NARROW_BLOCK), rows)
     parts = (x, norm, weight, normed, logits, counters(x.device), values, ids)
-    launch(grid, _device(x), *parts)
+    launch(grid, device_index(x), *parts)
     return normed, values, ids
-
-
-def _device(tensor: Tensor) -> int:
-    return tensor.device.index if tensor.is_cuda else -1
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mogul.core.errors import BackendError
 from mogul.kernels.triton.ahead import compile_ahead
-from mogul.kernels.triton.launch import aligned
+from mogul.kernels.triton.launch import aligned, device_index
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.sorting import sorted_size
 
@@ -38,7 +38,7 @@ _LIB.define(
 
 def layer_of_call(x: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Layer:
     """The launches that a call goes through."""
-    device = x.device.index if x.is_cuda else -1
+    device = device_index(x)
     dtypes = (x.dtype, ids.dtype, weights.dtype)
     return layer_of(down.shape[0], ids.shape[1], x.shape[1], down.shape[2], dtypes, device)
 

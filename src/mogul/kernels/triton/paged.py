@@ -24,6 +24,7 @@ from mogul.kernels.triton.launch import (
     aligned,
     cdiv,
     descriptor,
+    device_index,
     next_power_of_2,
 )
 from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH, SEVERAL, Turn
@@ -298,7 +299,7 @@ def paged_attention_triton(
         return out
     sinks = None if sinks is None else aligned(sinks)
     num_kv_heads, width = key.shape[1:]
-    device = query.device.index if query.is_cuda else -1
+    device = device_index(query)
     is_fp8 = key_cache.dtype == FP8
     call = Call(
         device=device,

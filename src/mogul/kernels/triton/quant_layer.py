@@ -22,6 +22,7 @@ from mogul.kernels.triton.launch import (
     aligned,
     cdiv,
     descriptor,
+    device_index,
     next_power_of_2,
 )
 from mogul.kernels.triton.layer import Layer, layer_of
@@ -218,7 +219,7 @@ def rounded_rows(x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]
     count, columns = x.shape
     value = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(count, dtype=torch.float32, device=x.device)
-    device = x.device.index if x.is_cuda else -1
+    device = device_index(x)
     launch = _round(columns, live is not None, x.dtype, device)
     launch((count, 1), device, x, value, scale, scale if live is None else live)
     return value, scale
@@ -263,7 +264,7 @@ def run_quantised(
         first, last = (None if bias is None else aligned(bias) for bias in biases)
         weights = replace(weights, gate_up_bias=first, down_bias=last)
     x, ids, factors = aligned(x), aligned(ids), aligned(factors)
-    device = x.device.index if x.is_cuda else -1
+    device = device_index(x)
     dtypes = (x.dtype, ids.dtype, factors.dtype)
     experts, width, _ = weights.down.shape
     layer = layer_of(experts, ids.shape[1], width, weights.inner, dtypes, device)

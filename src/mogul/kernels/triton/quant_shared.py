@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mogul.kernels.side_by_side import side_by_side
 from mogul.kernels.triton import quant_kernels
-from mogul.kernels.triton.launch import Launch, aligned, next_power_of_2
+from mogul.kernels.triton.launch import Launch, aligned, device_index, next_power_of_2
 from mogul.kernels.triton.linear import has_pdl, linear_fp8
 from mogul.kernels.triton.quant_layer import SILU, Weights, rounded_rows, run_quantised
 
@@ -106,7 +106,7 @@ def gated_rows(both: Tensor) -> tuple[Tensor, Tensor]:
     count, inner = both.shape[0], both.shape[1] // 2
     value = torch.empty((count, inner), dtype=torch.float8_e4m3fn, device=both.device)
     scale = torch.empty(count, dtype=torch.float32, device=both.device)
-    device = both.device.index if both.is_cuda else -1
+    device = device_index(both)
     _gated(inner, both.dtype, device)((count, 1), device, both, value, scale)
     return value, scale
 

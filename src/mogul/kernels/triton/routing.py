@@ -16,7 +16,7 @@ from torch import Tensor
 from mogul.kernels.reference.route import weigh_picks
 from mogul.kernels.router_spec import SCORES, WEIGHTINGS, RouterSpec
 from mogul.kernels.triton import _device_reason
-from mogul.kernels.triton.launch import Launch, cdiv, next_power_of_2
+from mogul.kernels.triton.launch import Launch, cdiv, device_index, next_power_of_2
 
 MAX_COLUMNS = 4096
 _SMALL, _LARGE = 512, 4096
@@ -112,7 +112,7 @@ def _launch(
     logits: Tensor, bias: Tensor | None, scale: Tensor | None, rule: list[int], factor: float
 ) -> tuple[Launch, int]:
     """The compiled kernel of a rule and the tokens that one program takes."""
-    device = logits.device.index if logits.is_cuda else -1
+    device = device_index(logits)
     tensors = [t for t in (logits, bias, scale) if t is not None]
     facts = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
     num_bias = 0 if bias is None else bias.numel()
@@ -147,7 +147,7 @@ def _run(
     if not tokens:
         return results
     launch, block = _launch(logits, bias, scale, rule, factor)
-    device = logits.device.index if logits.is_cuda else -1
+    device = device_index(logits)
     some = (logits if bias is None else bias, logits if scale is None else scale)
     launch((cdiv(tokens, block), 1), device, logits, *some, *results, tokens)
     return results

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogul.kernels.triton.launch import aligned, cdiv, even_block
+from mogul.kernels.triton.launch import aligned, cdiv, device_index, even_block
 from mogul.kernels.triton.layer import Layer, layer_of
 from mogul.kernels.triton.plans import Plan, plan_for
 from mogul.kernels.triton.push_kernels import push_sums, take_picks
@@ -91,6 +91,6 @@ def push(
 
 def _layer(dtype: torch.dtype, gate_up: Tensor, picks: int) -> Layer:
     experts, double, width = gate_up.shape
-    device = gate_up.device.index if gate_up.is_cuda else -1
+    device = device_index(gate_up)
     dtypes = (dtype, torch.int32, torch.float32)
     return layer_of(experts, picks, width, double // 2, dtypes, device)

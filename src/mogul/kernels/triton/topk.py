@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mogul.kernels.triton.launch import INTERPRETED, Launch, next_power_of_2
+from mogul.kernels.triton.launch import INTERPRETED, Launch, device_index, next_power_of_2
 
 MOST_COLUMNS = 1024
 MOST_PICKS = 32
@@ -46,7 +46,7 @@ def _pick(
     values = torch.empty((num_rows, k), dtype=dtype, device=rows.device)
     ids = torch.empty((num_rows, k), dtype=torch.int64, device=rows.device)
     if num_rows:
-        device = rows.device.index if rows.is_cuda else -1
+        device = device_index(rows)
         ranked = columns <= RANKED_COLUMNS and num_rows <= ranked_rows
         kind = (rows.dtype, dtype, rows.data_ptr() % 16 == 0)
         launch = _launch(columns, k, softmax, renormalise, ranked, kind, device)
