@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests find the modules beside them
 
 SIZES = {
     "vocab_size": 120,

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
+from traced import as_inductor_sees_it
 
 from mogul.serve.passes import FewRows
 
@@ -34,19 +33,6 @@ def only_ids(x, weight):
 
 def other_direction(x, weight):
     return F.linear(x, weight).softmax(0, dtype=torch.float).topk(2, 0)
-
-
-def as_inductor_sees_it(function, *args):
-    """A graph in the operators that reach the pass."""
-    traced = make_fx(torch.func.functionalize(function), select_decomp_table(), "fake")(*args)
-    for node in traced.graph.nodes:
-        if node.target is torch.ops.aten.t.default:
-            node.target, node.args = torch.ops.aten.permute.default, (node.args[0], [1, 0])
-        if node.target is torch.ops.aten._to_copy.default:
-            node.args = (node.args[0], node.kwargs["dtype"])
-            node.target, node.kwargs = torch.ops.prims.convert_element_type.default, {}
-    traced.recompile()
-    return traced
 
 
 @pytest.mark.parametrize(

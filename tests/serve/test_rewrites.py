@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from traced import as_inductor_sees_it, norm, with_reshapes
+
 from mogul.serve import rewrites
 from mogul.serve.attention import LayerCache, StepState, running
 from mogul.serve.passes import FewRows
 
-_spec = spec_from_file_location("passes_tests", Path(__file__).with_name("test_passes.py"))
-assert _spec
-assert _spec.loader
-_tests = module_from_spec(_spec)
-_spec.loader.exec_module(_tests)
-as_inductor_sees_it = _tests.as_inductor_sees_it
-
 HEADS, KV_HEADS, WIDTH, TOKENS = 4, 2, 16, 6
-
-
-def with_reshapes(traced):
-    """Views have become reshapes where the pass runs."""
-    for node in traced.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    traced.recompile()
-    return traced
-
-
-def norm(x, weight, eps=1e-6):
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
 
 
 def product(x, weight, w):

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from traced import as_inductor_sees_it, norm, with_reshapes
+
 from mogul.kernels.quant_format import quantise_rows
 from mogul.kernels.triton import fp8_token, quant_shared, routing
 from mogul.kernels.triton.linear import linear_fp8
 from mogul.serve.passes import FewRows
 
-_spec = spec_from_file_location("rewrites_tests", Path(__file__).with_name("test_rewrites.py"))
-assert _spec
-assert _spec.loader
-_tests = module_from_spec(_spec)
-_spec.loader.exec_module(_tests)
-norm = _tests.norm
 assert quant_shared, "its operators stand in the graphs"
 assert routing
 
@@ -27,8 +20,8 @@ WIDTH, COLUMNS = 32, 48
 RULE = [8, 2, 2, 0, 0, 0, 0]
 
 
-def as_inductor_sees_it(function, *args):
-    return _tests.with_reshapes(_tests.as_inductor_sees_it(function, *args))
+def traced_reshaped(function, *args):
+    return with_reshapes(as_inductor_sees_it(function, *args))
 
 
 def packed(*shape):
@@ -92,7 +85,7 @@ def test_products_take_what_surrounds_them(function, operator, parts):
     x, gain = torch.randn(1, 5, WIDTH).bfloat16(), (1 + torch.randn(WIDTH) / 4).bfloat16()
     bias, plus = torch.randn(COLUMNS).bfloat16(), torch.randn(1, 5, COLUMNS).bfloat16()
     args = (x, gain, *packed(COLUMNS, WIDTH), bias, plus)
-    graph = as_inductor_sees_it(function, *args)
+    graph = traced_reshaped(function, *args)
     want = graph(*args)
     FewRows()(graph.graph)
     graph.graph.lint()
@@ -142,7 +135,7 @@ def of_a_block():
 
 def rewritten(function):
     args = of_a_block()
-    graph = as_inductor_sees_it(function, *args)
+    graph = traced_reshaped(function, *args)
     FewRows()(graph.graph)
     graph.graph.lint()
     graph.recompile()

@@ -10,6 +10,20 @@ from pathlib import Path
 from typing import Any
 
 
+def printed_by(script: str) -> str:
+    """What a text of Python prints, kernels interpreted; the test fails with its errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def lines_of(name: str, *args: str, **environment: str) -> list[str]:
     """What a script of this folder prints; the test fails with its errors where it fails."""
     done = subprocess.run(
