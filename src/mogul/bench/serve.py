@@ -125,23 +125,22 @@ def open_and_measure(
     statistics: str | None = None,
 ) -> Result:
     """Open a model as the engine would, and measure it; see `measure`."""
-    from mogul.serve.kv_scales import find_scales
-    from mogul.serve.loading import open_model
+    from mogul.serve.loading import open_with_scales
 
     where = device_of(device)
-    needs_scales = request.engine.get("kv_dtype") == "fp8" and load == "checkpoint"
     bytes_per_s = copy_bandwidth(where)
-    model = open_model(
+    model, scales = open_with_scales(
         path,
+        kv_dtype=request.engine.get("kv_dtype", "auto"),
         load=load,  # pyright: ignore[reportArgumentType]
         dtype=dtype,
         device=where.type,
         experts=experts,
         quantise=quantise,
-        statistics=None if needs_scales and quantise is None else statistics,
+        statistics=statistics,
     )
-    if needs_scales:
-        request = replace(request, kv_scales=find_scales(path, statistics))
+    if scales is not None:
+        request = replace(request, kv_scales=scales)
     result = measure(model, request, name=name or path, bytes_per_s=bytes_per_s)
     return replace(result, dtype=f"{result.dtype}, {quantise}") if quantise else result
 

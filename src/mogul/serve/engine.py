@@ -23,8 +23,8 @@ from mogul.models.load import named_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
 from mogul.serve.admit import PROMPT_ROWS, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
-from mogul.serve.kv_scales import KvScales, find_scales
-from mogul.serve.loading import Load, open_model, open_tokenizer
+from mogul.serve.kv_scales import KvScales
+from mogul.serve.loading import Load, open_tokenizer, open_with_scales
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
 from mogul.serve.ranks import check_spread, settle_options, settle_sizes, spread
@@ -180,18 +180,17 @@ class Engine:
         settled = EngineOptions(**options)
         if parallel is not None:
             check_spread(parallel, speculator, quantise)
-        needs_scales = settled.kv_dtype == "fp8" and load == "checkpoint"
-        model = open_model(
+        model, scales = open_with_scales(
             path,
+            kv_dtype=settled.kv_dtype,
             load=load,
             dtype=dtype,
             device=named_device(device),
             experts=experts,
             quantise=quantise,
-            statistics=None if needs_scales and quantise is None else statistics,
+            statistics=statistics,
         )
         tokenizer = open_tokenizer(path)
-        scales = find_scales(path, statistics) if needs_scales else None
         more = {"speculator": speculator, "kv_scales": scales, "parallel": parallel}
         return cls(model, tokenizer, settled, name=str(path), **more)
 

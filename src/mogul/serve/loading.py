@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,6 +15,7 @@ from mogul.models import load_config, load_model, load_tokenizer
 from mogul.models.input_stats import FILE, InputStats, read_stats
 from mogul.models.load import find_folder
 from mogul.models.quantise_load import load_quantised, quantised_as_built, weight_format
+from mogul.serve.kv_scales import KvScales, find_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,35 @@ def open_model(
     return load_quantised(
         path, chosen, dtype=dtype, device=device, linears=linears, importance=stats
     )
+
+
+def open_with_scales(
+    path: str | Path,
+    *,
+    kv_dtype: str,
+    load: Load,
+    quantise: str | None,
+    statistics: str | Path | None,
+    **more: Any,
+) -> tuple[PreTrainedModel, KvScales | None]:
+    """What `open_model` opens, and scales for a checkpoint's cache in fp8.
+
+    Args:
+        path: a folder, or hub id.
+        kv_dtype: of the cache.
+        load: where the weights come from.
+        quantise: a name of `quantise_load.WEIGHTS`.
+        statistics: for what is quantised, for the cache, or for both.
+        more: what else `open_model` takes.
+
+    Raises:
+        ArtifactError: see `open_model` and `find_scales`.
+        ConfigError: see `open_model`.
+    """
+    needs_scales = kv_dtype == "fp8" and load == "checkpoint"
+    of_inputs = None if needs_scales and quantise is None else statistics
+    model = open_model(path, load=load, quantise=quantise, statistics=of_inputs, **more)
+    return model, find_scales(path, statistics) if needs_scales else None
 
 
 def _find_stats(path: str | Path, statistics: str | Path | None) -> InputStats | None:
