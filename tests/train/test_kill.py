@@ -70,7 +70,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _survive(recipe, tmp_path, kills: int) -> None:
-    steps = 6 * kills
+    steps = 10 * kills  # a life may run on while this process waits for a processor
     part = recipe(run__steps=steps, checkpoint__every_steps=EVERY, checkpoint__asynchronous=False)
     folder, rng = tmp_path / "killed", random.Random(7)
     command = [sys.executable, "-c", NURSERY, part.model_dump_json(), str(folder)]
