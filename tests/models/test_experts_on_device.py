@@ -161,3 +161,42 @@ def test_fully_sharded_by_one_rank(tmp_path: Any) -> None:
                 assert relative(given[name].full_tensor(), gradient) <= 1e-6, name
     finally:
         distributed.destroy_process_group()
+
+
+def sharded_rank(rank: int, folder: str) -> None:
+    """One of two ranks: its own tokens, half of every parameter."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    torch.cuda.set_device(rank)
+    distributed.init_process_group(
+        "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    try:
+        model = build("Qwen3Moe", torch.bfloat16, layers=2)
+        model.set_experts_implementation("mogul")
+        sharded, both = copy.deepcopy(model), tokens(4).chunk(2)
+        alone = [step(model, ids) for ids in both]
+        for layer in sharded.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        logits, given = step(sharded, both[rank])
+        assert torch.equal(logits, alone[rank][0])
+        for name in given:
+            expected = (alone[0][1][name].float() + alone[1][1][name].float()) / 2
+            assert relative(given[name].full_tensor(), expected) <= 5e-3, name  # sums in bf16
+        with torch.no_grad():
+            for ids in (both[rank], both[rank][:1, :1]):  # from the second on by known launches
+                plain = model(ids, use_cache=False).logits
+                for _ in range(3):
+                    assert torch.equal(sharded(ids, use_cache=False).logits, plain)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    torch.accelerator.current_accelerator() is None or torch.accelerator.device_count() < 2,
+    reason="needs two GPUs",
+)
+def test_two_ranks_with_halves_equal_one_with_all(tmp_path: Any) -> None:
+    torch.multiprocessing.spawn(sharded_rank, (str(tmp_path),), nprocs=2)
