@@ -256,11 +256,15 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _check_call(x: Tensor, gate_up: Tensor, ids: Tensor, weights: Tensor, hidden_size: int) -> None:
     if x.dim() != 2 or x.shape[1] != hidden_size:
-        raise ConfigError(f"x {tuple(x.shape)} is not [T, {hidden_size}], which the experts need")
+        raise ConfigError(
+            f"x {tuple(x.shape)} is not [T, {hidden_size}], which the experts need",
+            fix=f"flatten batches, x.reshape(-1, {hidden_size}), or pass the experts of this width",
+        )
     if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
         raise ConfigError(
             f"ids {tuple(ids.shape)} and weights {tuple(weights.shape)} are not both "
-            f"[{x.shape[0]}, K], one row for each token of x"
+            f"[{x.shape[0]}, K], one row for each token of x",
+            fix="flatten x, ids and weights alike; route returns ids and weights of one shape",
         )
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
         raise ConfigError(
@@ -279,12 +283,15 @@ def _check_devices(x: Tensor, **others: Tensor | None) -> None:
     where = {name: tensor.device for name, tensor in others.items() if tensor is not None}
     if any(device != x.device for device in where.values()):
         told = ", ".join(f"{name} on {device}" for name, device in where.items())
-        raise ConfigError(f"x is on {x.device}, {told}")
+        raise ConfigError(f"x is on {x.device}, {told}", fix=f"move all of them to {x.device}")
 
 
 def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> None:
     if bias is not None and bias.shape != shape:
-        raise ConfigError(f"{name} {tuple(bias.shape)} is not {list(shape)}")
+        raise ConfigError(
+            f"{name} {tuple(bias.shape)} is not {list(shape)}",
+            fix="pass one row an expert, as wide as the product it is added to, or None",
+        )
 
 
 def _check_ids(ids: Tensor, num_experts: int) -> None:

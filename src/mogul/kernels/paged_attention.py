@@ -176,7 +176,10 @@ def _run(
     if sliding_window is not None and sliding_window < 1:
         raise ConfigError(f"sliding_window {sliding_window} sees nothing", fix="None sees all")
     if sinks is not None and sinks.shape != (facts.num_heads,):
-        raise ConfigError(f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]")
+        raise ConfigError(
+            f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]",
+            fix="pass one number a query head, or None",
+        )
     name, run = PAGED_ATTENTION.resolve(backend, facts)
     more: dict[str, Any] = {"kinds": kinds} if name in TURNS else {}
     if cos is not None and sin is not None:
@@ -212,11 +215,15 @@ def _scale(name: str, scale: Tensor | None, facts: AttentionFacts) -> Tensor | N
     if scale is None:
         return None
     if facts.cache_dtype != FP8:
-        raise ConfigError(f"{name} is given, but the cache holds {facts.cache_dtype}, not fp8")
+        raise ConfigError(
+            f"{name} is given, but the cache holds {facts.cache_dtype}, not fp8",
+            fix=f"drop {name}, or make the cache float8_e4m3fn",
+        )
     if scale.numel() not in (1, facts.num_kv_heads) or scale.dtype != torch.float32:
         raise ConfigError(
             f"{name} {tuple(scale.shape)} of {scale.dtype} is neither one float32 number nor "
-            f"one for each of {facts.num_kv_heads} key-value heads"
+            f"one for each of {facts.num_kv_heads} key-value heads",
+            fix=f"{name}.float(), of either size",
         )
     return scale.reshape(-1).expand(facts.num_kv_heads)
 
@@ -227,17 +234,27 @@ def _check_call(
     if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
         raise ConfigError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} "
-            "are not [T, H, C], [T, N, C], [T, N, C]"
+            "are not [T, H, C], [T, N, C], [T, N, C]",
+            fix="lay the tokens of all sequences in one row; query_starts says where each begins",
         )
     tokens, heads, width = query.shape
     if key.shape[0] != tokens or key.shape[2] != width or heads % max(key.shape[1], 1):
-        raise ConfigError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}")
+        raise ConfigError(
+            f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}",
+            fix="give both as many tokens and one head width, and a whole number of query heads "
+            "to each key head",
+        )
     if key_cache.dim() != 4 or key_cache.shape[2:] != key.shape[1:]:
         raise ConfigError(
-            f"key_cache {tuple(key_cache.shape)} is not [P, Z, {key.shape[1]}, {width}]"
+            f"key_cache {tuple(key_cache.shape)} is not [P, Z, {key.shape[1]}, {width}]",
+            fix="make it for this model: pages, slots of a page, key-value heads, head width",
         )
     if value_cache.shape != key_cache.shape or value_cache.dtype != key_cache.dtype:
-        raise ConfigError("key_cache and value_cache differ in shape or dtype")
+        raise ConfigError(
+            f"key_cache {tuple(key_cache.shape)} {key_cache.dtype} and value_cache "
+            f"{tuple(value_cache.shape)} {value_cache.dtype} differ in shape or dtype",
+            fix="make both alike",
+        )
     if key_cache.dtype not in (query.dtype, FP8):
         raise ConfigError(
             f"the cache holds {key_cache.dtype}, the queries are {query.dtype}",
@@ -259,14 +276,22 @@ def _check_tables(
 ) -> None:
     sequences = len(lengths)
     if slots.shape != (tokens,) or slots.dtype != torch.int64:
-        raise ConfigError(f"slots_T {tuple(slots.shape)} {slots.dtype} is not int64 [{tokens}]")
+        raise ConfigError(
+            f"slots_T {tuple(slots.shape)} {slots.dtype} is not int64 [{tokens}]",
+            fix="pass one slot of the cache for each new token, -1 for one that is not kept",
+        )
     if tables.dim() != 2 or len(tables) != sequences or len(query_starts) != sequences + 1:
         raise ConfigError(
             f"tables {tuple(tables.shape)}, query_starts {tuple(query_starts.shape)} and lengths "
-            f"{tuple(lengths.shape)} are not of one number of sequences"
+            f"{tuple(lengths.shape)} are not of one number of sequences",
+            fix="of S sequences pass tables [S, B], query_starts [S + 1] and lengths [S]",
         )
     if not tables.dtype == query_starts.dtype == lengths.dtype == torch.int32:
-        raise ConfigError("tables_SB, query_starts and lengths_S must be int32")
+        raise ConfigError(
+            f"tables_SB {tables.dtype}, query_starts {query_starts.dtype} and lengths_S "
+            f"{lengths.dtype} must be int32",
+            fix="convert them with .int() once, where they are made",
+        )
 
 
 _LIB = torch.library.Library("mogul", "FRAGMENT")

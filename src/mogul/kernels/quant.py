@@ -74,7 +74,8 @@ class QuantisedExperts:
         experts, width, inner = self.down.sizes
         if self.gate_up.sizes != (experts, (1 + self.layout.has_gate) * inner, width):
             raise ConfigError(
-                f"gate_up {self.gate_up.sizes} and down {self.down.sizes} are no experts layer"
+                f"gate_up {self.gate_up.sizes} and down {self.down.sizes} are no experts layer",
+                fix="quantise both matrices of one layer in one call of quantise_experts",
             )
 
     @property
@@ -257,18 +258,21 @@ def _check(
     if x.dim() != 2 or x.shape[1] != hidden_size or not x.is_floating_point():
         raise ConfigError(
             f"x {tuple(x.shape)} {x.dtype} is not a floating-point [T, {hidden_size}], "
-            "which the experts need"
+            "which the experts need",
+            fix=f"flatten batches, x.reshape(-1, {hidden_size}), and pass activations as they are",
         )
     if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
         raise ConfigError(
             f"ids {tuple(ids.shape)} and weights {tuple(weights.shape)} are not both "
-            f"[{x.shape[0]}, K], one row for each token of x"
+            f"[{x.shape[0]}, K], one row for each token of x",
+            fix="flatten x, ids and weights alike; route returns ids and weights of one shape",
         )
     if ids.dtype.is_floating_point or ids.dtype is torch.bool:
         raise ConfigError(f"ids are {ids.dtype}, not integers", fix="pass the ids of route")
     if not x.device == experts.device == ids.device:
         raise ConfigError(
-            f"x is on {x.device}, the experts on {experts.device}, ids on {ids.device}"
+            f"x is on {x.device}, the experts on {experts.device}, ids on {ids.device}",
+            fix=f"move x and ids to {experts.device}, or quantise the experts on {x.device}",
         )
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         raise ConfigError(

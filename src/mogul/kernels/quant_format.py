@@ -118,7 +118,10 @@ def quantise_int4(
     error, weighted by `importance` [C] (mean square of every input) where that is known.
     """
     if weight.shape[-1] % 2:
-        raise ConfigError(f"int4 packs pairs, but rows have {weight.shape[-1]} weights")
+        raise ConfigError(
+            f"int4 packs pairs, but rows have {weight.shape[-1]} weights",
+            fix="use fp8, or pad the contracted width to an even number",
+        )
     wide = _grouped(weight.float(), group, "replicate")
     weights = torch.ones(weight.shape[-1]) if importance is None else importance.float().cpu()
     weights = _grouped(weights.to(weight.device)[None], group, "constant")

@@ -84,15 +84,20 @@ def route(
     if logits.dim() != 2 or logits.shape[1] != spec.num_columns:
         raise ConfigError(
             f"router logits {tuple(logits.shape)} are not [T, {spec.num_columns}] "
-            f"({spec.num_experts} experts, {spec.num_null_experts} null experts)"
+            f"({spec.num_experts} experts, {spec.num_null_experts} null experts)",
+            fix="flatten batches to one row a token, or give RouterSpec the router's own numbers",
         )
     if bias is not None and bias.shape not in ((spec.num_experts,), (spec.num_columns,)):
         raise ConfigError(
             f"selection bias {tuple(bias.shape)} is not [{spec.num_experts}]"
-            + (f" or [{spec.num_columns}]" if spec.num_null_experts else "")
+            + (f" or [{spec.num_columns}]" if spec.num_null_experts else ""),
+            fix="pass one value an expert, or None",
         )
     if scale is not None and scale.numel() != spec.num_experts:
-        raise ConfigError(f"router scale {tuple(scale.shape)} is not [{spec.num_experts}]")
+        raise ConfigError(
+            f"router scale {tuple(scale.shape)} is not [{spec.num_experts}]",
+            fix="pass one factor an expert, or None",
+        )
     if backend == "auto" and logits.device.type == "cpu":  # nothing else runs there
         if bias is None and scale is None and takes_one_each(logits, spec):
             return Routing(*route_one_each(logits, spec))

@@ -39,7 +39,10 @@ class RouterSpec:
         _check_choice("weighting", self.weighting, WEIGHTINGS)
         for name in ("num_experts", "top_k", "num_groups"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"router {name}={getattr(self, name)} must be at least 1")
+                raise ConfigError(
+                    f"router {name}={getattr(self, name)} must be at least 1",
+                    fix=f"pass {name}=1 or more; num_groups=1 is plain top-k",
+                )
         divided = ["num_experts", "num_null_experts"]
         if self.limit_groups is None:
             divided.append("top_k")
@@ -63,7 +66,8 @@ class RouterSpec:
     def _check_limit(self, limit_groups: int) -> None:
         if not 1 <= limit_groups <= self.num_groups:
             raise ConfigError(
-                f"router limit_groups={limit_groups} is not in 1..num_groups={self.num_groups}"
+                f"router limit_groups={limit_groups} is not in 1..num_groups={self.num_groups}",
+                fix="None picks from all groups",
             )
         if self.num_null_experts or self.weighting == "renormalised_in_group":
             raise ConfigError(

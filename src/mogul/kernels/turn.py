@@ -44,13 +44,21 @@ def check_turn(turn: Turn, tokens: int, width: int) -> None:
     if turn.cos_TC.shape != (tokens, width) or turn.sin_TC.shape != (tokens, width) or width % 2:
         raise ConfigError(
             f"cos {tuple(turn.cos_TC.shape)} and sin {tuple(turn.sin_TC.shape)} are not both "
-            f"[{tokens}, {width}], of an even width"
+            f"[{tokens}, {width}], of an even width",
+            fix="pass the rotation of the whole head, one row a token; Transformers' [1, T, C] "
+            "loses its first axis",
         )
     if (turn.query_norm is None) != (turn.key_norm is None):
-        raise ConfigError("queries and keys are normed both or not at all")
+        raise ConfigError(
+            "queries and keys are normed both or not at all",
+            fix="pass query_norm and key_norm, or neither and norm before the call",
+        )
     for norm in (turn.query_norm, turn.key_norm):
         if norm is not None and norm.shape != (width,):
-            raise ConfigError(f"a norm's weight {tuple(norm.shape)} is not [{width}]")
+            raise ConfigError(
+                f"a norm's weight {tuple(norm.shape)} is not [{width}]",
+                fix="only norms of each head fit here: norm whole rows before the call",
+            )
 
 
 def turned(x_THC: Tensor, turn: Turn, norm: Tensor | None, eps: float) -> Tensor:

@@ -67,11 +67,15 @@ def linear_fp8(
 def check_linear(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
     """Refuse tensors that do not belong together."""
     if rows.dim() != 2 or weight.dim() != 2 or rows.shape[1] != weight.shape[1]:
-        raise ConfigError(f"rows {tuple(rows.shape)} do not fit weight {tuple(weight.shape)}")
+        raise ConfigError(
+            f"rows {tuple(rows.shape)} do not fit weight {tuple(weight.shape)}",
+            fix="pass rows [T, C] and a weight [N, C]; flatten batches",
+        )
     if row_scale.shape != rows.shape[:1] or weight_scale.shape != weight.shape[:1]:
         raise ConfigError(
             f"scales {tuple(row_scale.shape)} and {tuple(weight_scale.shape)} are not one a row of "
-            f"{tuple(rows.shape)} and of {tuple(weight.shape)}"
+            f"{tuple(rows.shape)} and of {tuple(weight.shape)}",
+            fix="pass the two results of quantise_rows for each side",
         )
 
 

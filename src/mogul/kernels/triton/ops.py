@@ -87,7 +87,8 @@ def moe_added(
     if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         raise BackendError(
             f"residual {tuple(residual.shape)} {residual.dtype} on {residual.device} is not as x: "
-            f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            f"{tuple(x.shape)} {x.dtype} on {x.device}",
+            fix="give it x's shape, dtype and device, or add it after the experts",
         )
     if x.shape[0] == 0:
         return torch.empty_like(x)
