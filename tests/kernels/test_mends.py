@@ -138,10 +138,11 @@ def test_no_refusal_of_the_kernels_goes_without_a_mend() -> None:
     bare, found = [], 0
     for path in Path(mogul.kernels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            call = node.exc if isinstance(node, ast.Raise) else None
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in refusals:
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                continue
+            if getattr(node.exc.func, "id", "") in refusals:
                 found += 1
-                if not any(word.arg == "fix" for word in call.keywords):
+                if not any(word.arg == "fix" for word in node.exc.keywords):
                     bare.append(f"{path.name}:{node.lineno}")
     assert found > 40
     assert not bare
