@@ -95,6 +95,15 @@ def wrong_picks_of_no_number(spec: RouterSpec) -> int:
     )
 
 
+def error_of_narrow_logits(spec: RouterSpec, dtype: torch.dtype) -> float:
+    """Weights of logits in 16 bits, which tie often, against the reference's; wrong ids count 1."""
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(37, spec.num_columns, generator=generator).to(dtype)
+    ids, weights = route_counted(logits, spec)[:2]
+    want = route_reference(logits, spec, None, None)
+    return float((ids != want[0]).sum() + (weights - want[1]).abs().max())
+
+
 def compiled_gradient_error() -> float:
     """Gradients of a compiled graph against those of eager mode."""
     spec = RouterSpec(**RULES["grouped, two each"])
@@ -115,6 +124,9 @@ def main() -> None:
     for name in sys.argv[1:]:
         spec = RouterSpec(**RULES[name])
         print(json.dumps({"case": f"{name}, no number", "wrong": wrong_picks_of_no_number(spec)}))
+        for dtype in (torch.float16, torch.bfloat16):
+            error = error_of_narrow_logits(spec, dtype)
+            print(json.dumps({"case": f"{name}, {dtype}", "error": error}))
         for ties in (False, True):
             for biased in (False, True):
                 found = compare(spec, 5, ties=ties, biased=biased)

@@ -55,6 +55,13 @@ def test_logits_that_are_no_number_leave_ids_those_of_experts(
     assert case["wrong"] == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_logits_of_16_bits(found: list[dict[str, Any]], rule: str, dtype: str) -> None:
+    (case,) = (case for case in found if case["case"] == f"{rule}, torch.{dtype}")
+    assert case["error"] < 1e-6
+
+
 def test_a_compiled_graph_has_the_same_gradients(found: list[dict[str, Any]]) -> None:
     (case,) = (case for case in found if case["case"] == "compiled")
     assert case["error"] < 1e-6
