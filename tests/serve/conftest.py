@@ -43,7 +43,12 @@ def _moe(experts: str = "num_experts", **more: object) -> dict[str, object]:
 
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {"intermediate_size": 48}),
+    "qwen2": ("qwen2", {"intermediate_size": 48}),
     "qwen3": ("qwen3", {"intermediate_size": 48, "head_dim": 12}),
+    "mistral": ("mistral", {"intermediate_size": 48, "head_dim": 8, "sliding_window": 9}),
+    "phi3": ("phi3", {"intermediate_size": 48, "sliding_window": 9}),
+    "olmo2": ("olmo2", {"intermediate_size": 48}),
+    "smollm3": ("smollm3", {"intermediate_size": 48}),
     "qwen3_moe": ("qwen3_moe", _moe(intermediate_size=48, head_dim=8)),
     "qwen2_moe": ("qwen2_moe", _moe(intermediate_size=48, shared_expert_intermediate_size=24)),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError
 from mogul.models import quantise_load
 from mogul.models.quantise import PackedExperts, quantise_model
 from mogul.models.quantise_linears import PackedLinear, quantise_linears
@@ -95,6 +96,14 @@ def test_random_weights_of_every_format(tiny, name, tmp_path):
     assert logits.isfinite().all()
     assert float(logits.std()) > 1e-3
     assert count(random_model(tmp_path, **settled), PackedExperts) == 0, "classes build as before"
+
+
+def test_a_model_that_reads_pictures_too_is_refused(tmp_path):
+    text = {"model_type": "qwen3_vl_moe_text", "num_hidden_layers": 2, "hidden_size": 32}
+    config = {"model_type": "qwen3_vl_moe", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="'qwen3_vl_moe' is no causal language model"):
+        Engine.from_pretrained(tmp_path, load="random", device="cpu")
 
 
 def test_an_unknown_format_is_refused(tiny, tmp_path):

@@ -213,10 +213,12 @@ def _stored(folder: Path) -> Mapping[str, TensorEntry]:
     raise ArtifactError(f"{folder} holds no safetensors weights", fix="check the path")
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def _skeleton(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model without memory; ArtifactError where the config is of no causal language model."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+            options["trust_remote_code"] = False
+            return AutoModelForCausalLM.from_config(deepcopy(config), **options)
     except ValueError as error:
         raise ArtifactError(
             f"model type {config.model_type!r} is no causal language model",

@@ -13,7 +13,7 @@ from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.log import say
 from mogul.models import load_config, load_model, load_tokenizer
 from mogul.models.input_stats import FILE, InputStats, read_stats
-from mogul.models.load import find_folder
+from mogul.models.load import _skeleton, find_folder
 from mogul.models.quantise_load import load_quantised, quantised_as_built, weight_format
 from mogul.serve.kv_scales import KvScales, find_scales
 
@@ -120,17 +120,16 @@ def random_model(
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16 if dtype == "auto" else dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    if type(skeleton)._can_set_experts_implementation():
+    on_paper = _skeleton(config, dtype=dtype)
+    if type(on_paper)._can_set_experts_implementation():
         config._experts_implementation = experts
     packing: AbstractContextManager[None] = nullcontext()
     if quantise is not None:
         chosen, linears = weight_format(quantise)
-        packing = quantised_as_built(skeleton, chosen, linears=linears)
+        packing = quantised_as_built(on_paper, chosen, linears=linears)
     with packing, torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    count = sum(weight.numel() for weight in skeleton.parameters())
+    count = sum(weight.numel() for weight in on_paper.parameters())
     kind = f"{model.dtype}, {quantise}" if quantise else f"{model.dtype}"
     say(f"{count / 1e9:.2f} billion random weights in {kind} on {device}")
     return model.eval()

@@ -41,8 +41,8 @@ def generate(device: Any, compiled: bool, **kind: Any) -> tuple[list[tuple[int, 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_captured_chain_guesses_as_the_plain_layer(compiled: bool) -> None:
     device = torch.accelerator.current_accelerator()
-    plain, _ = generate(device, compiled)
-    step_by_step, eager = generate(device, compiled, follow=False)
+    plain, _ = generate(device, compiled=False)
+    step_by_step, eager = generate(device, compiled=False, follow=False)
     on_device, chained = generate(device, compiled, follow=True)
     for found in (step_by_step, on_device):
         assert sum(a == b for a, b in zip(found, plain, strict=True)) >= 4, "near ties aside"
