@@ -9,8 +9,9 @@ causal mask out of plain calls only, and with a mask SDPA takes a slower kernel.
 
 `NAME+route` also lets mogul's router kernel pick; `sonicmoe` and `deepgemm` (which has no backward)
 use installed libraries in place of the hub's copies; `--sequences` sets the batches
-(`prefill:4x1024,training:32x1024`); `--norms torch` takes torch's own norm, one launch, on all
-sides; `--profile` adds each side's device time by kernel (profile.jsonl).
+(`prefill:4x1024,training:32x1024`). `--norms torch` and `--rotations compiled` stand for what
+Transformers' `use_kernels=True` brings from its hub, one launch for a norm and one for a rotation,
+on all sides. `--profile` adds each side's device time by kernel (profile.jsonl).
 
     python benchmarks/bench_moe_model.py --layers 4 --implementations mogul,grouped_mm --out DIR
 """
@@ -38,6 +39,7 @@ from transformers import (
 )
 from transformers.integrations import moe as transformers_moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen3_moe import modeling_qwen3_moe as modeling
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
@@ -247,11 +249,14 @@ def main() -> None:
         "--sequences", type=batches, default=batches("prefill:1x4096,training:4x4096")
     )
     parser.add_argument("--norms", choices=("transformers", "torch"), default="transformers")
+    parser.add_argument("--rotations", choices=("transformers", "compiled"), default="transformers")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     if args.norms == "torch":
         Qwen3MoeRMSNorm.forward = _norm
+    if args.rotations == "compiled":
+        modeling.apply_rotary_pos_emb = torch.compile(modeling.apply_rotary_pos_emb)
     names = args.implementations.split(",")
     torch._dynamo.config.recompile_limit = 64  # every layer, with every implementation
     sizes = {
@@ -293,6 +298,7 @@ def run_cell(
     case += f" in {shape[0]}" if shape[1] != 4096 else ""
     case += " compiled layers, captured" if compiled else " captured"
     case += ", torch's norms" if args.norms == "torch" else ""
+    case += ", rotations compiled" if args.rotations == "compiled" else ""
     if kind == "training":
         names = [name for name in names if name != "deepgemm"]
     found = measure(model, kind, ids, names, args.rounds, profiled=args.profile)
