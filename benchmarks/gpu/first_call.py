@@ -4,7 +4,7 @@ One process, an empty Triton cache: a shape with measured tiles and one without,
 and 4,096 tokens and in training, in this order. Seconds of the first call of each; the second call
 beside it.
 
-    python benchmarks/gpu/first_call.py --out DIR
+    python benchmarks/gpu/first_call.py --shapes C,unknown --out DIR
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def seconds(name: str, tokens: int, *, train: bool) -> list[float]:
 def main() -> None:
     """Every case; one ledger row each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="C,unknown")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     torch.zeros(1, device="cuda").sin()
-    for name in ("C", "unknown"):
+    for name in args.shapes.split(","):
         for tokens, train in ((1, False), (64, False), (4096, False), (4096, True)):
             first, second = seconds(name, tokens, train=train)
             case = f"{name} {'training' if train else 'forward'} {tokens}"
