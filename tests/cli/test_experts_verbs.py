@@ -150,6 +150,35 @@ def test_regroup_streams_and_report_takes_a_placement(trace, checkpoint, tmp_pat
     assert "Transitions from layer to layer" in page.read_text()
 
 
+def test_tokens_of_another_vocabulary_are_refused(checkpoint, trace, tmp_path, capsys):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    names = json.loads((other / "tokenizer.json").read_text())
+    names["model"]["vocab"]["?u"] = 130
+    (other / "tokenizer.json").write_text(json.dumps(names))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 4 + "\u00e4")  # no letter that it knows
+    for args in (
+        ["trace", str(other), "--data", str(text), "--out", str(tmp_path / "t")],
+        ["calibrate", str(other), "--data", str(text), "--out", str(tmp_path / "t")],
+        ["regroup", str(other), "--trace", str(trace), "--devices", "2", "--length", "32",
+         "--data", str(text), "--out", str(tmp_path / "t")],
+    ):  # fmt: skip
+        assert main(args) == 2
+        assert "gave token 130, the model knows 0..129" in capsys.readouterr().err
+        assert not (tmp_path / "t").exists()
+
+
+def test_a_training_run_names_its_trace(trace, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(trace, tmp_path / "trace")
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"fix: give {tmp_path / 'trace'}" in capsys.readouterr().err
+
+
 def test_bad_input_is_named(trace, checkpoint, tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")

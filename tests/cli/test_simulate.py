@@ -14,6 +14,7 @@ def run(capsys, *args):
 def test_run_prints_a_point_and_json_in_base_units(capsys):
     code, out, _ = run(capsys, "run", "preset:qwen3-30b-a3b", "--batch", "4", "--loads")
     assert code == 0
+    assert out.startswith("qwen3-30b-a3b on 1 x NVIDIA H100")
     assert "TPOT, p10 / p50 / p90" in out
     code, out, _ = run(capsys, "run", "preset:qwen3-30b-a3b", "--batch", "4", "--format", "json")
     data = json.loads(out)

@@ -41,3 +41,10 @@ def test_where_room_is_short_words_fold_and_no_number_is_cut():
     assert max(map(len, lines)) <= 12 * (10 + 4)
     assert "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)
     assert [f"{index}.234e+17" for index in range(12)] == lines[-2].split()
+
+
+def test_large_floats_are_whole_numbers_and_nameless_columns_have_no_head():
+    text = shown("table", Table("t", ["ms"], [[15967.8], [31.8], [4.9e24]]))
+    assert text.split()[-3:] == ["15968", "31.8", "4.9e+24"]
+    lines = shown("table", Table("t", ["", ""], [["step", "18 s"]])).splitlines()
+    assert [line.split() for line in lines] == [["t"], ["step", "18", "s"], []]

@@ -27,6 +27,10 @@ DOTS = Chart(
         for name in "ab"
     ],
 )  # fmt: skip
+POWERS = Chart(
+    title="Powers", x_label="measured", y_label="predicted", caption="", is_log=True,
+    series=[Series(name="rows", kind="dots", x=[0.001, 1.0], y=[0.002, 2.0])],
+)  # fmt: skip
 LINES = Chart(
     title="Lines", x_label="step", y_label="loss", caption="",
     series=[Series(name="a", x=[0, 1, 2], y=[3.0, 2.0, 1.0])],
@@ -35,7 +39,7 @@ HEAT = HeatMap(
     title="Heat", x_label="step", y_label="device", value_label="rows",
     panels=[("one", np.eye(3)), ("two", 2 * np.eye(3))], caption="",
 )  # fmt: skip
-FIGURES = (BARS, DOTS, LINES, HEAT)
+FIGURES = (BARS, DOTS, LINES, POWERS, HEAT)
 
 
 class Resources(HTMLParser):
@@ -96,7 +100,8 @@ def test_marks_do_not_open_a_hole():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, ""), (1.23456, "1.235"), (12345, "12,345"), (True, "True")]
+    ("value", "text"),
+    [(None, ""), (1.23456, "1.235"), (12345, "12,345"), (12345.6, "12,346"), (True, "True")],
 )
 def test_cells(value, text):
     assert show_cell(value) == text
@@ -107,6 +112,13 @@ def test_fragments_carry_labels_and_values():
     assert 'id="here"' in fragment
     assert re.search(r'"text":"batch"', fragment)
     assert "<script src" not in fragment
+    assert plotly_fragment(POWERS, "here").count('"type":"log"') == 2
+
+
+def test_a_table_without_names_of_columns_has_no_head():
+    page = Page("T")
+    page.table(Table("facts", ("", ""), [("step", "18 s")]))
+    assert "<thead>" not in page.html()
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.title)

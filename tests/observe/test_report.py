@@ -109,11 +109,13 @@ def test_specialisation_of_separate_and_equal_tasks():
 def test_devices_of_a_moge_are_its_legal_ones_and_balanced():
     trace = made_trace(groups=4)
     assert default_devices(trace) == (2, 4)
+    assert default_devices(made_trace()) == (2, 4, 8)
     table = device_table(trace, placements(trace, (2, 4, 8)))
     assert [row[:4] for row in table.rows[:2]] == [(2, 1.0, 1.0, 1.0), (4, 1.0, 1.0, 1.0)]
     assert [row[6] for row in table.rows[:2]] == [0.0, 0.0]
     assert table.rows[2][1] > 1.0  # eight devices: uneven, and no placement is offered
     assert table.rows[2][3] is None
+    assert "On 8 devices there is no placement of whole groups" in table.notes[-1]
 
 
 def test_placement_lowers_rho_in_the_table():

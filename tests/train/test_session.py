@@ -41,8 +41,9 @@ def _lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_it_promises(recipe, tmp_path):
+def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
     session = _run(recipe(log__report=True), tmp_path)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("trained 6 steps")
     lines = _lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["tokens"] == 6 * 2 * 32
@@ -53,7 +54,9 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path):
     loads = [json.loads(line) for line in (tmp_path / "loads.jsonl").read_text().splitlines()]
     assert all(sum(row) == 2 * 32 * 2 for line in loads for row in line["rows"])
     assert load_trace(tmp_path / "trace").meta.num_tokens == 6 * 64
-    assert "Rows of every expert" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Rows of every expert" in page
+    assert "<h3>Bits per byte</h3>" not in page  # one point: a card above tells it
     assert checkpoint.steps_in(tmp_path / CHECKPOINTS) == [4, 6]  # keep = 2
     loaded = load_model(tmp_path / MODEL)
     ids = torch.arange(20)[None]

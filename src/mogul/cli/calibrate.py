@@ -75,7 +75,7 @@ def run(options: Options) -> int:
     from mogul.models import load_model, load_tokenizer
     from mogul.models.input_stats import measure_stats
     from mogul.models.load import find_folder, named_device
-    from mogul.observe.data import calibration
+    from mogul.observe.data import calibration, check_ids
     from mogul.spec.carried import carried_folder
 
     if options.batch < 1:
@@ -97,6 +97,7 @@ def run(options: Options) -> int:
     model = load_model(
         folder, dtype=TORCH_NAMES[options.dtype], device=named_device(options.device)
     )
+    check_ids(data, model)
     stats = measure_stats(
         model, batches(data, options.batch), checkpoint=folder, sources=data.names
     )

@@ -217,7 +217,7 @@ def open_speaker(
     if needs_template and not tokenizer.chat_template:
         raise ArtifactError(
             f"the tokenizer of {model} has no chat template: this is a base model",
-            fix="use `mogul generate MODEL --prompt TEXT`, or a chat model",
+            fix=f"use `mogul generate {model} --prompt TEXT`, or a chat model",
         )
     loaded = open_model(
         model,

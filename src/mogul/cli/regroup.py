@@ -97,7 +97,7 @@ def run(options: Options) -> int:
         device = named_device(options.device)
         original = load_model(folder, dtype=options.dtype, device=device)
         grouped = regroup(original, group_of, groups)
-        train_ids, held_out_ids = _windows(options, folder)
+        train_ids, held_out_ids = _windows(options, folder, original)
         before = _compare(options, original, grouped, held_out_ids, group_of, groups)
         healed = None
         if options.heal:
@@ -151,14 +151,14 @@ def _kept_on_trace(
     return mine, even
 
 
-def _windows(options: Options, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def _windows(options: Options, folder: Path, model: Any) -> tuple[np.ndarray, np.ndarray]:
     """(to train on, held out): windows [N, L], every tenth held out."""
     import numpy as np
 
     from mogul.cli.trace import read_sources
     from mogul.core.errors import ConfigError
     from mogul.models.load import load_tokenizer
-    from mogul.observe.data import calibration
+    from mogul.observe.data import calibration, check_ids
 
     tokenizer = load_tokenizer(folder)
     data = calibration(
@@ -167,6 +167,7 @@ def _windows(options: Options, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         length=options.length,
         seed=options.seed,
     )
+    check_ids(data, model)
     full = [window.ids for window in data.windows if window.num_real == options.length]
     if len(full) < 2:
         raise ConfigError(
@@ -277,9 +278,13 @@ def _table(
         ("held-out loss of the original, nats", before.loss_before, None),
         ("held-out loss, nats", before.loss_after, healed and healed.loss_after),
     ]
+    columns = ("", "regrouped", f"healed {options.heal} steps")[: 3 if healed else 2]
     return Table(
         f"{options.model} in {groups} groups of {model.num_experts // groups} -> {options.out}",
-        ("", "regrouped", f"healed {options.heal} steps"),
-        [tuple(round(v, 4) if isinstance(v, float) else v for v in row) for row in rows],
+        columns,
+        [
+            tuple(round(v, 4) if isinstance(v, float) else v for v in row[: len(columns)])
+            for row in rows
+        ],
         (f"compared on {before.num_tokens:,} held-out tokens",),
     )

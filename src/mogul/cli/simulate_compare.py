@@ -42,8 +42,12 @@ def run(options: Options) -> int:
     from mogul.simulate.tables import compare_table
 
     points = _equal_tpot(options) if options.others else _grouped(options)
-    what = f"at most {options.max_tpot_ms} ms a token" if options.others else "at equal load"
-    table = compare_table(points, f"Compared {what}")
+    setting = points[0].prediction.setting
+    where = f"{setting.parallel.devices} x {setting.device.title}"
+    title = f"At most {options.max_tpot_ms} ms a token on {where}"
+    if not options.others:
+        title = f"{setting.title} at equal load on {where}"
+    table = compare_table(points, title)
     table.show(options.format)
     write_page(options.html, table.title, [table])
     return 0
@@ -61,7 +65,7 @@ def _grouped(options: Options) -> list:
     grouping = setting.model.grouping
     if grouping is None:
         raise ConfigError(
-            f"{setting.model.family} is dense: it has nothing to group",
+            f"{setting.title} is dense: it has nothing to group",
             fix="name models to compare with: --others",
         )
     own = grouping.num_groups if grouping.num_groups > 1 else grouping.top_k
@@ -86,5 +90,5 @@ def _equal_tpot(options: Options) -> list:
     for name in (options.model, *options.others):
         one = replace(options, model=name)
         point = at_equal_tpot(setting_of(one), workload_of(one), options.max_tpot_ms * 1e-3)
-        found.append(Compared(name, point))
+        found.append(Compared(point.setting.title, point))
     return found

@@ -127,6 +127,7 @@ def model_of(options: Deployment) -> ModelSpec:
 
 def setting_of(options: Deployment) -> Setting:
     """The setting the flags describe."""
+    from mogul.cli.find_config import PRESET
     from mogul.simulate.engines import Overlap, engine
     from mogul.simulate.routing import Routing
     from mogul.simulate.run import Setting
@@ -147,9 +148,9 @@ def setting_of(options: Deployment) -> Setting:
     )
     chosen = engine(options.engine).replace(overlap=Overlap(kind=options.overlap))
     measured = _measured(options, device.name)
-    return Setting(
-        model_of(options), device, layout, quant_of(options), routing, chosen, **measured
-    )
+    model, quant = model_of(options), quant_of(options)
+    name = options.model.removeprefix(PRESET)
+    return Setting(model, device, layout, quant, routing, chosen, **measured, model_name=name)
 
 
 def quant_of(options: Deployment) -> QuantScheme:

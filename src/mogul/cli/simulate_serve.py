@@ -83,7 +83,8 @@ def run(options: Options) -> int:
     }
     data |= {"tokens_per_s": served.tokens_per_s, "steps": served.num_steps}
     data |= {"preemptions": served.num_preemptions, "end_s": served.end_s}
-    table = Table("Served", ("", "p50", "p90", "p99"), rows, notes, data=data)
+    title = f"{setting.title} served on {setting.parallel.devices} x {setting.device.title}"
+    table = Table(title, ("", "p50", "p90", "p99"), rows, notes, data=data)
     table.show(options.format)
-    write_page(options.html, f"{options.model} served", [table])
+    write_page(options.html, title, [table])
     return 0

@@ -119,5 +119,5 @@ def run(options: Options) -> int:
     else:
         for table in train_tables(found, options.tokens):
             table.show()
-    write_page(options.html, f"Training {options.model}", train_tables(found, options.tokens))
+    write_page(options.html, f"Training {setting.title}", train_tables(found, options.tokens))
     return 0 if found.memory.fits else 1

@@ -62,7 +62,9 @@ class Table:
         width = get_terminal_size().columns if out.isatty() else PLAIN_WIDTH
         width = max(width, sum(widths) + 4 * len(widths))
         console = Console(file=buffer, width=width, highlight=False, force_terminal=out.isatty())
-        table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table = RichTable(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=any(self.columns)
+        )
         for index, column in enumerate(self.columns):
             side = "right" if self._is_numeric(index) else "left"
             least = widths[index]
@@ -89,8 +91,8 @@ class Table:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
+    if isinstance(value, float):  # four digits, but no power of ten where a person would not
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
     return "" if value is None else str(value)
 
 

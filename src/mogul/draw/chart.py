@@ -53,6 +53,8 @@ class Chart:
     caption: str
     y_from_zero: bool = False
     y_range: tuple[float, float] | None = None
+    is_log: bool = False
+    """Both axes in powers of ten."""
     reference: tuple[float, str] | None = None
     """A horizontal line and its name: the ideal, or the limit."""
 

@@ -68,7 +68,10 @@ def _chart(chart: Chart) -> go.Figure:
     if chart.categories:
         figure.update_layout(scattermode="group")
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=chart.categories)
-    if chart.y_range:
+    if chart.is_log:
+        figure.update_xaxes(type="log")
+        figure.update_yaxes(type="log")
+    elif chart.y_range:
         figure.update_yaxes(range=chart.y_range)
     else:
         figure.update_yaxes(rangemode="tozero" if chart.y_from_zero else "normal")
@@ -76,7 +79,8 @@ def _chart(chart: Chart) -> go.Figure:
         value, name = chart.reference
         figure.add_hline(
             y=value, line={"dash": "dot", "color": _INK, "width": 1.5}, annotation_text=name,
-            annotation_position="bottom right", annotation_font={"color": _INK, "size": 12},
+            annotation_font={"color": _INK, "size": 12}, annotation_xanchor="right",
+            annotation_yanchor="bottom", annotation_x=1, annotation_y=value,
         )  # fmt: skip
     return figure
 

@@ -65,11 +65,11 @@ def marked_up(text: str) -> str:
 
 
 def show_cell(value: object) -> str:
-    """A table cell as text: four digits of a float, thousands grouped."""
+    """A table cell as text: four digits of a float, all of a large one, thousands grouped."""
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -129,10 +129,10 @@ class Page:
             + "</tr>"
             for row in table.rows
         )
+        head = f"<thead><tr>{head}</tr></thead>" if any(table.columns) else ""
         self._parts.append(
             f"<h3>{marked_up(table.title)}</h3>"
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
+            f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
         )
         self._parts += [f'<p class="note">{marked_up(note)}</p>' for note in table.notes]
 

@@ -58,7 +58,10 @@ def _chart(chart: Chart) -> Canvas:
             name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, -4),
             textcoords="offset points", ha="right", va="top", fontsize=9,
         )  # fmt: skip
-    if chart.y_range:
+    if chart.is_log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    elif chart.y_range:
         axes.set_ylim(*chart.y_range)
     elif chart.y_from_zero:
         axes.set_ylim(bottom=0)

@@ -56,6 +56,17 @@ class Calibration:
             )
 
 
+def check_ids(data: Calibration, model: Any) -> None:
+    """Refuse tokens that a model has no embedding for: its tokenizer is another's."""
+    largest = max((int(window.ids.max()) for window in data.windows), default=0)
+    known = len(model.get_input_embeddings().weight)
+    if largest >= known:
+        raise ConfigError(
+            f"the tokenizer gave token {largest}, the model knows 0..{known - 1}",
+            fix="put the model's own tokenizer beside it",
+        )
+
+
 def read_texts(file: Path) -> list[tuple[str, str]]:
     """(task, text) of every document of a file.
 
@@ -69,7 +80,7 @@ def read_texts(file: Path) -> list[tuple[str, str]]:
     if file.suffix != ".jsonl":
         texts = [(file.stem, content)]
     else:
-        lines = enumerate(content.splitlines(), 1)
+        lines = enumerate(content.split("\n"), 1)
         texts = [_document(line, file, number) for number, line in lines if line.strip()]
     if not any(text.strip() for _, text in texts):
         raise ArtifactError(f"{file} holds no text", fix="give a file with some text")

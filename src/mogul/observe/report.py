@@ -67,8 +67,8 @@ def default_devices(trace: Trace) -> tuple[int, ...]:
     model = trace.meta.model
     if model.num_groups > 1:
         return tuple(d for d in model.grouping.legal_devices() if d > 1)
-    wanted = (2, 4, 8, 16, 32, 64)
-    return tuple(d for d in wanted if d <= model.num_experts // 8)[-3:] or (2,)
+    most = max(model.num_experts // 8, min(8, model.num_experts // 2))
+    return tuple(d for d in (2, 4, 8, 16, 32, 64) if d <= most)[-3:] or (2,)
 
 
 def page_of(trace: Trace, found: Placements) -> Page:

@@ -28,6 +28,10 @@ _EACH_NOTE = (
     "The layer that is most uneven without a placement. Rows: the whole trace. Experts read: "
     f"distinct experts in a batch of {SMALL_BATCH} tokens, mean over batches."
 )
+_NO_PLACEMENT_NOTE = (
+    "On {} devices there is no placement of whole groups, so nothing balances a MoGE there; "
+    "legal counts: {}."
+)
 _STUCK = 1.05
 _STUCK_NOTE = (
     "On {} devices some expert alone has more than a device's even share: no placement without "
@@ -72,12 +76,16 @@ def device_table(trace: Trace, found: Placements) -> Table:
                 round(small_after.imbalance, 3) if small_after else None,
             )
         )
+    notes = [_STUCK_NOTE.format(" and ".join(stuck))] if stuck else []
+    if without := [str(devices) for devices, placement in found.items() if placement is None]:
+        legal = ", ".join(map(str, trace.meta.model.grouping.legal_devices()))
+        notes.append(_NO_PLACEMENT_NOTE.format(" and ".join(without), legal))
     return Table(
         "Devices",
         ("devices", "rho", "worst layer", "rho placed", "delta, batch 16", "delta placed",
          "IS, batch 16", "IS placed"),
         rows,
-        (_DEVICE_NOTE, *([_STUCK_NOTE.format(" and ".join(stuck))] if stuck else [])),
+        (_DEVICE_NOTE, *notes),
     )  # fmt: skip
 
 

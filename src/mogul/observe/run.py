@@ -20,7 +20,7 @@ from torch import nn
 from mogul.core.errors import ArtifactError, ConfigError, MogulError
 from mogul.core.log import progress
 from mogul.observe import tokens
-from mogul.observe.data import Calibration, position_major
+from mogul.observe.data import Calibration, check_ids, position_major
 from mogul.observe.tokens import TokenWriter
 from mogul.observe.tracer import Batch, Level, Tracer
 from mogul.spec.trace import META_FILE, ModelStamp, Trace
@@ -73,6 +73,7 @@ def run_trace(
     """
     folder = Path(out)
     _check(data, folder)
+    check_ids(data, model)
     start_s = last_save_s = time.monotonic()
     with _open(model, stamp, data, settings) as tracer, torch.no_grad():
         overhead = _overhead(tracer, data, settings) if settings.measure_overhead else None

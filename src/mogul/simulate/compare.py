@@ -70,10 +70,10 @@ def at_equal_tpot(setting: Setting, workload: Workload, tpot_s: float) -> Predic
         return price(steps, setting, load, memory)
 
     if most < 1:
-        point(1).memory.check(f"{setting.model.family} on {setting.device.name}")
+        point(1).memory.check(f"{setting.title} on {setting.device.name}")
     if point(1).tpot_s > tpot_s:
         raise ConfigError(
-            f"{setting.model.family} takes {1e3 * point(1).tpot_s:.1f} ms a token even alone: "
+            f"{setting.title} takes {1e3 * point(1).tpot_s:.1f} ms a token even alone: "
             f"{1e3 * tpot_s:.1f} ms cannot be met",
             fix="allow more time, or use more devices or fewer bits",
         )

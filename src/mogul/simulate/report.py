@@ -26,7 +26,7 @@ def point_page(p: Prediction) -> Page:
     """The page of one point."""
     device, layout = p.setting.device, p.setting.parallel
     page = Page(
-        f"{p.setting.model.family} on {layout.devices} x {device.title}",
+        f"{p.setting.title} on {layout.devices} x {device.title}",
         f"{layout.describe()}; {p.workload.input_tokens} + {p.workload.output_tokens} tokens, "
         f"{p.workload.batch} requests in flight",
     )
@@ -243,22 +243,23 @@ def validation_page(scores: Sequence[Score], bars: Table) -> Page:
 
 
 def _pairs_chart(score: Score) -> Chart:
-    """Predicted over measured, both in powers of ten, with the diagonal."""
-    measured = np.log10([one for one, _ in score.pairs])
-    predicted = np.log10([one for _, one in score.pairs])
+    """Predicted over measured, with the diagonal."""
+    measured = np.array([one for one, _ in score.pairs])
+    predicted = np.array([one for _, one in score.pairs])
     ends = [
         float(min(measured.min(), predicted.min())),
         float(max(measured.max(), predicted.max())),
     ]
-    off = np.abs(10 ** (predicted - measured) - 1)
+    off = np.abs(predicted / measured - 1)
     return Chart(
         title=f"{score.table.title}: every row",
-        x_label="measured, power of ten",
-        y_label="predicted, power of ten",
+        x_label="measured",
+        y_label="predicted",
         series=(
             Series(name="rows", x=measured.tolist(), y=predicted.tolist(), kind="dots"),
             Series(name="perfect", x=ends, y=ends, dashed=True),
         ),
+        is_log=True,
         caption=f"{len(off)} rows; half of them are within {100 * np.median(off):.0f} %, nine of "
         f"ten within {100 * np.quantile(off, 0.9):.0f} %.",
     )

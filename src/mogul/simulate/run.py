@@ -40,6 +40,13 @@ class Setting:
     engine: Engine = field(default_factory=Engine)
     calibration: Calibration | None = None
     collectives: CollectiveTables | None = None
+    model_name: str = ""
+    """What the user called the model."""
+
+    @property
+    def title(self) -> str:
+        """The model's name, or its family where it has none."""
+        return self.model_name or self.model.family
 
     def step_model(self) -> StepModel:
         """The pricer of this setting's steps."""
@@ -126,7 +133,7 @@ def predict(setting: Setting, workload: Workload, *, check_memory: bool = True) 
             setting.quant,
             workload.input_tokens + workload.output_tokens,
         )
-        memory.check(f"{setting.model.family} on {setting.device.name}", each)
+        memory.check(f"{setting.title} on {setting.device.name}", each)
     return price(setting.step_model(), setting, workload, memory)
 
 

@@ -212,7 +212,7 @@ def default_limits(setting: Setting, arrivals: Iterable[Arrival]) -> Limits:
     )
     if most < 1:
         raise ConfigError(
-            f"{setting.model.family} on {setting.device.name} has no room for one request of "
+            f"{setting.title} on {setting.device.name} has no room for one request of "
             f"{longest} tokens",
             fix="use more devices or fewer bits",
         )

@@ -159,14 +159,14 @@ def _refuse(
     layout = next(iter(layouts(template.model, most)), None)
     if layout is None:
         raise ConfigError(
-            f"{template.model.family} has no legal layout on {most} devices",
+            f"{template.title} has no legal layout on {most} devices",
             fix="use a number of devices that divides its heads and experts",
         )
     one = workload.replace(batch=layout.dp, prefill_batch=1)
     memory = serving_memory(
         template.model, layout, quants[-1], one, template.device, template.engine
     )
-    memory.check(f"{template.model.family} on {most} x {template.device.name}")
+    memory.check(f"{template.title} on {most} x {template.device.name}")
 
 
 def front(points: Sequence[Prediction]) -> tuple[Prediction, ...]:

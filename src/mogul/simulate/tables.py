@@ -73,7 +73,7 @@ def point_tables(p: Prediction) -> list[Table]:
     for count, load in p.decode.loads[:1]:
         name = f"rho / delta of {count} layers" + (" (exact)" if load.is_exact else "")
         rows.append((name, f"{load.rho:.2f} / {load.delta:.2f}"))
-    title = f"{p.setting.model.family} on {p.setting.parallel.devices} x {p.setting.device.title}"
+    title = f"{p.setting.title} on {p.setting.parallel.devices} x {p.setting.device.title}"
     summary = Table(f"{title}, {p.setting.parallel.describe()}", ("", ""), rows)
     return [summary, breakdown(p), memory_table(p)]
 

@@ -191,9 +191,9 @@ def load_trace(folder: str | Path) -> Trace:
 
     path = Path(folder)
     if not _is_trace(path):
-        raise ArtifactError(
-            f"{path} holds no trace ({META_FILE} is missing)", fix="make one with `mogul trace`"
-        )
+        inner = path / "trace"  # of a training run
+        fix = f"give {inner}" if _is_trace(inner) else "make one with `mogul trace`"
+        raise ArtifactError(f"{path} holds no trace ({META_FILE} is missing)", fix=fix)
     meta = read_meta(path)
     stats = path / meta.stats_file
     try:

@@ -33,6 +33,8 @@ CURVES = (
     ("Dead experts", "experts", ("dead_experts",), "Without a row in the interval."),
 )
 
+FROM_ZERO = ("Speed", "MFU", "MaxVio", "Dead experts")
+
 
 def write_report(folder: Path) -> Path:
     """Write the page of a run folder.
@@ -92,9 +94,16 @@ def _chart(
             steps, values = zip(*points, strict=True)
             kind = "dots" if len(points) == 1 else "line"
             series.append(Series(name=key.replace("_", " "), x=steps, y=values, kind=kind))
-    if not series:
+    if all(len(one.x) == 1 for one in series):  # one point is a number, and stands above
         return None
-    return Chart(title=title, x_label="step", y_label=unit, series=series, caption=caption)
+    return Chart(
+        title=title,
+        x_label="step",
+        y_label=unit,
+        series=series,
+        caption=caption,
+        y_from_zero=title in FROM_ZERO,
+    )
 
 
 def _load_maps(loads: Sequence[dict[str, Any]]) -> HeatMap:

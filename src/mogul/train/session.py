@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import ArtifactError, ConfigError, MogulError
-from mogul.core.log import progress, say
+from mogul.core.log import ProgressBar, progress, say
 from mogul.core.units import show_count
 from mogul.observe.live import LiveTrace, live_numbers
 from mogul.spec.families import model_spec
@@ -290,28 +290,33 @@ class Session:
         log = MetricsLog(
             self.folder, resumed_step=self.step, tensorboard=self.recipe.log.tensorboard
         )
-        with StopFlag() as stop, progress("train", self.num_steps) as bar, _closing(log):
-            meter = Speedometer(
-                model_spec(self.model.config.to_dict()),
-                self.recipe.run.sequence_length,
-                peak_flop_per_s(self.device),
-            )
-            losses: list[float] = []
-            while self.step < self.num_steps and not stop.is_set:
-                gradients, is_taken = self.take_step()
-                if is_taken:
-                    losses.append(gradients.loss)
-                meter.add(self.recipe.run.tokens_per_step)
-                is_last = self.step == self.num_steps or stop.is_set
-                if self.step % self.recipe.log.every_steps == 0 or is_last:
-                    line = self._line(losses, gradients, meter, log)
-                    bar.update(self.step, note_of(line))
-                    losses.clear()
-                if self._after_step(is_last):
-                    meter.start()
+        with StopFlag() as stop, _closing(log):
+            with progress("train", self.num_steps) as bar:
+                self._train(stop, bar, log)
             is_done = self.step == self.num_steps  # a signal after the last step stops nothing
             self._finish(is_stopped=not is_done)
         return is_done
+
+    def _train(self, stop: StopFlag, bar: ProgressBar, log: MetricsLog) -> None:
+        """Take steps until the last or until a signal, telling, testing and saving on the way."""
+        meter = Speedometer(
+            model_spec(self.model.config.to_dict()),
+            self.recipe.run.sequence_length,
+            peak_flop_per_s(self.device),
+        )
+        losses: list[float] = []
+        while self.step < self.num_steps and not stop.is_set:
+            gradients, is_taken = self.take_step()
+            if is_taken:
+                losses.append(gradients.loss)
+            meter.add(self.recipe.run.tokens_per_step)
+            is_last = self.step == self.num_steps or stop.is_set
+            if self.step % self.recipe.log.every_steps == 0 or is_last:
+                line = self._line(losses, gradients, meter, log)
+                bar.update(self.step, note_of(line))
+                losses.clear()
+            if self._after_step(is_last):
+                meter.start()
 
     def _line(
         self, losses: list[float], gradients: Gradients, meter: Speedometer, log: MetricsLog
