@@ -119,7 +119,7 @@ def force_split(rows: int) -> None:
 
     n = 256 if rows == 128 else 128
     tile = Tile(n=n, k=64, m=rows, stages=4, split=True, per_sm=1)
-    up = replace(tile, n=n // 2, sync=True)
+    up = replace(tile, n=n // 2, counted=True)
     grad = replace(tile, n=128)
     plan = Plan(rows, up, tile, grad, tile, tile, tile)
     layer.plan_for = lambda shape, tokens: plan

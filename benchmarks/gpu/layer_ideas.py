@@ -1,12 +1,11 @@
-"""Does an idea make the whole layer faster? Plans and kernels that differ in one thing, in turns.
+"""Does an idea make the whole layer faster? Plans that differ in one thing, in turns in one run.
 
-Predictions stand in IDEAS, in percent of the layer's time; those here were written before any of
-them ran (2026-11-22). Each forward is a CUDA graph, a training step plain calls; every variant's
-results are compared with the present plan's. Rows of the ledger, `moe_layer_ideas`, go to --out.
+Predictions stand in IDEAS and TRAIN_IDEAS, in percent of the layer's time. Each forward is a CUDA
+graph, a training step plain calls; every variant's results are compared with the present plan's.
+Rows of the ledger, `moe_layer_ideas`, go to --out.
 
-counted: programs take their tiles from a counter (counted_rows). Expected, because tiles with one
-live half fall unevenly on programs that take fixed turns (C at 4,096 tokens: 14.5 tiles a program,
-one in five half as long), and because A's programs, kept in step, wait for whole tiles.
+Groups: programs take tiles in order, first all columns of a group of row tiles. A larger group
+reads each expert's weights from the cache less often, a smaller one its rows.
 
     python benchmarks/gpu/layer_ideas.py --out DIR --cells C:4096,A:16384 --train C:16384
 """
@@ -18,7 +17,7 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,85 +26,58 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import ceilings, floor_ms, make_case, make_tokens, rel, train_floor_ms
-from counted_rows import row_product
 from tune import compile_only, layer_for, log
 
 from mogul.bench import ledger
 from mogul.kernels import moe_forward
 from mogul.kernels.triton import layer as layers
-from mogul.kernels.triton.launch import Launch
-from mogul.kernels.triton.plans import Plan, Tile, plan_for
+from mogul.kernels.triton.plans import Plan, plan_for
 
 ROWS = ("up", "down", "down_grad", "up_grad")
 Idea = tuple[str, dict[str, dict[str, Any]], float]
 """Name, changed fields by product, predicted change in percent."""
 
 
-@dataclass(frozen=True)
-class CountedTile(Tile):
-    """A tile whose product may hand its tiles out by a counter."""
-
-    counted: bool = False
+COUNTED = {"counted": True, "sync": False}
 
 
-COUNTED = {"counted": True, "split": True, "tma": False, "flatten": False, "sync": False}
-TWELVE = {"up": {"group": 12}}
+def _groups(kind: str, guess: float, *sizes: int) -> list[Idea]:
+    """Other groups of row tiles for one product, by themselves."""
+    return [(f"{kind}: {size} row tiles a group", {kind: {"group": size}}, guess) for size in sizes]
 
 
-def _counted(up: float, both: float) -> list[Idea]:
-    return [
-        ("up counted", {"up": COUNTED}, up),
-        ("up and down counted", {"up": COUNTED, "down": COUNTED}, both),
-    ]
+def _three_stages(guess: float) -> Idea:
+    return ("three stages", {"up": {"stages": 3}, "down": {"stages": 3}}, guess)
 
 
 IDEAS: dict[str, list[Idea]] = {
-    "A:4096": _counted(-3, -5),
-    "A:16384": [*_counted(-2, -3), ("up in groups of 12 row tiles", TWELVE, -1)],
-    "B:4096": _counted(-3, -5),
-    "B:16384": [*_counted(-2, -3), ("up in groups of 12 row tiles", TWELVE, -1)],
-    "C:4096": _counted(-4, -6),
-    "C:16384": _counted(-2, -3),
-    "D:4096": _counted(-4, -7),
-    "D:16384": _counted(-2, -3),
+    "A:4096": [*_groups("up", 0, 4, 12, 16), *_groups("down", 0, 2, 8, 16)],
+    "A:16384": [*_groups("up", -0.5, 8, 12, 24), *_groups("down", 0, 4, 16), _three_stages(1)],
+    "B:4096": [*_groups("up", 0, 4, 12, 16), *_groups("down", 0, 2, 8)],
+    "B:16384": [*_groups("up", -0.5, 8, 12, 24), *_groups("down", 0, 4, 16)],
+    "C:4096": [*_groups("up", -0.5, 2, 6, 8, 16), *_groups("down", 0, 2, 8), _three_stages(1)],
+    "C:16384": [*_groups("up", -0.5, 2, 8, 16), *_groups("down", 0, 2, 8, 16), _three_stages(1)],
+    "D:4096": [
+        *_groups("up", 0, 1, 2, 8),
+        *_groups("down", -1, 2, 4, 8),
+        ("down: 128 columns", {"down": {"n": 128}}, -1),
+        ("up: 64 columns", {"up": {"n": 64}}, 4),
+    ],
+    "D:16384": [*_groups("up", 0, 2, 8, 16), *_groups("down", -1, 2, 4, 8), _three_stages(1)],
 }
-TRAIN_IDEAS: dict[str, list[Idea]] = {
-    cell: [
-        ("up and backward of down counted", {"up": COUNTED, "down_grad": COUNTED}, guess / 2),
-        ("all row products counted", dict.fromkeys(ROWS, COUNTED), guess),
-    ]
-    for cell, guess in (("A:16384", -2), ("C:16384", -3), ("D:16384", -3))
-}
+_BACKWARD: list[Idea] = [
+    ("backward of down counted", {"down_grad": COUNTED}, -0.5),
+    ("dx counted", {"up_grad": COUNTED}, -0.5),
+    ("both counted", {"down_grad": COUNTED, "up_grad": COUNTED}, -1),
+    *_groups("up_grad", 0, 4, 16),
+]
+TRAIN_IDEAS: dict[str, list[Idea]] = {f"{name}:16384": _BACKWARD for name in "ABCD"}
 
 
 def plan_of(base: Plan, changes: dict[str, dict[str, Any]]) -> Plan:
     """The present plan with some tiles changed."""
-    tiles = {}
-    for kind in ROWS:
-        tile = getattr(base, kind)
-        same = {field.name: getattr(tile, field.name) for field in fields(Tile)}
-        tiles[kind] = CountedTile(**{**same, **changes.get(kind, {})})
+    tiles = {kind: replace(getattr(base, kind), **changes[kind]) for kind in changes}
     return replace(base, **tiles)
-
-
-def install() -> None:
-    """Let Layer launch the counted products where a tile asks for them."""
-    plain = layers.Layer._split_launch
-
-    def launch(
-        self: Any, role: str, plan: Plan, tile: Tile, width: int, inner: int, save: bool
-    ) -> Launch:
-        made = plain(self, role, plan, tile, width, inner, save)
-        if not getattr(tile, "counted", False):
-            return made
-        constants = {k: made.constants[k] for k in made.constants if k in row_product.arg_names}
-        constants["COUNTER"] = layers._COUNTER_OF[role]
-        return Launch(row_product, constants, pdl=self.pdl)
-
-    layers.Layer._split_launch = launch  # type: ignore[method-assign]
-
-
-install()
 
 
 def compile_one(job: tuple[str, int, dict[str, Any], str, bool]) -> str:
@@ -206,7 +178,7 @@ def run_cell(cell: str, ideas: list[Idea], train: bool, out: Path) -> None:
     name, tokens = cell.split(":")
     variants = calls_of(cell, ideas, train)
     before = ceilings()
-    turns = [[once(call) for call, _, _ in variants] for _ in range(7 if train else 13)]
+    turns = [[once(call) for call, _, _ in variants] for _ in range(11 if train else 13)]
     after = ceilings()
     peak = {key: (before[key] + after[key]) / 2 for key in before}
     floor = (train_floor_ms if train else floor_ms)(name, int(tokens), peak)

@@ -22,6 +22,7 @@ VARIANTS = {
     "plain4": Tile(n=128, k=64, group=8, warps=8, stages=4, tma=True, per_sm=1),
     "split": Tile(n=128, k=64, group=16, stages=4, split=True, per_sm=1),
     "sync": Tile(n=128, k=64, group=16, stages=4, split=True, per_sm=1, sync=True),
+    "counted": Tile(n=128, k=64, group=16, stages=4, split=True, per_sm=1, counted=True),
 }
 
 

@@ -118,8 +118,8 @@ def split_tiles(kind: str) -> list[Tile]:
         "down_grad": (128, 4),
     }[kind]
     return [
-        Tile(n=n, k=64, group=g, stages=stages, split=True, per_sm=1, sync=sync)
-        for g, sync in ((4, False), (8, True), (16, True))
+        Tile(n=n, k=64, group=g, stages=stages, split=True, per_sm=1, counted=True)
+        for g in (2, 4, 8, 12, 16)
     ]
 
 

@@ -156,9 +156,8 @@ def row_tiles(shape: Shape, tokens: int) -> list[int]:
 def candidates(rows: int, shape: Shape, *, up: bool) -> list[Tile]:
     """Tiles worth timing for one product; the first is a safe one."""
     if rows == 128 and shape.capability == 90:
-        tile = Tile(n=128 if up else 256, k=64, stages=4, split=True, per_sm=1)
-        groups = itertools.product((4, 8, 16), (False, True))
-        return [replace(tile, group=group, sync=sync) for group, sync in groups]
+        tile = Tile(n=128 if up else 256, k=64, stages=4, split=True, per_sm=1, counted=True)
+        return [replace(tile, group=group) for group in (4, 8, 16, 2, 12)]
     found = []
     for n, k, stages in itertools.product((64, 32, 128), (64, 128, 32, 256), (3, 2, 4)):
         for swap in (False, True) if n >= 64 and rows <= 64 else (False,):

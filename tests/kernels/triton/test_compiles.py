@@ -97,7 +97,8 @@ def tile_type(block: list[int], element: str) -> str:
 ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 
 
-PRODUCT = {"NARROW": False, "SAVE": False, "SYNC": 1, "SLACK": 0, "PATIENCE": 64}
+TURNS = {"COUNTER": 1, "COUNTED": True, "SLACK": 0, "PATIENCE": 64}
+PRODUCT = {"NARROW": False, "SAVE": False, **TURNS}
 
 
 def split_product(element: str, boxes: tuple[list[int] | None, list[int]], **changes: Any) -> Any:
@@ -130,6 +131,19 @@ def test_split_product_fits_hopper(element: str) -> None:
     assert "m64n256k16" in done.asm["ptx"]
     assert "m64n128k16" in done.asm["ptx"]  # the last column tile, 64 of 128 columns
     assert "cp.async.bulk.tensor" in done.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "atomics", "looks"),
+    [({}, 1, 0), ({"COUNTED": False}, 1, 1), ({"COUNTED": False, "COUNTER": 0}, 0, 0)],
+    ids=["counted", "kept in step", "fixed turns"],
+)
+def test_turns_of_split_products(turns: dict[str, Any], atomics: int, looks: int) -> None:
+    sizes = {"MODE": 1, "N": 5120, "C": 1344, "BLOCK_N": 256, "LOAD_WARPS": 1, "LOAD_REGS": 24}
+    done = split_product("bf16", ([128, 64], [256, 64]), **sizes, **turns)
+    assert len(re.findall(r"atom\.\S*add", done.asm["ptx"])) == atomics
+    assert done.asm["ptx"].count("ld.volatile") == looks
+    assert done.metadata.shared <= 232_448
 
 
 def test_backward_of_down_fits_hopper() -> None:

@@ -3,7 +3,10 @@
 The loader fills a ring of shared-memory stages: weights by TMA, rows by TMA or, where rows are
 fetched by token, by asynchronous copies.  Each multiplier owns one half of the tile's rows and
 skips it when no row of it is live, so a tile of 128 rows costs 64 where no more are needed.
-The loader runs ahead across tiles: epilogues never starve the next tile of data.
+The loader runs ahead across tiles: epilogues never starve the next tile of data.  It takes tiles
+in order from a counter of the sort, or by fixed turns, and writes for the multipliers what they
+must know of each.  With a counter programs that got shorter tiles take more of them, and none can
+run far ahead of the others, which would read everything from memory again.
 
 Same results and arguments as row_kernels; used where capability is 9.0.
 """
@@ -24,6 +27,10 @@ from mogul.kernels.triton import plans
 UP = gl.constexpr(0)
 PRODUCT = gl.constexpr(1)
 DOWN_GRAD = gl.constexpr(2)
+AHEAD = gl.constexpr(6)
+"""Steps before the end of a tile at which the loader takes its next one."""
+TURNS = gl.constexpr(8)
+"""Tiles that the loader may have told of at once."""
 
 
 last_width = gluon.constexpr_function(plans.last_width)
@@ -59,6 +66,15 @@ def _tile_at(
 
 
 @gluon.jit
+def _take_tile(counter_ptr, num_tiles):
+    """The next tile that no program has; who takes the last leaves the counter at 0."""
+    taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if taken == num_tiles - 1:
+        gl.store(counter_ptr, 0)
+    return taken + gl.num_programs(0)
+
+
+@gluon.jit
 def wait_for_wave(counter_ptr, wave, total, SLACK: gl.constexpr, PATIENCE: gl.constexpr):
     """Hold the loader until all programs but SLACK have begun their tile of this wave.
 
@@ -70,6 +86,32 @@ def wait_for_wave(counter_ptr, wave, total, SLACK: gl.constexpr, PATIENCE: gl.co
     tries = 0
     while (gl.load(counter_ptr, volatile=True) < goal) & (tries < PATIENCE):
         tries += 1
+
+
+@gluon.jit
+def _tell(entries, turn, start, end, n):
+    """Leave a tile's rows and columns for the multipliers, who look when its first step is full.
+
+    The ring is shorter than TURNS steps, so the entry written over has been read.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    at = gl.arange(0, 4, layout)
+    entry = gl.where(at == 0, start, gl.where(at == 1, end, n))
+    entries.index(turn % TURNS).store(entry)
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _told(entries, turn, full, step, STAGES: gl.constexpr):
+    """First row, end row and column tile of a multiplier's next tile; no column: there is none."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    at = gl.arange(0, 4, layout)
+    entry = entries.index(turn % TURNS).load(layout)
+    start = gl.sum(gl.where(at == 0, entry, 0), 0)
+    end = gl.sum(gl.where(at == 1, entry, 0), 0)
+    n = gl.sum(gl.where(at == 2, entry, 0), 0)
+    return start, end, n
 
 
 @gluon.jit
@@ -109,29 +151,31 @@ def _load_pre(pre_desc, start, n, turn, pre, pre_full, pre_free, N: gl.constexpr
 @gluon.jit
 def _load(
     a_ptr, a_desc, w_desc, pre_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring, full, free,
-    pre, pre_full, pre_free,
+    pre, pre_full, pre_free, entries,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SYNC: gl.constexpr,
-    SLACK: gl.constexpr, PATIENCE: gl.constexpr,
+    STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, COUNTER: gl.constexpr,
+    COUNTED: gl.constexpr, SLACK: gl.constexpr, PATIENCE: gl.constexpr,
 ):  # fmt: skip
-    """Load weights [columns, BLOCK_K] and rows [BLOCK_T, BLOCK_K], every step of every tile."""
+    """Load weights [columns, BLOCK_K] and rows [BLOCK_T, BLOCK_K], every step of its tiles."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     num_m = gl.load(head_ptr + E + 1)
     NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_bytes: gl.constexpr = 0 if GATHER else BLOCK_T * BLOCK_K * 2
-    step = 0
+    num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     # the multipliers have left the last tile when the ring has gone round once
-    pre_at: gl.constexpr = min(STAGES + 1, (C + BLOCK_K - 1) // BLOCK_K - 1) * BLOCK_K
+    pre_at: gl.constexpr = min(STAGES + 1, num_k - 1) * BLOCK_K
+    take_at: gl.constexpr = max(num_k - AHEAD, 0) * BLOCK_K
+    step = 0
+    turn = 0
     num_tiles = num_m * NUM_N
-    e, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        next_e, next_start, next_end, next_n = _tile_at(
-            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
-        )
-        if SYNC > 0:
-            wave = tile // gl.num_programs(0)
-            wait_for_wave(head_ptr + E + 1 + SYNC, wave, num_tiles, SLACK, PATIENCE)
+    tile = gl.program_id(0)
+    e, start, end, n = _tile_at(tile, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
+    next_tile, next_e, next_start, next_end, next_n = tile, e, start, end, n
+    while tile < num_tiles:
+        _tell(entries, turn, start, end, n)
+        if COUNTER > 0 and not COUNTED:
+            wait_for_wave(head_ptr + E + 1 + COUNTER, turn, num_tiles, SLACK, PATIENCE)
         if GATHER:
             rows = start + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
             live = rows < end
@@ -140,12 +184,18 @@ def _load(
             at = a_ptr + token.to(gl.int64)[:, None] * C + cols[None, :]
             keep = live[:, None] & (cols >= 0)[None, :]
         for k in range(0, C, BLOCK_K):
+            if k == take_at:
+                next_tile = tile + gl.num_programs(0)
+                if COUNTED:
+                    next_tile = _take_tile(head_ptr + E + 1 + COUNTER, num_tiles)
+                next_e, next_start, next_end, next_n = _tile_at(
+                    next_tile, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
+                )
             if GATHER and C % BLOCK_K != 0:
                 # behind a row lies the next one, which would meet the next expert's weights
                 keep = live[:, None] & (k + cols < C)[None, :]
             if MODE == DOWN_GRAD and k == pre_at:
                 # before the step itself: no multiplier can be done with the tile earlier
-                turn = tile // gl.num_programs(0)
                 _load_pre(pre_desc, start, n, turn, pre, pre_full, pre_free, N)
             s = step % STAGES
             mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
@@ -163,7 +213,13 @@ def _load(
             else:
                 tma.async_copy_global_to_shared(a_desc, [start, k], ready, a_ring.index(s))
             step += 1
-        e, start, end, n = next_e, next_start, next_end, next_n
+        tile, e, start, end, n = next_tile, next_e, next_start, next_end, next_n
+        turn += 1
+    s = step % STAGES
+    mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
+    _tell(entries, turn, 0, 0, -1)
+    arrivals: gl.constexpr = 1 + (gl.num_warps() * 32 if GATHER else 0)
+    mbarrier.arrive(full.index(s), count=arrivals)
 
 
 @gluon.jit
@@ -367,10 +423,9 @@ def _skip(step, full, free, C: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.c
 @gluon.jit
 def _multiply(
     PART: gl.constexpr, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-    head_ptr, tiles_ptr,
-    a_ring, b_ring, full, free, pre, pre_full, pre_free,
+    head_ptr, a_ring, b_ring, full, free, pre, pre_full, pre_free, entries,
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
-    BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
     NARROW: gl.constexpr,
 ):  # fmt: skip
@@ -379,20 +434,15 @@ def _multiply(
     OFFSET: gl.constexpr = PART * HALF
     LAST: gl.constexpr = last_width(N, BLOCK_N) if NARROW else BLOCK_N
     product: gl.constexpr = _tile_grad if MODE == DOWN_GRAD else _tile_product
-    num_m = gl.load(head_ptr + E + 1)
     NUM_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     num_k: gl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     if MODE == DOWN_GRAD and PART == 0:  # noqa: SIM102 (decided when compiled)
         if gl.program_id(0) == 0:
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
-    num_tiles = num_m * NUM_N
     step = 0
-    _, start, end, n = _tile_at(gl.program_id(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        _, next_start, next_end, next_n = _tile_at(
-            tile + gl.num_programs(0), num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
-        )
-        turn = tile // gl.num_programs(0)
+    turn = 0
+    start, end, n = _told(entries, turn, full, step, STAGES)
+    while n >= 0:
         if start + OFFSET >= end:
             _skip(step, full, free, C, BLOCK_K, STAGES)
             if MODE == DOWN_GRAD:
@@ -410,7 +460,8 @@ def _multiply(
                 pre_full, pre_free, MODE, N, C, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE,
             )  # fmt: skip
         step += num_k
-        start, end, n = next_start, next_end, next_n
+        turn += 1
+        start, end, n = _told(entries, turn, full, step, STAGES)
 
 
 @gluon.jit(do_not_specialize=["num_slots"])
@@ -420,13 +471,15 @@ def row_product(
     MODE: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr, E: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, SAVE: gl.constexpr,
-    SYNC: gl.constexpr, SLACK: gl.constexpr, PATIENCE: gl.constexpr, NARROW: gl.constexpr,
+    COUNTER: gl.constexpr, COUNTED: gl.constexpr, SLACK: gl.constexpr, PATIENCE: gl.constexpr,
+    NARROW: gl.constexpr,
     LOAD_WARPS: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     """UP: act[row] from x[token].  PRODUCT: out[slot] = a[row] @ w.  DOWN_GRAD: down_rows_grad.
 
     Contraction width C, N output columns; the weight is [E, N, C], or [E, C, N] when TRANSPOSED.
-    SYNC > 0 keeps all programs but SLACK in step by a counter of the sort's head: wait_for_wave.
+    COUNTER is the number of a counter in the sort's head, which hands out the tiles (COUNTED) or
+    keeps all programs but SLACK in step (wait_for_wave); 0 for fixed turns.
     NARROW computes only what is needed of a last column tile (64 or 128 columns).
     """
     dtype: gl.constexpr = a_ptr.dtype.element_ty
@@ -438,6 +491,9 @@ def row_product(
     b_ring = gl.allocate_shared_memory(dtype, [STAGES] + b_shape, b_layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    entries = gl.allocate_shared_memory(
+        gl.int32, [TURNS, 4], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
     pre, pre_full, pre_free = full, full, full  # of no use
     if MODE == DOWN_GRAD:
         pre_box: gl.constexpr = pre_desc.block_type.shape
@@ -455,20 +511,18 @@ def row_product(
         [
             (_multiply, (
                 0, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, pre, pre_full, pre_free, MODE, N, C, E, BLOCK_T,
-                BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
+                head_ptr, a_ring, b_ring, full, free, pre, pre_full, pre_free, entries, MODE, N, C,
+                E, BLOCK_T, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
             )),
             (_multiply, (
                 1, out_ptr, pre_ptr, dpre_ptr, weights_ptr, part_ptr, num_slots, order_ptr,
-                head_ptr, tiles_ptr,
-                a_ring, b_ring, full, free, pre, pre_full, pre_free, MODE, N, C, E, BLOCK_T,
-                BLOCK_N, BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
+                head_ptr, a_ring, b_ring, full, free, pre, pre_full, pre_free, entries, MODE, N, C,
+                E, BLOCK_T, BLOCK_N, BLOCK_K, STAGES, GATHER, TRANSPOSED, SAVE, NARROW,
             )),
             (_load, (
                 a_ptr, a_desc, w_desc, pre_desc, order_ptr, head_ptr, tiles_ptr, a_ring, b_ring,
-                full, free, pre, pre_full, pre_free, MODE, N, C, K, E, BLOCK_T, BLOCK_N, BLOCK_K,
-                BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, SYNC, SLACK, PATIENCE,
+                full, free, pre, pre_full, pre_free, entries, MODE, N, C, K, E, BLOCK_T, BLOCK_N,
+                BLOCK_K, BLOCK_GROUP, STAGES, GATHER, TRANSPOSED, COUNTER, COUNTED, SLACK, PATIENCE,
             )),
         ],
         [4, LOAD_WARPS],

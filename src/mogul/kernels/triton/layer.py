@@ -43,7 +43,7 @@ _COUNTER_OF = {
     "UP_WEIGHT": 5,
     "DOWN_WEIGHT": 6,
 }
-"""Counter of the sort's head that keeps the programs of a product in step."""
+"""Counter of the sort's head that hands out a product's tiles, or keeps its programs in step."""
 _GATHER_ROLES = {"LOAD_WARPS": 4, "LOAD_REGS": 56, "MULTIPLY_REGS": 224}
 _TMA_ROLES = {"LOAD_WARPS": 1, "LOAD_REGS": 24, "MULTIPLY_REGS": 224}
 """Warps and registers of the loader, registers of each multiplier: together the register file."""
@@ -440,7 +440,8 @@ class Layer:
             "GATHER": gathers,
             "TRANSPOSED": role in ("DOWN_GRAD", "UP_GRAD"),
             "SAVE": save,
-            "SYNC": _COUNTER_OF[role] if tile.sync else 0,
+            "COUNTER": _COUNTER_OF[role] if tile.counted or tile.sync else 0,
+            "COUNTED": tile.counted,
             **_pace(tile),
             "NARROW": tile.narrow and not save,
             **(_GATHER_ROLES if gathers else _TMA_ROLES),

@@ -36,8 +36,10 @@ class Tile:
     stream: bool = False
     split: bool = False
     """Hopper kernels with a loader and two multipliers; `stages` is the length of their ring."""
+    counted: bool = False
+    """Split row products take tiles in order from a counter, not by fixed turns."""
     sync: bool = False
-    """Split kernels start their tiles in step, for products whose operands outgrow the cache."""
+    """Split kernels start the tiles of fixed turns in step, where operands outgrow the cache."""
     slack: int = 0
     """Programs that may lag behind when the others go on (`sync`)."""
     patience: int = 64
@@ -114,8 +116,8 @@ def _large(rows: int, shape: Shape) -> Plan:
         tile = Tile(n=64, k=32, warps=4, stages=3, tma=False)
         return Plan(rows=min(rows, 64), up=replace(tile, n=64), down=replace(tile, n=128))
     big = 4 * shape.inner * shape.width > 16 << 20
-    up = Tile(n=128, k=64, group=8 if big else 4, stages=4, split=True, per_sm=1, sync=big)
-    return Plan(rows=rows, up=up, down=Tile(n=256, k=64, group=4, stages=4, split=True, per_sm=1))
+    tile = Tile(n=256, k=64, group=4, stages=4, split=True, per_sm=1, counted=True)
+    return Plan(rows=rows, up=replace(tile, n=128, group=8 if big else 4), down=tile)
 
 
 def rule(shape: Shape, tokens: int) -> Plan:
@@ -141,8 +143,8 @@ def _with_backward(plan: Plan, shape: Shape) -> Plan:
         tile = Tile(n=256, k=64, group=8, stages=4, split=True, per_sm=1)
         return replace(
             plan,
-            down_grad=replace(tile, n=128, sync=plan.up.sync),
-            up_grad=Tile(n=256, k=64, group=8, stages=3, tma=True, flatten=True, per_sm=1),
+            down_grad=replace(tile, n=128, counted=True),
+            up_grad=replace(tile, counted=True),
             gate_up_weight=tile,
             down_weight=tile,
         )
