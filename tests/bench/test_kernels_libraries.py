@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import namedtuple
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -48,6 +49,31 @@ def general_routing(x, scores, token, expert, gate_up, _b1, down, _b2, **options
     return out, None
 
 
+def grouped_product(x, weight, _bias, data, **options):
+    """triton_kernels' product, slot by slot: rows by token with a gather, their sum with a scatter.
+
+    Its activation takes gate and up in pairs of columns.
+    """
+    experts, picks = data.index.flatten(), data.index.shape[1]
+    if "scatter_indx" in options:
+        out = torch.stack([x[slot] @ weight[e] for slot, e in enumerate(experts)])
+        return (out * options["gammas"].flatten()[:, None]).unflatten(0, (-1, picks)).sum(1)
+    assert options["fused_activation"].reduction == 2
+    rows = torch.stack([x[slot // picks] @ weight[e] for slot, e in enumerate(experts)])
+    return torch.nn.functional.silu(rows[:, ::2]) * rows[:, 1::2]
+
+
+def routing_from_bits(_bits, value, index, _experts, picks):
+    assert index.shape[1] == picks
+    return SimpleNamespace(index=index, gate_scal=value), "gather", "scatter"
+
+
+def most(scores, picks, apply_softmax):
+    assert apply_softmax
+    value, index = scores.topk(picks)
+    return value.softmax(-1), index, "bits"
+
+
 @pytest.fixture
 def libraries(monkeypatch):
     for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
@@ -55,22 +81,37 @@ def libraries(monkeypatch):
     install(monkeypatch, "vllm.model_executor.layers.fused_moe", fused_experts=fused_experts)
     install(monkeypatch, "sonicmoe", moe_general_routing_inputs=general_routing)
     install(monkeypatch, "sonicmoe.enums", ActivationType=SimpleNamespace(SWIGLU="swiglu"))
+    pytest.importorskip("triton")
+    install(monkeypatch, "triton_kernels")
+    install(
+        monkeypatch, "triton_kernels.matmul_ogs", matmul_ogs=grouped_product,
+        FnSpecs=namedtuple("FnSpecs", "name function arguments"),
+        FusedActivation=namedtuple("FusedActivation", "specs arguments reduction"),
+    )  # fmt: skip
+    install(monkeypatch, "triton_kernels.routing", routing_from_bitmatrix=routing_from_bits)
+    install(monkeypatch, "triton_kernels.topk", topk=most)
+    for name in ("matmul_ogs", "routing", "topk"):
+        module = sys.modules["triton_kernels." + name]
+        monkeypatch.setattr(sys.modules["triton_kernels"], name, module, raising=False)
+
+
+LIBRARIES = {"vllm", "triton_kernels", "sonicmoe"}
 
 
 @pytest.mark.usefixtures("libraries")
 def test_installed_libraries_run_in_the_same_run():
     result = kernels.measure(kernels.Request(TINY, tokens=(5,), dtype="fp32"))
     cells = {cell.variant: cell for cell in result.cells}
-    assert {"mogul", "vllm", "sonicmoe"} <= set(cells)
-    assert not {"vllm", "sonicmoe"} & set(result.absent)
-    assert max(cells[name].error for name in ("vllm", "sonicmoe")) < 1e-5
-    assert set(kernels.ledger_row(result, cells["mogul"])["peers"]) >= {"vllm", "sonicmoe"}
+    assert {"mogul", *LIBRARIES} <= set(cells)
+    assert not LIBRARIES & set(result.absent)
+    assert max(cells[name].error for name in LIBRARIES) < 1e-5
+    assert set(kernels.ledger_row(result, cells["mogul"])["peers"]) >= LIBRARIES
 
 
 @pytest.mark.usefixtures("libraries")
 def test_a_library_without_backward_is_left_out_of_training():
     result = kernels.measure(kernels.Request(TINY, tokens=(5,), dtype="fp32", train=True))
-    assert result.absent["vllm"] == "has no backward"
+    assert {result.absent[name] for name in ("vllm", "triton_kernels")} == {"has no backward"}
     assert "sonicmoe" in {cell.variant for cell in result.cells}
 
 
@@ -81,5 +122,5 @@ def test_missing_and_failing_libraries_are_told(monkeypatch):
     install(monkeypatch, "sonicmoe", moe_general_routing_inputs=broken)
     install(monkeypatch, "sonicmoe.enums", ActivationType=SimpleNamespace(SWIGLU="swiglu"))
     result = kernels.measure(kernels.Request(TINY, tokens=(2,), dtype="fp32"))
-    assert result.absent["vllm"] == "not installed"
+    assert {result.absent[name] for name in ("vllm", "triton_kernels")} == {"not installed"}
     assert result.absent["sonicmoe"] == "RuntimeError: no such device"

@@ -1,4 +1,4 @@
-"""Other libraries' experts layers, where they are installed: vLLM's fused_experts and SonicMoE.
+"""Other libraries' experts layers, where installed: vLLM's, triton_kernels' and SonicMoE's.
 
 Decides how each is called through its public function, on the layer's own weights. What is not
 installed raises MogulError; what fails on the first call is told by whoever asked.
@@ -35,6 +35,14 @@ def vllm(layer: Layer) -> Forward:
         return fused_experts(x, layer.gate_up, layer.down, weights, ids.to(torch.int32))
 
     return Forward(run, trains=False)
+
+
+def triton_kernels(layer: Layer) -> Forward:
+    """Two grouped products of triton_kernels; they have no backward."""
+    _need("triton_kernels")
+    from mogul.bench.kernels_triton_peer import forward_of
+
+    return Forward(forward_of(layer), trains=False)
 
 
 def sonicmoe(layer: Layer) -> Forward:

@@ -25,6 +25,7 @@ def variants(
         "transformers grouped_mm": _transformers("grouped_mm"),
         "transformers eager": _transformers("eager"),
         "vllm": kernels_libraries.vllm,
+        "triton_kernels": kernels_libraries.triton_kernels,
         "sonicmoe": kernels_libraries.sonicmoe,
     }
 
