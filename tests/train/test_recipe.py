@@ -91,7 +91,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(files):
 
     for change, words in (
         ("run.device=mars", "device 'mars' is unknown"),
-        ('data.sources=["no"]', "no holds no tokens.json"),
+        ('data.sources=["no"]', "no does not exist"),
     ):
         recipe = read_recipe(files / "base.toml", [change])
         with pytest.raises(MogulError, match=words):
@@ -99,12 +99,19 @@ def test_a_run_that_cannot_start_leaves_no_folder(files):
         assert not (files / "run").exists()
 
 
+def test_a_carried_recipe_is_named_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("tiny", ["run.steps=3"]).run.steps == 3
+    (tmp_path / "tiny").write_text(BASE)  # a file of that name comes first
+    assert read_recipe("tiny").run.steps != 200
+
+
 def test_circles_and_missing_files(files):
     (files / "a.toml").write_text('extends = "b.toml"\n')
     (files / "b.toml").write_text('extends = "a.toml"\n')
     with pytest.raises(ConfigError, match="extends itself"):
         read_recipe(files / "a.toml")
-    with pytest.raises(ArtifactError, match=r"cannot read .*no\.toml"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*no\.toml.*\n.*that mogul brings: tiny"):
         read_recipe(files / "no.toml")
     (files / "bad.toml").write_text("[run\n")
     with pytest.raises(ArtifactError, match="is no TOML"):

@@ -10,9 +10,9 @@ import tyro
 
 EXAMPLES = """
 examples:
-  mogul train recipes/tiny.toml --out runs/tiny
-  mogul train recipes/tiny.toml --out runs/hot --set optimizer.lr=0.003 --set run.seed=1
-  mogul train recipes/tiny.toml --out runs/tiny --resume
+  mogul train tiny --out runs/tiny
+  mogul train tiny --out runs/hot --set optimizer.lr=0.003 --set run.seed=1
+  mogul train tiny --out runs/tiny --resume
 """
 
 STOPPED = 143
@@ -27,8 +27,8 @@ class Options:
     the end, the model in Transformers' layout. SIGTERM saves and stops; --resume goes on.
     """
 
-    recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE.toml")]
-    """The recipe; `extends = "other.toml"` in it names one to start from."""
+    recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
+    """A TOML file (`extends = "other.toml"` in it names one to start from), or tiny (carried)."""
     out: Path
     """Folder of the run."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)

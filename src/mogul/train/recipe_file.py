@@ -19,17 +19,21 @@ from mogul.core.files import atomic_write, read_json
 from mogul.train.recipe import Recipe
 
 RECIPE_FILE = "recipe.json"
+CARRIED = Path(__file__).parent / "recipes"
+"""Recipes that mogul brings: `tiny` names one where no file has that name."""
 MAX_EXTENDS = 8
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe with its bases, apply `a.b=value` changes, check everything.
+    """Read a TOML recipe (or a carried one, by name) with its bases, apply changes, check it all.
 
     Raises:
         ConfigError: An unknown key or a value that cannot be, by name.
         ArtifactError: A file is missing or no TOML.
     """
-    values = _with_bases(Path(path), ())
+    file, carried = Path(path), CARRIED / f"{path}.toml"
+    is_carried = carried.parent == CARRIED and carried.is_file() and not file.exists()
+    values = _with_bases(carried if is_carried else file, ())
     for change in changes:
         _set(values, change)
     return Recipe.parse(values, where=str(path))
@@ -39,7 +43,7 @@ def _with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArtifactError(f"cannot read {file}: {error.strerror}", fix="check the path") from None
+        raise ArtifactError(f"cannot read {file}: {error.strerror}", fix=_which_recipe()) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{file} is no TOML: {error}", fix="mend the line it names") from None
     base = values.pop("extends", None)
@@ -52,6 +56,11 @@ def _with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent.resolve() in chain or len(chain) > MAX_EXTENDS:
         raise ConfigError(f"{file} extends itself through {base}", fix="break the circle")
     return merged(_with_bases(parent, chain), values)
+
+
+def _which_recipe() -> str:
+    names = ", ".join(sorted(file.stem for file in CARRIED.glob("*.toml")))
+    return f"give the path of a TOML file, or a recipe that mogul brings: {names}"
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

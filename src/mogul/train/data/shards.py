@@ -68,8 +68,8 @@ def read_manifest(folder: Path) -> TokenManifest:
     file = folder / MANIFEST
     if not file.is_file():
         raise ArtifactError(
-            f"{folder} holds no {MANIFEST}",
-            fix="name a folder that `mogul data build` wrote",
+            f"{folder} holds no {MANIFEST}" if folder.exists() else f"{folder} does not exist",
+            fix=f"make it with `mogul data build TEXT --out {folder}`, or name one that is made",
         )
     content = read_json(file)
     if not isinstance(content, dict):
