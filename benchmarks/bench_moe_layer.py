@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,15 @@ def variants(args: argparse.Namespace) -> dict[str, Callable[[Case], Forward]]:
     return {name: (known | fp8)[name] for name in names}
 
 
+def in_turns(things: list[Any], rounds: int) -> Iterator[Any]:
+    """All things in every round, backwards in every second one.
+
+    What runs after a kernel that draws much power finds a slower card: no one always follows it.
+    """
+    for turn in range(rounds):
+        yield from things[:: -1 if turn % 2 else 1]
+
+
 def forward_cell(
     case: Case, tokens: int, forwards: dict[str, Forward], rounds: int
 ) -> list[dict[str, Any]]:
@@ -88,17 +97,16 @@ def forward_cell(
             rows[name] = row
         except Exception as error:
             print(f"  {name} failed at {tokens}: {type(error).__name__} {str(error)[:200]}")
-    for _ in range(rounds):
-        for name, row in rows.items():
-            calls = [lambda q=q, f=forwards[name]: f(*q) for q in inputs]
-            with torch.no_grad():
-                row["eager"].append(time_events(calls, 0.06))
-                if tokens <= 4096 and row.get("capturable", True):
-                    try:
-                        row["graph"].append(time_graph(calls, 9))
-                    except Exception:
-                        row["capturable"] = False
-                        torch.cuda.synchronize()
+    for name, row in in_turns(list(rows.items()), rounds):
+        calls = [lambda q=q, f=forwards[name]: f(*q) for q in inputs]
+        with torch.no_grad():
+            row["eager"].append(time_events(calls, 0.06))
+            if tokens <= 4096 and row.get("capturable", True):
+                try:
+                    row["graph"].append(time_graph(calls, 9))
+                except Exception:
+                    row["capturable"] = False
+                    torch.cuda.synchronize()
     for row in rows.values():
         eager, graph = row.pop("eager"), row.pop("graph")
         row["eager_ms"] = statistics.median(eager)
@@ -123,45 +131,39 @@ def host_us(forward: Forward, inputs: tuple[torch.Tensor, ...]) -> float:
     return spent / 50 * 1e6
 
 
-def train_cell(case: Case, tokens: int, name: str, forward: Forward, rounds: int) -> dict[str, Any]:
-    """One forward + backward, time and memory."""
-    x, ids, weights = make_tokens(case, tokens)
+def train_step(case: Case, inputs: tuple[Any, ...], forward: Forward) -> Callable[[], Any]:
+    """One forward + backward on x, ids, weights, dout: gradients of x, weights and parameters."""
+    x, ids, weights, dout = inputs
     parameters = getattr(forward, "weights", (case.gate_up, case.down))
     leaves = [x, weights, *parameters]
     for tensor in leaves:
         tensor.requires_grad_()
-    dout = torch.randn_like(x)
-    pick = torch.randperm(tokens, device="cuda")[:48]
+    return lambda: torch.autograd.grad(forward(x, ids, weights), leaves, dout)
 
-    def step() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(forward(x, ids, weights), leaves, dout)
 
-    dx, dweights, _, _ = step()
+def train_error(case: Case, inputs: tuple[Any, ...], step: Callable[[], Any]) -> float:
+    """Error of the gradients of 48 tokens and their weights."""
+    x, ids, weights, dout = inputs
+    pick = torch.randperm(len(x), device="cuda")[:48]
+    dx, dweights, *_ = step()
     xs = x.detach()[pick].float().requires_grad_()
     ws = weights.detach()[pick].requires_grad_()
     want = torch.autograd.grad(reference(case, xs, ids[pick], ws), [xs, ws], dout[pick].float())
-    row: dict[str, Any] = {
-        "peer": name,
-        "error": max(rel(dx[pick], want[0]), rel(dweights[pick], want[1])),
-    }
-    del dx, dweights, want
+    return max(rel(dx[pick], want[0]), rel(dweights[pick], want[1]))
+
+
+def train_memory(inputs: tuple[Any, ...], forward: Forward, leaves: list[Any]) -> dict[str, float]:
+    """What a forward keeps and the most that a step takes."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = forward(x, ids, weights)
+    out = forward(*inputs[:3])
     torch.cuda.synchronize()
-    row["kept_gib"] = (torch.cuda.memory_allocated() - before) / GIB
-    torch.autograd.grad(out, leaves, dout)
+    kept = (torch.cuda.memory_allocated() - before) / GIB
+    torch.autograd.grad(out, leaves, inputs[3])
     torch.cuda.synchronize()
-    row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
-    del out
-    times = [time_events([step], 0.25, 12) for _ in range(rounds)]
-    row["ms"], row["spread_ms"] = statistics.median(times), max(times) - min(times)
-    row["forward_ms"] = time_events([lambda: forward(x, ids, weights)], 0.1, 12)
-    for tensor in parameters:
-        tensor.requires_grad_(False)
-    return row
+    return {"kept_gib": kept, "peak_gib": (torch.cuda.max_memory_allocated() - before) / GIB}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -235,15 +237,29 @@ def forward_rows(
 def train_rows(
     case: Case, tokens: int, forwards: dict[str, Forward], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One training cell, peer by peer."""
-    rows = []
+    """One training cell on the same inputs for all peers, which take turns."""
+    x, ids, weights = make_tokens(case, tokens)
+    inputs = (x, ids, weights, torch.randn_like(x))
+    steps: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {}
     for peer in [p for p in forwards if p in args.train_peers.split(",")]:
-        torch.cuda.empty_cache()
+        forward = forwards[peer]
         try:
-            rows.append(train_cell(case, tokens, peer, forwards[peer], args.rounds))
+            step = train_step(case, inputs, forward)
+            row = {"peer": peer, "times": [], "error": train_error(case, inputs, step)}
+            parameters = getattr(forward, "weights", (case.gate_up, case.down))
+            row |= train_memory(inputs, forward, [x, weights, *parameters])
+            steps[peer] = (row, step)
         except Exception as error:
             print(f"  {peer} failed in training: {type(error).__name__} {str(error)[:300]}")
-    return rows
+    for row, step in in_turns(list(steps.values()), args.rounds):
+        row["times"].append(time_events([step], 0.25, 12))
+    for peer, (row, _) in steps.items():
+        times = row.pop("times")
+        row["ms"], row["spread_ms"] = statistics.median(times), max(times) - min(times)
+        row["forward_ms"] = time_events([lambda f=forwards[peer]: f(*inputs[:3])], 0.1, 12)
+        for tensor in getattr(forwards[peer], "weights", (case.gate_up, case.down)):
+            tensor.requires_grad_(False)
+    return [row for row, _ in steps.values()]
 
 
 def ledger_rows(rows: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
