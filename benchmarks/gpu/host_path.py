@@ -1,9 +1,10 @@
 """How long does the host work for one call of the experts layer, and on what?
 
-The device sleeps while 50 calls are queued, so nothing waits for it; the median of 9 such rounds.
+The device sleeps while 50 calls are queued, so nothing waits for it; the median of 15 such rounds,
+and the least beside it, which other programs of the machine disturbed least.
 Doors: `moe_forward`; the same as a Transformers experts module (`experts_implementation="mogul"`);
 the recorded launches alone, as the device's driver takes them; the forward as written, without its
-tape; `route`. Nothing else should run on the machine.
+tape; `route`. Then the parts of a call in Python: its kind, the door after it, both allocations.
 
     python benchmarks/gpu/host_path.py --shapes A,C,D --tokens 1,8,64,456,4096 --out DIR
 """
@@ -26,13 +27,14 @@ from tune import layer_for
 
 from mogul.bench import ledger
 from mogul.kernels import RouterSpec, moe_forward, route
+from mogul.kernels.moe import DEFAULT_LAYOUT, _kind
 from mogul.models.experts import register
 
-ROUNDS, CALLS = 9, 50
+ROUNDS, CALLS = 15, 50
 
 
-def host_us(call: Callable[[], object]) -> float:
-    """Microseconds of host work a call."""
+def host_us(call: Callable[[], object]) -> tuple[float, float]:
+    """Microseconds of host work a call: the median of all rounds, and the least."""
     found = []
     for _ in range(5):
         call()
@@ -44,7 +46,7 @@ def host_us(call: Callable[[], object]) -> float:
             call()
         found.append((time.perf_counter() - start) / CALLS * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(found)
+    return statistics.median(found), min(found)
 
 
 def experts_module(case: Case) -> nn.Module:
@@ -101,7 +103,12 @@ def doors(case: Case, tokens: int) -> dict[str, Callable[[], object]]:
         "route": lambda: route(logits, spec),
     }
     alone = launches_alone(case, (x, ids, weights))
-    return found if alone is None else {**found, "launches": alone}
+    if alone is not None:
+        found["launches"] = alone
+    work = 2 * ids.numel() * sum(case.dims[1:])
+    found["kind"] = lambda: _kind(*everything, None, None, DEFAULT_LAYOUT, "auto")
+    found["memory"] = lambda: (torch.empty_like(x), x.new_empty(work, dtype=torch.uint8))
+    return found
 
 
 def main() -> None:
@@ -117,12 +124,17 @@ def main() -> None:
         for tokens in sizes:
             with torch.no_grad():
                 us = {door: host_us(call) for door, call in doors(case, tokens).items()}
-            told = "  ".join(f"{door} {value:.1f}" for door, value in us.items())
+            told = "  ".join(
+                f"{door} {value:.1f} ({least:.1f})" for door, (value, least) in us.items()
+            )
             print(f"{name} {tokens}: {told} us", flush=True)
+            value, least = us.pop("moe_forward")
             row = ledger.row(
                 torch.cuda.get_device_name(), bench="host_path", case=f"{name} {tokens}",
-                metric="host_time", unit="us", value=round(us.pop("moe_forward"), 1), runs=ROUNDS,
-                others={door: round(value, 1) for door, value in us.items()},
+                metric="host_time", unit="us", value=round(value, 1), least=round(least, 1),
+                runs=ROUNDS,
+                others={door: round(value, 1) for door, (value, _) in us.items()},
+                others_least={door: round(least, 1) for door, (_, least) in us.items()},
             )  # fmt: skip
             ledger.append([row], args.out / "ledger.jsonl")
         del case
