@@ -9,6 +9,7 @@ from torch import Tensor
 from mogul.kernels import RouterSpec, moe_forward
 from mogul.kernels.reference.route import route_reference
 from mogul.kernels.triton.routing import route_counted
+from mogul.kernels.triton.sorting import sorted_size
 
 pytestmark = pytest.mark.gpu
 
@@ -78,6 +79,24 @@ def test_routing_of_the_most_tokens(dtype: torch.dtype) -> None:
     assert same.float().mean() >= 0.999  # scores that round alike may swap two picks
     assert float((weights - want)[same].abs().max()) <= 1e-6
     assert torch.equal(count, torch.bincount(ids.flatten(), minlength=256).int())
+
+
+def test_a_forward_keeps_the_products_of_up_and_the_sort_alone() -> None:
+    tokens, width, inner, experts, picks = 4096, 1024, 512, 32, 4
+    x, gate_up, down = (
+        torch.randn(size, device="cuda").bfloat16().requires_grad_()
+        for size in ((tokens, width), (experts, 2 * inner, width), (experts, width, inner))
+    )
+    weights, ids = torch.rand(tokens, experts, device="cuda").topk(picks, -1)
+    for _ in range(2):  # the first call also makes counters
+        before = torch.cuda.memory_allocated()
+        out = moe_forward(x, gate_up, down, ids, weights, backend="triton")
+        kept = torch.cuda.memory_allocated() - before
+        del out
+    slots = tokens * picks
+    products, result = 2 * slots * 2 * inner, 2 * tokens * width
+    sort = 4 * sorted_size(slots, experts)
+    assert products + result <= kept <= 1.05 * (products + result + sort)
 
 
 def weight_gradient(tensors: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
