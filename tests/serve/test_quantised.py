@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from mogul.bench.serve_floor import weights_of
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.models import quantise_load
 from mogul.models.quantise import PackedExperts, quantise_model
+from mogul.models.quantise_head import PackedHead, quantise_head
 from mogul.models.quantise_linears import PackedLinear, quantise_linears
 from mogul.serve import Engine, SamplingParams
 from mogul.serve.fuse import fuse_linears
@@ -46,6 +48,22 @@ def test_an_engine_says_what_the_quantised_module_says(tiny, family, tmp_path):
     check(engine, twin, tiny.prompts(5, 30))
     assert fuse_linears(engine.runner.model, torch.device("cpu")) > 0, "packed layers join too"
     check(engine, twin, tiny.prompts(7, 21))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_with_a_head_in_bytes_says_what_the_quantised_module_says(tiny, family, tmp_path):
+    twin = folder_of(tiny, family, tmp_path)
+    if PackedExperts in FAMILIES[family]:
+        quantise_model(twin, "fp8")
+    quantise_linears(twin)
+    embedding = twin.get_input_embeddings().weight.clone()
+    quantise_head(twin)
+    assert torch.equal(twin.get_input_embeddings().weight, embedding), "a tied one is kept"
+    engine = Engine.from_pretrained(tmp_path, quantise="fp8-all", device="cpu", **SMALL)
+    packed = engine.runner.model.get_output_embeddings()
+    assert torch.equal(packed.words, twin.get_output_embeddings().words)
+    assert weights_of(engine.runner.model).dense_bytes < weights_of(tiny.model(family)).dense_bytes
+    check(engine, twin, tiny.prompts(5, 30))
 
 
 def check(engine, twin, prompts) -> None:
@@ -90,7 +108,8 @@ def test_random_weights_of_every_format(tiny, name, tmp_path):
     settled: dict[str, Any] = {"dtype": "float32", "device": "cpu", "experts": "mogul"}
     model = random_model(tmp_path, quantise=name, **settled)
     assert count(model, PackedExperts) == 2
-    assert count(model, PackedLinear) == (8 if name == "fp8" else 0)
+    assert count(model, PackedLinear) == (8 if name in ("fp8", "fp8-all") else 0)
+    assert count(model, PackedHead) == (name == "fp8-all")
     with torch.no_grad():
         logits = model(torch.tensor([[3, 4, 5]])).logits
     assert logits.isfinite().all()

@@ -65,7 +65,7 @@ def weights_of(model: PreTrainedModel) -> Weights:
     counted = _bytes(model) - sum(size * num_experts for size in per_layer)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    if isinstance(embedding, Tensor) and (head is None or head.weight is not embedding):
+    if isinstance(embedding, Tensor) and getattr(head, "weight", None) is not embedding:
         counted -= embedding.nbytes
     picks = int(getattr(config, "num_experts_per_tok", 0) or 0)
     return Weights(counted - _unused(model), tuple(per_layer), num_experts, picks)

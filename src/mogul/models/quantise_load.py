@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from mogul.models.check_tensors import check_names
 from mogul.models.input_stats import InputStats
 from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
 from mogul.models.quantise import Importance, experts_modules, no_experts, quantise_module
+from mogul.models.quantise_head import quantise_head
 from mogul.models.quantise_linears import (
     PackedLinear,
     linear_modules,
@@ -34,20 +35,29 @@ from mogul.models.quantise_linears import (
 )
 from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
 
-WEIGHTS = ("fp8", "fp8-experts", *(name for name in FORMATS if name != "fp8"))
-"""What a model's weights can be quantised to: `fp8` takes experts and linear layers, the others
-experts alone."""
+WEIGHTS = ("fp8", "fp8-all", "fp8-experts", *(name for name in FORMATS if name != "fp8"))
+"""What a model's weights can be quantised to: `fp8` takes experts and linear layers, `fp8-all` the
+output head too (`quantise_head.py`), the others experts alone."""
 
 
-def weight_format(name: str) -> tuple[ExpertFormat, bool]:
-    """The experts' format, and whether linear layers become fp8 too.
+class WeightFormat(NamedTuple):
+    """What is quantised."""
+
+    experts: ExpertFormat
+    linears: bool
+    head: bool
+
+
+def weight_format(name: str) -> WeightFormat:
+    """What a name of `WEIGHTS` quantises.
 
     Raises:
         ConfigError: no such format.
     """
     if name not in WEIGHTS:
         raise ConfigError(f"quantise {name!r} is unknown", fix=nearest(name, WEIGHTS))
-    return expert_format(name.removesuffix("-experts")), name == "fp8"
+    experts = expert_format(name.removesuffix("-experts").removesuffix("-all"))
+    return WeightFormat(experts, name in ("fp8", "fp8-all"), name == "fp8-all")
 
 
 def load_quantised(
@@ -58,6 +68,7 @@ def load_quantised(
     device: str | torch.device | None = None,
     importance: InputStats | Mapping[str, Importance | Tensor] | None = None,
     linears: bool = False,
+    head: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint and quantise its experts, and its linear layers, on the way.
 
@@ -69,6 +80,7 @@ def load_quantised(
         importance: from `read_stats` or `measure_stats` of the unquantised model, or a mapping
             from `expert_inputs` and `linear_inputs`.
         linears: make linear layers of the decoder blocks fp8; a dense model then needs no experts.
+        head: make the output head whole numbers of 8 bits.
 
     Raises:
         ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name; statistics
@@ -104,6 +116,8 @@ def load_quantised(
                 setattr(module, parameter, None)  # let the unquantised layer go
             _settle(model.get_submodule(name))
             bar.advance()
+    if head:
+        quantise_head(model)
     return model.eval()
 
 

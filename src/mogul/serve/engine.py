@@ -165,8 +165,9 @@ class Engine:
             device: None is an accelerator where there is one.
             experts: implementation of the experts.
             load: "random" makes weights of the config's shape on the device instead.
-            quantise: fp8 (experts and linear layers), fp8-experts, int4-32, -64 or -128 (experts):
-                each layer is quantised while it is loaded. None keeps the weights as they are.
+            quantise: fp8 (experts and linear layers), fp8-all (the output head in 8 bits too),
+                fp8-experts, int4-32, -64 or -128 (experts): each layer is quantised while it is
+                loaded. None keeps the weights as they are.
             statistics: file or folder of `mogul calibrate`; None takes what lies beside the
                 weights, if anything.
             speculator: guesses tokens that are verified together; None guesses nothing.

@@ -14,6 +14,7 @@ from mogul.core.log import say
 from mogul.models import load_config, load_model, load_tokenizer
 from mogul.models.input_stats import FILE, InputStats, read_stats
 from mogul.models.load import _skeleton, find_folder
+from mogul.models.quantise_head import quantise_head
 from mogul.models.quantise_load import load_quantised, quantised_as_built, weight_format
 from mogul.serve.kv_scales import KvScales, find_scales
 
@@ -59,11 +60,12 @@ def open_model(
         raise ConfigError(f"load {load!r} is unknown", fix="use checkpoint or random")
     if quantise is None:
         return load_model(path, dtype=dtype, experts=experts, device=device)
-    chosen, linears = weight_format(quantise)
+    what = weight_format(quantise)
     stats = _find_stats(path, statistics)
     return load_quantised(
-        path, chosen, dtype=dtype, device=device, linears=linears, importance=stats
-    )
+        path, what.experts, dtype=dtype, device=device, importance=stats, linears=what.linears,
+        head=what.head,
+    )  # fmt: skip
 
 
 def open_with_scales(
@@ -124,11 +126,13 @@ def random_model(
     if type(on_paper)._can_set_experts_implementation():
         config._experts_implementation = experts
     packing: AbstractContextManager[None] = nullcontext()
-    if quantise is not None:
-        chosen, linears = weight_format(quantise)
-        packing = quantised_as_built(on_paper, chosen, linears=linears)
+    what = None if quantise is None else weight_format(quantise)
+    if what is not None:
+        packing = quantised_as_built(on_paper, what.experts, linears=what.linears)
     with packing, torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if what is not None and what.head:
+        quantise_head(model)
     count = sum(weight.numel() for weight in on_paper.parameters())
     kind = f"{model.dtype}, {quantise}" if quantise else f"{model.dtype}"
     say(f"{count / 1e9:.2f} billion random weights in {kind} on {device}")

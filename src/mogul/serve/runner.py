@@ -38,7 +38,8 @@ class Runner:
         self.model = model
         self.device = model.device
         head: Any = model.get_output_embeddings()
-        self.vocab_size = int(head.weight.shape[0])
+        weight = getattr(head, "weight", None)
+        self.vocab_size = int(head.out_features if weight is None else weight.shape[0])
         self.kv_dtype = KV_DTYPES[kv_dtype]
         self.caches: list[LayerCache] = []
         self.page_size = 0
