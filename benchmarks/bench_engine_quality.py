@@ -30,7 +30,7 @@ from mogul.models.upcycle import upcycle_checkpoint
 from mogul.train.data import Windows, shipped_text, token_windows
 
 MODELS = ("dense", "upcycled", "nano")
-FORMATS = ("fp8", "fp8-experts", "int4-32", "int4-64", "int4-128", "kv", "fp8+kv")
+FORMATS = ("fp8", "fp8-all", "fp8-experts", "int4-32", "int4-64", "int4-128", "kv", "fp8+kv")
 LENGTH = 256
 
 
@@ -104,7 +104,7 @@ def cases(args: argparse.Namespace, *, has_experts: bool) -> list[Case]:
     found = []
     for name in args.formats:
         weights = name.removesuffix("+kv") if name != "kv" else None
-        if not has_experts and weights not in (None, "fp8"):
+        if not has_experts and weights not in (None, "fp8", "fp8-all"):
             continue
         given = (True, False) if args.without else (True,)
         found += [Case(weights, name.endswith("kv"), is_calibrated) for is_calibrated in given]
