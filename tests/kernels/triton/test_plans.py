@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
+import mogul.kernels.triton
 from mogul.core.errors import BackendError
 from mogul.kernels import ExpertLayout, choose_backend
 from mogul.kernels.triton import moe_forward_triton, plans, why_not_triton
@@ -122,6 +123,16 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch, facts: dict, 
     call = {"device": CUDA, "dtype": torch.bfloat16, "hidden_size": 64, "expert_width": 64}
     assert why_not_triton(**call) is None
     assert words in (why_not_triton(**{**call, **facts}) or "")
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = mogul.kernels.triton._reason_of_device.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (7, 5))
+    assert why(0) == "the GPU has compute capability 7.5, below 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (8, 0))
+    assert why(0) is None
+    monkeypatch.setattr("mogul.kernels.triton.find_spec", lambda _name: None)
+    assert why(0) == "triton is not installed"
 
 
 def test_processors_never_choose_it() -> None:
