@@ -88,6 +88,7 @@ def main() -> None:
             graphs=not options.no_graphs,
             kv_dtype=options.kv_dtype,
             graph_sizes=tuple(batches),
+            prompt_sizes=() if options.most else None,
             fuse=not options.no_fuse,
             tune=options.tune,
         ),

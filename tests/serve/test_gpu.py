@@ -65,3 +65,34 @@ def test_requests_that_give_way_lose_nothing(tiny):
     got = [answer.token_ids for answer in tight.generate(prompts, params)]
     assert tight.stats.num_preemptions > 0
     assert sum(a == b for a, b in zip(want, got, strict=True)) >= 3, "near ties aside"
+
+
+def test_captured_prompts_say_what_uncaptured_ones_say(tiny):
+    prompts = tiny.prompts(3, 30, 11, 100, 64, 7, 90)
+    params = SamplingParams(max_tokens=8, temperature=0, logprobs=0)
+    answers = []
+    for sizes in ((), (16, 32, 64)):
+        engine = device_engine(tiny, "moge", torch.bfloat16, compile=False, prompt_sizes=sizes)
+        assert engine.runner.ladder is not None
+        assert [tokens for tokens, _ in engine.runner.ladder.mixed] == list(sizes)
+        answers.append(engine.generate(prompts, params))
+        engine.check()
+    same = [a.token_ids == b.token_ids for a, b in zip(*answers, strict=True)]
+    assert sum(same) >= 6, "near ties aside"
+    for plain, captured in zip(*answers, strict=True):
+        pairs = zip(plain.logprobs[:1], captured.logprobs[:1], strict=True)
+        assert all(abs(a.logprob - b.logprob) < 0.05 for a, b in pairs)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_experts_are_counted_in_captured_steps(tiny, compiled):
+    prompts = tiny.prompts(3, 30, 11, 40)
+    params = SamplingParams(max_tokens=9, temperature=0)
+    engine = device_engine(tiny, "moge", torch.bfloat16, compile=compiled, count_experts=True)
+    assert engine.runner.ladder is not None
+    before = engine.expert_counts()  # warming up and capturing computed nobody's tokens
+    assert before.sum() == 0
+    answers = engine.generate(prompts, params)
+    computed = sum(len(p) + len(a.token_ids) - 1 for p, a in zip(prompts, answers, strict=True))
+    late = engine.expert_counts().sum(1) - computed * engine.runner.model.config.num_experts_per_tok
+    assert ((late >= 0) & (late <= 2 * len(prompts))).all(), "steps launched ahead of an end count"

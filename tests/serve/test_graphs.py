@@ -1,4 +1,4 @@
-"""Which decode steps are captured."""
+"""Which steps are captured, and that a step laid out for a graph says what it says by itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from mogul.serve.graphs import LADDER, MOST_GUESSING, Ladder, guessing_rungs, rungs_up_to
-from mogul.serve.inputs import Layout
+from mogul.serve import SamplingParams
+from mogul.serve.graphs import (
+    LADDER,
+    MIXED,
+    MOST_GUESSING,
+    Ladder,
+    guessing_rungs,
+    rungs_up_to,
+)
+from mogul.serve.inputs import Entry, Layout
+from mogul.serve.options import PROMPT_TOKENS, EngineOptions
 
 
 @pytest.mark.parametrize("most", [1, 3, 16, 64, 100, 300])
@@ -32,3 +41,66 @@ def test_no_captured_step_is_larger_than_the_largest() -> None:
     assert max(sequences * width for sequences, width in ladder.rungs) <= 70
     assert {(1, 5), (16, 4), (64, 1)} <= set(ladder.rungs)
     assert ladder.layout((16, 4)) == Layout(64, 16, 64, 9, 4)
+
+
+class OnHost(Ladder):
+    """Runs a step as it is laid out for a graph, where there are no graphs."""
+
+    def __init__(self, engine: Any, *args: Any) -> None:
+        super().__init__(engine.runner, *args)
+        self._graphs = dict.fromkeys(self.rungs + self.mixed, ())
+        self.used: list[tuple[int, int]] = []
+
+    def replay(self, rung: tuple[int, int], count: int) -> Any:
+        self.used.append(rung)
+        return self.runner.forward(self.runner.arena.views(self.layout(rung)))[:count]
+
+
+def step_of(*counts: tuple[int, int, int]) -> list[Entry]:
+    nobody: Any = None
+    return [Entry(nobody, 0, count, rows, draws) for count, rows, draws in counts]
+
+
+def test_steps_with_prompts_take_the_smallest_graph_that_holds_them() -> None:
+    engine: Any = SimpleNamespace(runner=SimpleNamespace())
+    limits = Layout(tokens=600, sequences=8, rows=600, pages=9, max_query_len=600)
+    ladder = OnHost(engine, (1, 4, 8), limits, 2, (64, 512, 2048))
+    assert ladder.mixed == [(64, MIXED), (512, MIXED)], "none larger than the largest step"
+    prompt, decode, guess = (40, 1, 1), (1, 1, 1), (3, 3, 3)
+    for entries, rung in (
+        ((prompt,), (64, MIXED)),
+        ((prompt, prompt), (512, MIXED)),
+        ((decode,) * 3, (4, 1)),
+        ((guess,) * 3, (4, 3)),
+        ((prompt, decode, guess), (64, MIXED)),
+        (((64, 0, 0),), (64, MIXED)),
+        (((513, 1, 1),), None),
+        (((40, 40, 1),), None),
+        ((prompt, *(decode,) * 8), None),
+    ):
+        assert ladder.rung_of(step_of(*entries)) == rung, entries
+    layout = ladder.layout((512, MIXED))
+    assert (layout.tokens, layout.sequences, layout.rows) == (512, 8, 8)
+
+
+def test_prompts_are_captured_where_steps_are() -> None:
+    assert EngineOptions().captured_prompts == PROMPT_TOKENS
+    assert EngineOptions(graphs=False).captured_prompts == ()
+    assert EngineOptions(prompt_sizes=(32,)).captured_prompts == (32,)
+
+
+def test_steps_laid_out_for_graphs_say_what_they_say_by_themselves(tiny: Any, family: str) -> None:
+    prompts = tiny.prompts(3, 30, 11, 50, 1, 22, 17)
+    params = SamplingParams(max_tokens=12, temperature=0, logprobs=2)
+    plain = tiny.engine(family).generate(prompts, params)
+    engine = tiny.engine(family)
+    ladder = OnHost(engine, (1, 2, 4), engine.sizes.largest_step, 0, (8, 24))
+    engine.runner.ladder = ladder
+    answers = engine.generate(prompts, params)
+    engine.check()
+    assert {width for _, width in ladder.used} == {1, MIXED}
+    assert (8, MIXED) in ladder.used
+    for answer, want in zip(answers, plain, strict=True):
+        assert answer.token_ids == want.token_ids
+        for record, other in zip(answer.logprobs, want.logprobs, strict=True):
+            assert record.logprob == pytest.approx(other.logprob, abs=1e-5)

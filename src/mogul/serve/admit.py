@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mogul.core.errors import BackendError, ConfigError
@@ -9,6 +10,8 @@ from mogul.serve.params import SamplingParams
 
 if TYPE_CHECKING:
     from mogul.serve.engine import Engine
+
+Prompt = str | Sequence[int]
 
 PROMPT_ROWS = 256
 """Prompt tokens a step of a request that wants their log-probabilities: [256, V] logits."""
@@ -48,6 +51,13 @@ def check_request(ids: tuple[int, ...], params: SamplingParams, engine: Engine) 
         )
     if params.stop and engine.tokenizer is None:
         raise ConfigError("stop strings need a tokenizer", fix="use stop_token_ids")
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list, where one alone may be given."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType,reportArgumentType]
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

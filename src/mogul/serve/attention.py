@@ -89,6 +89,11 @@ def running(state: StepState) -> Iterator[None]:
             _state = previous
 
 
+def running_slots() -> Tensor | None:
+    """Slots of the running step's tokens, -1 for padding; None outside of steps."""
+    return None if _state is None else _state.slots_T
+
+
 def run_one_token(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:
     """Run one token without pages through a model set to `mogul_paged`; its attention calls."""
     global _seen

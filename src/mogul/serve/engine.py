@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mogul.core.errors import ConfigError
 from mogul.models.load import named_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
-from mogul.serve.admit import PROMPT_ROWS, check_request, end_ids
+from mogul.serve.admit import PROMPT_ROWS, Prompt, as_prompts, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
 from mogul.serve.kv_scales import KvScales
 from mogul.serve.loading import Load, open_tokenizer, open_with_scales
@@ -38,13 +38,12 @@ from mogul.serve.structured import Matchers
 from mogul.serve.tables import PageRoom
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mogul.serve.speculate import Speculator
     from mogul.spec.parallel import Parallel
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ class Engine:
             kv_scales = None if kv_scales is None else kv_scales.of_rank(*heads)
             self.options = settle_options(self.options, model.device)
         fuse = self.options.fuse and model.device.type != "cpu"
-        self.runner = Runner(model, kv_dtype=self.options.kv_dtype, fuse=fuse)
+        kv_dtype, counts = self.options.kv_dtype, self.options.count_experts
+        self.runner = Runner(model, kv_dtype=kv_dtype, fuse=fuse, count_experts=counts)
         try:
             self._open(model, name, speculator, kv_scales)
         except BaseException:
@@ -393,7 +393,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Answer]:
         """Answer prompts together; answers stand in the order of the prompts."""
-        many = _as_prompts(prompts)
+        many = as_prompts(prompts)
         each = [params] * len(many) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(many):
             raise ConfigError(f"{len(many)} prompts, but {len(each)} sampling parameters")
@@ -483,6 +483,11 @@ class Engine:
                 num_pages=self.pool.num_pages,
             )
 
+    def expert_counts(self) -> np.ndarray:
+        """Tokens that each expert of each layer got, [layers, E], where they are counted."""
+        with self._lock:
+            return self.runner.read_counts()
+
     def check(self) -> None:
         """Assert that no page is lost and no request forgotten (for tests)."""
         with self._lock:
@@ -491,9 +496,3 @@ class Engine:
             landing = set(self.room.running) - running
             assert running <= set(self.room.running), "a running request has no room"
             assert landing <= set(self._live), "room is held for nobody"
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportReturnType,reportArgumentType]

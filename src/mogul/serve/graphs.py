@@ -1,8 +1,9 @@
-"""Decode steps as captured graphs, over a ladder of batch sizes; one compiled decoder layer.
+"""Steps as captured graphs, over ladders of batch sizes and of tokens; one compiled decoder layer.
 
-A decode step is thousands of small launches; captured once, the device runs them without the host.
-Layers of one kind share their compiled code: the first one compiles it, the others find it, and the
-next start finds it on disk. A step with prompts runs uncaptured, through the same compiled layers.
+A step is hundreds of short launches; captured once, the device runs them without the host. Decodes
+are captured by batch size; steps with prompts, up to where the device is slower than the host, by
+tokens, which lie among the sequences as they come. Layers of one kind share their compiled code:
+the first one compiles it, the others find it, and the next start finds it on disk.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 from mogul.core.log import log, say
+from mogul.kernels.turn import CHUNKS, FEW, FRESH
 from mogul.serve.inputs import Entry, Layout
 
 if TYPE_CHECKING:
@@ -26,8 +28,14 @@ LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 2
 MOST_GUESSING = 64
 """Sequences up to which steps with guesses are captured, by powers of two."""
 
+MOST_MIXED = 64
+"""Sequences, and rows of logits, of a captured step with prompts."""
+
 Rung = tuple[int, int]
-"""Sequences, and tokens of each."""
+"""Sequences, and tokens of each; or tokens, and `MIXED`."""
+
+MIXED = -1
+"""Stands where sequences do not have a number of tokens in common."""
 
 
 def rungs_up_to(most: int) -> list[int]:
@@ -67,10 +75,18 @@ def compile_layers(model: Any) -> int:
 
 
 class Ladder:
-    """Captured decode steps by batch size, and by tokens a request where guesses are verified."""
+    """Captured decode steps by batch size, and by tokens a request where guesses are verified.
+
+    And steps with prompts, by tokens; those of more are run by the host.
+    """
 
     def __init__(
-        self, runner: Runner, rungs: Sequence[int], limits: Layout, guesses: int = 0
+        self,
+        runner: Runner,
+        rungs: Sequence[int],
+        limits: Layout,
+        guesses: int = 0,
+        prompts: Sequence[int] = (),
     ) -> None:
         self.runner = runner
         few = guessing_rungs(rungs)
@@ -81,23 +97,47 @@ class Ladder:
             for rung in few
             if rung * width <= limits.tokens
         ]
+        self.mixed: list[Rung] = [(t, MIXED) for t in sorted(prompts) if t <= limits.tokens]
+        self.most_mixed = min(MOST_MIXED, limits.sequences)
         self.pages = limits.pages
         self._graphs: dict[Rung, tuple[Any, Tensor]] = {}
 
     def layout(self, rung: Rung) -> Layout:
-        """So many sequences, with so many tokens and rows each."""
+        """So many sequences, with so many tokens and rows each; or so many tokens in all."""
         sequences, width = rung
+        if width == MIXED:
+            tokens, most = sequences, self.most_mixed
+            # sequences of a few tokens are attended to as prompts: decodes then have small tiles
+            return Layout(tokens, most, most, self.pages, tokens, FEW | FRESH | CHUNKS)
         return Layout(sequences * width, sequences, sequences * width, self.pages, width)
 
     def capture(self, *, tune: bool) -> None:
-        """Capture every rung, the largest first: the smaller ones reuse its memory.
+        """Capture every rung; steps with prompts may fail, decodes may not.
 
         A single token is compiled apart. With `tune` its products become plain reductions whose
         tiles are searched: matrix products of one row read their weights too slowly.
         """
         start_s = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
-        for rung in sorted(self.rungs, key=lambda rung: -rung[0] * rung[1]):
+        try:  # the largest first: the others reuse its memory
+            self._capture(self.mixed, pool, tune=False)
+        except Exception as error:  # no memory, above all
+            log.warning(f"steps with prompts are not captured: {type(error).__name__}: {error}")
+            torch.cuda.synchronize(self.runner.device)
+            self.mixed, self._graphs, pool = [], {}, torch.cuda.graph_pool_handle()
+        self._capture(self.rungs, pool, tune=tune)
+        torch.cuda.synchronize(self.runner.device)
+        sizes = ", ".join(str(sequences) for sequences, width in self.rungs if width == 1)
+        width = max(width for _, width in self.rungs)
+        prompts = f", with prompts up to {self.mixed[-1][0]}" if self.mixed else ""
+        spent_s = time.perf_counter() - start_s
+        say(
+            f"captured decode steps of {sizes} sequences, up to {width} tokens{prompts}, "
+            f"in {spent_s:.1f} s"
+        )
+
+    def _capture(self, rungs: Sequence[Rung], pool: Any, *, tune: bool) -> None:
+        for rung in sorted(rungs, key=lambda rung: -self.layout(rung).tokens):
             inputs = self.runner.arena.send((), self.layout(rung), self.runner.page_size, {})
             stream = torch.cuda.Stream(self.runner.device)
             stream.wait_stream(torch.cuda.current_stream(self.runner.device))
@@ -111,18 +151,21 @@ class Ladder:
             with torch.cuda.graph(graph, pool=pool):
                 logits = self.runner.forward(inputs)
             self._graphs[rung] = (graph, logits)
-        torch.cuda.synchronize(self.runner.device)
-        sizes = ", ".join(str(sequences) for sequences, width in self.rungs if width == 1)
-        width = max(width for _, width in self.rungs)
-        spent_s = time.perf_counter() - start_s
-        say(f"captured decode steps of {sizes} sequences, up to {width} tokens, in {spent_s:.1f} s")
 
     def rung_of(self, entries: Sequence[Entry]) -> Rung | None:
-        """The smallest rung that holds a step of decodes, guesses included; None for others."""
-        if not self._graphs or any(e.count != e.rows or e.count != e.draws for e in entries):
+        """The smallest rung that holds a step; None where there is none."""
+        if not self._graphs:
             return None
-        width, count = max(e.count for e in entries), len(entries)
-        return next((rung for rung in self.rungs if rung[1] == width and rung[0] >= count), None)
+        count = len(entries)
+        if all(e.count == e.rows == e.draws for e in entries):  # decodes, guesses included
+            width = max(e.count for e in entries)
+            fits = (rung for rung in self.rungs if rung[1] == width and rung[0] >= count)
+            if (found := next(fits, None)) is not None:
+                return found
+        if max(count, sum(e.rows for e in entries)) > self.most_mixed:
+            return None
+        tokens = sum(e.count for e in entries)
+        return next((rung for rung in self.mixed if rung[0] >= tokens), None)
 
     def replay(self, rung: Rung, count: int) -> Tensor:
         """Run a captured step whose numbers lie in the arena: logits of its first rows."""
@@ -132,17 +175,23 @@ class Ladder:
 
 
 def try_ladder(
-    runner: Runner, rungs: Sequence[int], limits: Layout, guesses: int = 0, *, tune: bool
+    runner: Runner,
+    rungs: Sequence[int],
+    limits: Layout,
+    guesses: int = 0,
+    prompts: Sequence[int] = (),
+    *,
+    tune: bool,
 ) -> Ladder | None:
     """Capture steps up to `limits` where it can be done; where not, say why and run uncaptured."""
     if runner.device.type != "cuda":
         return None
-    ladder = Ladder(runner, rungs, limits, guesses)
+    ladder = Ladder(runner, rungs, limits, guesses, prompts)
     try:
         with torch.inference_mode():
             ladder.capture(tune=tune)
     except Exception as error:  # a kernel that synchronises, a family that branches on data
-        log.warning(f"decode steps are not captured: {type(error).__name__}: {error}")
+        log.warning(f"steps are not captured: {type(error).__name__}: {error}")
         torch.cuda.synchronize(runner.device)
         return None
     return ladder

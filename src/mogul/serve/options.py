@@ -8,6 +8,9 @@ from typing import Literal
 
 from mogul.core.errors import ConfigError
 
+PROMPT_TOKENS = (64, 256, 512, 1024, 1536, 2048)
+"""Steps with prompts that are captured: of more tokens the host is done before the device."""
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -39,10 +42,14 @@ class EngineOptions:
     """Number format of the cache; auto is the model's own."""
 
     graphs: bool = True
-    """Capture decode steps as graphs, on accelerators."""
+    """Capture steps as graphs, on accelerators."""
 
     graph_sizes: tuple[int, ...] = ()
     """Batch sizes to capture; empty is a ladder up to `max_sequences`."""
+
+    prompt_sizes: tuple[int, ...] | None = None
+    """Tokens of the steps with prompts that are captured as graphs, too: a step takes the smallest
+    that holds it. None is a ladder up to 2,048; empty captures none."""
 
     compile: bool = True
     """Compile the decoder layer, on accelerators."""
@@ -56,8 +63,18 @@ class EngineOptions:
     record_experts: bool = False
     """Keep the picks of every step in `Engine.last_picks`."""
 
+    count_experts: bool = False
+    """Count the tokens of every expert on the device, for `Engine.expert_counts`."""
+
     seed: int | None = None
     """Seed of the seeds of requests that name none; None draws one."""
+
+    @property
+    def captured_prompts(self) -> tuple[int, ...]:
+        """Tokens of the steps with prompts that shall be captured."""
+        if not self.graphs:
+            return ()
+        return PROMPT_TOKENS if self.prompt_sizes is None else self.prompt_sizes
 
     def __post_init__(self) -> None:
         """Refuse sizes that hold nothing."""

@@ -92,11 +92,11 @@ def agree_on_times(device: torch.device) -> Callable[[list[float]], list[float]]
 
 
 def settle_options(options: EngineOptions, device: torch.device) -> EngineOptions:
-    """One seed for all ranks; layers with exchanges in them are not compiled."""
+    """One seed for all ranks; layers with exchanges are not compiled, nor captured with prompts."""
     seed = random.getrandbits(62) if options.seed is None else options.seed
     agreed = torch.tensor([seed], dtype=torch.int64, device=device)
     dist.broadcast(agreed, 0)
-    return replace(options, seed=int(agreed), compile=False, fuse=False)
+    return replace(options, seed=int(agreed), compile=False, fuse=False, prompt_sizes=())
 
 
 def settle_sizes(sizes: Sizes, device: torch.device) -> Sizes:

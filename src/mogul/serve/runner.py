@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from mogul.core.log import say
 from mogul.serve.attention import LayerCache, LayerShape, StepState, find_layers, running
 from mogul.serve.beside import join_shared
 from mogul.serve.borrow import borrow, give_back
+from mogul.serve.counts import ExpertCounts
 from mogul.serve.fuse import fuse_linears
 from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
@@ -31,7 +33,12 @@ class Runner:
     """Runs steps; knows nothing of who asked."""
 
     def __init__(
-        self, model: PreTrainedModel, *, kv_dtype: str = "auto", fuse: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        kv_dtype: str = "auto",
+        fuse: bool = False,
+        count_experts: bool = False,
     ) -> None:
         if kv_dtype not in KV_DTYPES:
             raise ConfigError(f"KV dtype {kv_dtype!r} is unknown", fix=f"use {list(KV_DTYPES)}")
@@ -45,6 +52,7 @@ class Runner:
         self.page_size = 0
         self.tap = ExpertTap(model)
         self.ladder: Ladder | None = None
+        self.counts: ExpertCounts | None = None
         self.is_compiled = False
         borrow(model, self)
         try:
@@ -52,6 +60,8 @@ class Runner:
             if fuse:
                 fuse_linears(model, self.device)
                 join_shared(model, self.device)
+            if count_experts:
+                self.counts = ExpertCounts(model, self.device)
             self.shapes: list[LayerShape] = find_layers(model, self.device)
         except BaseException:
             self.close()
@@ -101,6 +111,16 @@ class Runner:
             )
         self.tap.open()
 
+    def read_counts(self) -> np.ndarray:
+        """Tokens that each expert of each layer got, [layers, E]; waits for the device.
+
+        Raises:
+            ConfigError: nobody counts.
+        """
+        if self.counts is None:
+            raise ConfigError("this engine does not count", fix="open it with count_experts=True")
+        return self.counts.read()
+
     def warm_up(self, options: EngineOptions, limits: Layout, guesses: int = 0) -> None:
         """Compile and capture, on accelerators; the first step then takes no longer than others.
 
@@ -123,7 +143,8 @@ class Runner:
         if options.graphs and not self.tap.is_open:
             most = limits.sequences
             rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
-            self.ladder = try_ladder(self, rungs, limits, guesses, tune=options.tune)
+            prompts = options.captured_prompts
+            self.ladder = try_ladder(self, rungs, limits, guesses, prompts, tune=options.tune)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
@@ -169,6 +190,8 @@ class Runner:
         """Give back pages, graphs and hooks; the last runner also the model's own attention."""
         give_back(self.model, self)
         self.tap.close()
+        if self.counts is not None:
+            self.counts.close()
         self.ladder = None
         self.caches = []
 

@@ -80,7 +80,8 @@ def choose_sizes(runner: Runner, options: EngineOptions, guess_bytes: int = 0) -
 def _free_bytes(runner: Runner, options: EngineOptions, step_tokens: int) -> float:
     """What an accelerator has left for the cache beside weights and the work of a step."""
     free, total = torch.accelerator.get_memory_info(runner.device)
-    work = step_tokens * work_bytes_a_token(runner)
+    captured = max((n for n in options.captured_prompts if n <= step_tokens), default=0)
+    work = (step_tokens + captured) * work_bytes_a_token(runner)
     return free - (1 - options.memory_share) * total - work
 
 

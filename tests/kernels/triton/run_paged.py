@@ -175,6 +175,9 @@ def alone(name: str) -> None:
     for sequences in ([(18, 18), (1, 40)], [(1, 5), (3, 30), (20, 20)]):
         call = calls.make(sequences, width=16, group=3, padding=1, page_size=16)
         compare(name, call, kinds=FEW | FRESH | CHUNKS)
+    captured = [(1, 5), (3, 3), (2, 30), (20, 20), (0, 0), (0, 0)]
+    call = calls.make(captured, width=16, group=3, padding=22, page_size=16)
+    compare(name, call | {"max_query_len": 48}, kinds=FEW | FRESH | CHUNKS)
 
 
 def neighbours(name: str) -> None:
