@@ -40,6 +40,8 @@ def test_run_prints_a_point_and_json_in_base_units(capsys):
         (("serve", "preset:qwen3-30b-a3b", "--rate", "0"), "300 requests at 0 a second never"),
         (("serve", "preset:qwen3-30b-a3b", "--requests", "0"), "0 requests at 4 a second never"),
         (("serve", "preset:qwen3-30b-a3b", "--input", "0"), "a request of 0 input and 512 output"),
+        (("shape", "--total", "8e10", "6e10"), "no shape has between 8e+10 and 6e+10 parameters"),
+        (("train", "preset:qwen3-30b-a3b", "--tokens", "nan"), "--tokens nan take no time"),
         (("compare", "preset:qwen3-8b"), "is dense: it has nothing to group"),
     ],
 )

@@ -3,7 +3,14 @@ import errno
 import pytest
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.core.files import atomic_folder, atomic_write, check_space, read_json
+from mogul.core.files import (
+    atomic_folder,
+    atomic_write,
+    check_space,
+    check_writable,
+    read_json,
+    read_json_line,
+)
 
 
 def test_a_folder_appears_only_when_whole(tmp_path):
@@ -51,6 +58,44 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path):
         write()
     assert "free some space" in caught.value.__notes__[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_without_a_number_is_told_by_its_words(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match="8 requested and 0 written"),
+        atomic_folder(  # numpy's
+            tmp_path / "out"
+        ),
+    ):
+        raise OSError("8 requested and 0 written")
+
+
+def test_what_a_killed_run_left_is_named(tmp_path, capsys):
+    left = tmp_path / ".out-abc"
+    left.mkdir()
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert f"{left} is left of a run that was killed" in capsys.readouterr().err
+
+
+def test_a_place_is_tried_before_the_work(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "file")
+    with pytest.raises(ArtifactError, match=r"cannot write .*file/inside: Not a directory"):
+        check_writable(tmp_path / "file" / "inside")
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": "\\ud800"}', "{"]
+)
+def test_a_line_that_is_no_json_is_named(line):
+    with pytest.raises(ArtifactError, match=r"^a\.jsonl, line 7 is no JSON") as caught:
+        read_json_line(line, "a.jsonl", 7, fix="mend it")
+    assert caught.value.__notes__ == ["fix: mend it"]
+    assert read_json_line('{"a": "\\ud83d\\ude00"}', "a", 1, fix="") == {"a": "\N{GRINNING FACE}"}
 
 
 def test_check_space_says_what_is_needed(tmp_path):

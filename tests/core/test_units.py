@@ -18,6 +18,11 @@ def test_parse_bytes_refuses_what_is_no_size(text):
         parse_bytes(text)
 
 
+def test_more_bytes_than_any_memory_are_refused():
+    with pytest.raises(ConfigError, match="'1e400 GB' is more than any memory"):
+        parse_bytes("1e400 GB")
+
+
 def test_showing_picks_the_unit():
     assert show_bytes(1.5 * GIB) == "1.50 GiB"
     assert show_bytes(12) == "12 B"

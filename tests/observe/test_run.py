@@ -154,6 +154,11 @@ def test_bad_data_files_are_named(tmp_path):
         read_texts(file)
     file.write_text('{"text": "x", "task": "t"}\n\n{"messages": [{"content": "y"}]}\n')
     assert read_texts(file) == [("t", "x"), ("a", "y")]
+    file.write_text('{"messages": ["hi"]}\n')
+    with pytest.raises(ArtifactError, match="line 1 has no text"):
+        read_texts(file)
+    file.write_text('{"text": "two\u2028lines"}\n', encoding="utf-8")
+    assert read_texts(file) == [("a", "two\u2028lines")]
 
 
 _ENDLESS = """

@@ -181,7 +181,10 @@ def test_nodes_gather_who_is_picked_together():
     ("wish", "words"),
     [
         ({"num_devices": 4, "slots": 7}, "4 devices with 7 slots cannot hold 32 experts"),
+        ({"num_devices": 4, "slots": 33}, "33 slots a device are more than the 32 experts"),
         ({"num_devices": 0}, "0 devices"),
+        ({"num_devices": 10**12}, "1000000000000 devices and 0 replicas of 32 experts cannot be"),
+        ({"num_devices": 4, "replicas": 97}, "4 devices and 97 replicas of 32 experts cannot be"),
         ({"num_devices": 4, "memory_bytes": 20_000}, "need 23.44 KiB on every device"),
         ({"num_devices": 4, "method": "gredy"}, "unknown method 'gredy'"),
         ({"num_devices": 4, "num_nodes": 3}, "4 devices cannot stand on 3 nodes"),

@@ -52,7 +52,16 @@ def test_traces_are_checked(tmp_path):
     file.write_text('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 2}\n\n')
     assert read_arrivals(file) == [Arrival(0, 5, 2)]
     file.write_text('{"arrival_s": 0, "input_token": 5, "output_tokens": 2}\n')
-    with pytest.raises(ArtifactError, match="line 1"):
+    with pytest.raises(ArtifactError, match="line 1 is no request"):
         read_arrivals(file)
+    for changes, words in (
+        ('"arrival_s": NaN, "input_tokens": 5', "a request at nan seconds"),
+        ('"arrival_s": -1, "input_tokens": 5', "a request at -1 seconds"),
+        ('"arrival_s": 0, "input_tokens": 5.5', "a request of 5.5 input tokens"),
+        ('"arrival_s": 0, "input_tokens": 5, "cached_prefix": -1', "-1 cached ones"),
+    ):
+        file.write_text(f'{{{changes}, "output_tokens": 2}}\n')
+        with pytest.raises(ArtifactError, match=f"line 1: {words}|line 1: .* and {words}"):
+            read_arrivals(file)
     with pytest.raises(ConfigError, match="no room for one request"):
         serve(Setting(QWEN, hardware("rtx-4090")), [Arrival(0, 5, 2)])

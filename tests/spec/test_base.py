@@ -29,6 +29,7 @@ class Pot(Spec):
         ("handles", "two", "give a whole number"),
         ("lids", (), "give at least 1"),
         ("kind", "glass", "use 'clay' or 'iron'"),
+        ("lids", 5, "give a list"),
         ("is_hot", "maybe", "give true or false"),
         ("litre", 1, "did you mean 'litres'?"),
     ],

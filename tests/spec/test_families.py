@@ -264,6 +264,8 @@ def test_a_wrong_value_names_its_key():
     ("changes", "words", "fix"),
     [
         ({"num_hidden_layers": "many"}, "num_hidden_layers is 'many'", "a whole number above 0"),
+        ({"num_hidden_layers": 10**12}, "has 1,000,000,000,000 layers", "at most 10,000"),
+        ({"vocab_size": float("nan")}, "vocab_size is nan", "a whole number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0", "a whole number above 0"),
         ({"num_key_value_heads": {}}, "num_key_value_heads is {}", "a whole number"),
         ({"router_n_groups": True}, "router_n_groups is True", "a whole number"),

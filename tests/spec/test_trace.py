@@ -7,7 +7,7 @@ import pytest
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.spec.picks import batch_histograms, trace_of_picks
-from mogul.spec.trace import META_FILE, ModelStamp, load_trace, merge
+from mogul.spec.trace import META_FILE, ModelStamp, Trace, load_trace, merge
 
 STAMP = ModelStamp(
     name="m", family="qwen3_moe", num_layers=3, num_experts=8, top_k=2, hidden_size=4
@@ -126,6 +126,16 @@ def test_damage_is_named(tmp_path):
     (tmp_path / META_FILE).write_text(json.dumps({**meta, "schema_version": 99}))
     with pytest.raises(ArtifactError, match="schema version 99"):
         load_trace(tmp_path)
+
+
+def test_a_trace_that_cannot_be_is_refused():
+    trace = trace_of_picks(random_picks(50), STAMP)
+    with pytest.raises(ArtifactError, match="'entropy_sum' of the trace is not finite"):
+        Trace(trace.meta, {**trace.arrays, "entropy_sum": np.full(3, np.nan)})
+    with pytest.raises(ArtifactError, match="holds no 'count'"):
+        Trace(trace.meta, {})
+    with pytest.raises(ConfigError, match="cannot pick 99"):
+        STAMP.replace(top_k=99)
 
 
 def test_another_model_is_refused():

@@ -72,6 +72,7 @@ class Options:
 def run(options: Options) -> int:
     """Measure, write, and print what was written."""
     from mogul.core.errors import ConfigError
+    from mogul.core.files import check_writable
     from mogul.models import load_model, load_tokenizer
     from mogul.models.input_stats import measure_stats
     from mogul.models.load import find_folder, named_device
@@ -86,6 +87,8 @@ def run(options: Options) -> int:
             f"{options.model} is part of mogul's installation, which stays as it is",
             fix="name a folder for the files with --out, and read them with --statistics",
         )
+    out = options.out or folder
+    check_writable(out)
     tokenizer: Any = load_tokenizer(folder)
     data = calibration(
         read_sources(options.data),
@@ -102,7 +105,6 @@ def run(options: Options) -> int:
         model, batches(data, options.batch), checkpoint=folder, sources=data.names
     )
     scales = _measure_scales(model, data, folder) if options.kv_scales else None
-    out = options.out or folder
     out.mkdir(parents=True, exist_ok=True)
     written = {"inputs of layers": (stats.save(out), len(stats.importance))}
     if scales is not None:

@@ -53,6 +53,9 @@ def run(options: Options) -> int:
             f"{len(options.traces)} traces were given", fix="give one, or two to compare"
         )
     traces = [load_trace(folder) for folder in options.traces]
+    for folder, trace in zip(options.traces, traces, strict=True):
+        if not trace.count.any():
+            raise ConfigError(f"{folder} counts no token", fix="trace some text first")
     if len(traces) == 2:
         return _compare(options, *traces)
     return _report(options, traces[0])
@@ -65,8 +68,12 @@ def _report(options: Options, trace: Trace) -> int:
     from mogul.observe.report_devices import device_table, each_device_table
     from mogul.spec.placement import load_placement
 
-    if any(count < 1 for count in options.devices):
-        raise ConfigError(f"{min(options.devices)} devices hold no expert", fix="use 1 or more")
+    most = trace.meta.model.num_experts
+    for count in options.devices:
+        if not 1 <= count <= most:
+            raise ConfigError(
+                f"{most} experts do not stand on {count} devices", fix=f"use 1 to {most} devices"
+            )
     given = [load_placement(path) for path in options.placement]
     devices = options.devices or (() if given else default_devices(trace))
     found = with_given(trace, devices, given)

@@ -71,6 +71,7 @@ class Options(Deployment):
 def run(options: Options) -> int:
     """Print the step."""
     from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
+    from mogul.core.errors import ConfigError
     from mogul.core.table import Table
     from mogul.simulate.tables import train_tables
     from mogul.simulate.train import predict_training
@@ -78,6 +79,8 @@ def run(options: Options) -> int:
 
     serving = ("input", "output", "batch", "together", "prefix_hit", "drafts", "engine")
     refuse_unused(options, "train", *serving, "max_ttft_ms", "max_tpot_ms", "shared_tp")
+    if options.tokens is not None and not 0 < options.tokens < float("inf"):
+        raise ConfigError(f"--tokens {options.tokens:g} take no time", fix="give more than 0")
     setting = setting_of(options)
     plan = TrainPlan(
         sequence_tokens=options.sequence,

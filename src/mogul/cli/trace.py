@@ -96,7 +96,7 @@ def _merge(options: Options) -> int:
 
 def _trace(options: Options) -> TraceRun:
     from mogul.models.load import find_folder, load_model, load_tokenizer, named_device
-    from mogul.observe.data import calibration
+    from mogul.observe.data import calibration, check_ids
     from mogul.observe.run import TraceSettings, run_trace
     from mogul.spec.fingerprint import stamp_of_folder
 
@@ -121,6 +121,7 @@ def _trace(options: Options) -> TraceRun:
         experts=options.experts,
         device=device,
     )
+    check_ids(data, model)
     settings = TraceSettings(
         level=options.level, batch=options.batch, per_token=options.per_token, seed=options.seed
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -13,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.log import say
 from mogul.core.units import show_bytes
 
 
 def _cannot_write(path: Path, error: OSError) -> ArtifactError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = show_bytes(shutil.disk_usage(_existing_parent(path)).free)
+    free_bytes = shutil.disk_usage(_existing_parent(path)).free
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and not free_bytes):
         return ArtifactError(
-            f"no space left to write {path} ({free} free); nothing was kept",
+            f"no space left to write {path} ({show_bytes(free_bytes)} free); nothing was kept",
             fix="free some space or choose another place",
         )
-    return ArtifactError(f"cannot write {path}: {error.strerror}", fix="choose another place")
+    told = error.strerror or str(error)  # numpy's errors have no number
+    return ArtifactError(f"cannot write {path}: {told}", fix="choose another place")
 
 
 def _existing_parent(path: Path) -> Path:
@@ -43,6 +46,16 @@ def check_space(path: Path, needed_bytes: int) -> None:
         )
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise ArtifactError where `path` could not be written: before the work, not after it."""
+    target = Path(path)
+    folder = target if target.is_dir() else _existing_parent(target.absolute().parent)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+
+
 @contextmanager
 def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` at success and vanishes on failure.
@@ -50,6 +63,7 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     An existing non-empty `path` is refused unless `force`, and then replaced only at the end.
     """
     target = Path(path)
+    _tell_leftovers(target)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not force:
         raise ConfigError(
@@ -68,6 +82,13 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         raise _cannot_write(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _tell_leftovers(target: Path) -> None:
+    """Name what a run that was killed left beside `target`: it may be large, and is hidden."""
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}-*")):
+        if left.is_dir():
+            say(f"{left} is left of a run that was killed, or belongs to one under way")
 
 
 def _replace_folder(work: Path, target: Path) -> None:
@@ -124,7 +145,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{file} does not exist", fix="check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number without end
         raise ArtifactError(
             f"{file} is not valid JSON: {error}", fix="the file is damaged: write or fetch it again"
         ) from error
@@ -132,3 +153,14 @@ def read_json(path: str | Path) -> Any:
         raise ArtifactError(
             f"cannot read {file}: {error.strerror}", fix="check the path"
         ) from error
+
+
+def read_json_line(line: str, file: str | Path, number: int, *, fix: str) -> Any:
+    """Read one line of a file of JSON lines; ArtifactError names file and line at fault."""
+    try:
+        value = json.loads(line)
+        if "\\u" in line:  # half of a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}, line {number} is no JSON: {error}", fix=fix) from None
+    return value

@@ -29,7 +29,10 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is not a number of bytes",
             fix="write for example '80 GiB', '512MB' or '4096'",
         )
-    return round(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    num_bytes = float(match[1]) * _BYTE_UNITS[match[2].lower()]
+    if num_bytes > 2**63:
+        raise ConfigError(f"{text!r} is more than any memory", fix="write less, like '80 GiB'")
+    return round(num_bytes)
 
 
 def _scaled(value: float, steps: list[tuple[float, str]], digits: int) -> str:

@@ -8,7 +8,6 @@ the last one of a task is padded, and padding is not counted.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.files import read_json_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,14 @@ class Calibration:
 
 
 def check_ids(data: Calibration, model: Any) -> None:
-    """Refuse tokens that a model has no embedding for: its tokenizer is another's."""
+    """Refuse tokens and windows that are none of the model's: it would answer nonsense."""
+    length = max((window.num_real for window in data.windows), default=0)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    if length > context:
+        raise ConfigError(
+            f"windows of {length:,} tokens are longer than the model's context of {context:,}",
+            fix=f"use --length {context} or less",
+        )
     largest = max((int(window.ids.max()) for window in data.windows), default=0)
     known = len(model.get_input_embeddings().weight)
     if largest >= known:
@@ -88,15 +95,11 @@ def read_texts(file: Path) -> list[tuple[str, str]]:
 
 
 def _document(line: str, file: Path, number: int) -> tuple[str, str]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ArtifactError(
-            f"{file}, line {number} is no JSON: {error}", fix="mend the line"
-        ) from error
+    values = read_json_line(line, file, number, fix="mend the line")
     text = values.get("text") if isinstance(values, dict) else None
-    if text is None and isinstance(values, dict) and isinstance(values.get("messages"), list):
-        text = "\n".join(str(message.get("content", "")) for message in values["messages"])
+    messages = values.get("messages") if isinstance(values, dict) else None
+    if text is None and isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+        text = "\n".join(str(message.get("content", "")) for message in messages)
     if not isinstance(text, str):
         raise ArtifactError(
             f"{file}, line {number} has no text", fix='write {"text": "...", "task": "..."}'
@@ -139,6 +142,7 @@ def calibration(
                 stream[task] += encode(text)
         names.append(f"{name}:{digest.hexdigest()[:12]}")
     tasks = tuple(stream)
+    length = min(length, max(map(len, stream.values()), default=length))
     windows = [
         _window(ids[first : first + length], length, index)
         for index, ids in enumerate(stream.values())

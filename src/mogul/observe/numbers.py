@@ -90,7 +90,7 @@ def _spread(name: str, value_L: np.ndarray, layers: Sequence[int]) -> tuple[obje
 
 def mean_distinct(trace: Trace, size_index: int) -> np.ndarray:
     """Mean distinct experts of a batch in every layer [L]; NaN where no batch was full."""
-    hist_LB = trace.arrays["distinct_hist"][size_index]
+    hist_LB = trace.get("distinct_hist")[size_index]
     total_L = hist_LB.sum(1)
     with np.errstate(invalid="ignore"):
         return (hist_LB @ np.arange(hist_LB.shape[1])) / np.where(total_L, total_L, np.nan)
@@ -168,14 +168,14 @@ def _drawn(trace: Trace, index: int, batch_tokens: int) -> np.ndarray:
 
 def pair_probability(trace: Trace, index: int) -> np.ndarray:
     """Share of all tokens that pick both experts of a pair [E, E]; the diagonal is 0."""
-    pair_EE = trace.arrays["coactivation"][index] / max(1, trace.meta.num_tokens)
+    pair_EE = trace.get("coactivation")[index] / max(1, trace.meta.num_tokens)
     np.fill_diagonal(pair_EE, 0.0)
     return pair_EE
 
 
 def transition_lift(trace: Trace, index: int) -> np.ndarray:
     """How often j follows i from layer `index` to the next, over independent picks [E, E]."""
-    pair_EE = trace.arrays["transition"][index].astype(np.float64)
+    pair_EE = trace.get("transition")[index].astype(np.float64)
     chance_EE = np.outer(pair_EE.sum(1), pair_EE.sum(0)) / max(pair_EE.sum(), 1.0)
     return pair_EE / np.maximum(chance_EE, 1e-12) * (chance_EE > 0)
 
@@ -185,7 +185,7 @@ def transition_recall(trace: Trace, index: int, num_guesses: int) -> float:
 
     For each expert i of this layer the guesses are the `num_guesses` likeliest experts after it.
     """
-    next_EE = trace.arrays["transition"][index].astype(np.float64)
+    next_EE = trace.get("transition")[index].astype(np.float64)
     if not next_EE.any():
         return 0.0
     best_EG = np.sort(next_EE, axis=1)[:, -num_guesses:]
@@ -194,13 +194,13 @@ def transition_recall(trace: Trace, index: int, num_guesses: int) -> float:
 
 def frequency_recall(trace: Trace, index: int, num_guesses: int) -> float:
     """The same when the guesses are the next layer's busiest experts, whatever was picked."""
-    next_E = trace.arrays["transition"][index].sum(0).astype(np.float64)
+    next_E = trace.get("transition")[index].sum(0).astype(np.float64)
     return float(np.sort(next_E)[-num_guesses:].sum() / next_E.sum()) if next_E.any() else 0.0
 
 
 def task_shares(trace: Trace, index: int) -> np.ndarray:
     """Share of a task's tokens that pick each expert [tasks, E]; NaN for a task without tokens."""
-    count_UE = trace.arrays["task_count"][:, index].astype(np.float64)
+    count_UE = trace.get("task_count")[:, index].astype(np.float64)
     picks_U1 = count_UE.sum(1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return trace.meta.model.top_k * count_UE / picks_U1

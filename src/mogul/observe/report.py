@@ -260,7 +260,7 @@ def _layer_table(trace: Trace) -> Table:
 
 
 def _tasks(page: Page, trace: Trace) -> None:
-    tokens_U = trace.arrays["task_count"].sum((1, 2))
+    tokens_U = trace.get("task_count").sum((1, 2))
     tasks = [t for t in np.argsort(-tokens_U, kind="stable")[:_MAX_TASKS_SHOWN] if tokens_U[t]]
     page.section("Do experts specialise?")
     if len(tasks) > 1:

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from mogul.core.errors import ArtifactError, ConfigError, MogulError
+from mogul.core.files import check_writable
 from mogul.core.log import progress
 from mogul.observe import tokens
-from mogul.observe.data import Calibration, check_ids, position_major
+from mogul.observe.data import Calibration, position_major
 from mogul.observe.tokens import TokenWriter
 from mogul.observe.tracer import Batch, Level, Tracer
 from mogul.spec.trace import META_FILE, ModelStamp, Trace
@@ -73,7 +74,6 @@ def run_trace(
     """
     folder = Path(out)
     _check(data, folder)
-    check_ids(data, model)
     start_s = last_save_s = time.monotonic()
     with _open(model, stamp, data, settings) as tracer, torch.no_grad():
         overhead = _overhead(tracer, data, settings) if settings.measure_overhead else None
@@ -105,6 +105,7 @@ def _check(data: Calibration, folder: Path) -> None:
         raise ArtifactError(
             f"{folder} exists and is no trace", fix="choose another folder for --out"
         )
+    check_writable(folder)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -28,6 +28,7 @@ METHODS = ("auto", "contiguous", "greedy", "swap", "coactivation", "ilp")
 _DRAWS = 32
 MOST_BATCH = 65_536
 """Tokens of a batch that delta is predicted for: all draws stand in memory at once."""
+MOST_DEVICES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +115,13 @@ def _check_groups(model: ModelStamp, wish: Wish) -> None:
 
 def _slots(model: ModelStamp, wish: Wish, *, num_layers: int) -> int:
     wanted = model.num_experts + wish.replicas
-    if wish.num_devices < 1 or wish.replicas < 0:
+    useful = model.num_experts * (wish.num_devices - 1)  # every expert on every device
+    if not 1 <= wish.num_devices <= MOST_DEVICES or not 0 <= wish.replicas <= useful:
         raise ConfigError(
-            f"{wish.num_devices} devices and {wish.replicas} replicas cannot be",
-            fix="give at least one device, and no negative replicas",
+            f"{wish.num_devices} devices and {wish.replicas} replicas of {model.num_experts} "
+            "experts cannot be",
+            fix=f"give 1 to {MOST_DEVICES:,} devices, and no more replicas than put every expert "
+            "on every device",
         )
     slots = wish.slots if wish.slots is not None else -(-wanted // wish.num_devices)
     if slots * wish.num_devices < wanted:
@@ -125,6 +129,11 @@ def _slots(model: ModelStamp, wish: Wish, *, num_layers: int) -> int:
             f"{wish.num_devices} devices with {slots} slots cannot hold {wanted} experts and "
             "replicas of a layer",
             fix=f"use at least {-(-wanted // wish.num_devices)} slots a device",
+        )
+    if slots > model.num_experts:
+        raise ConfigError(
+            f"{slots} slots a device are more than the {model.num_experts} experts of a layer",
+            fix="leave out --slots",
         )
     needed_bytes = slots * model.expert_bytes * num_layers
     if wish.memory_bytes is not None and needed_bytes > wish.memory_bytes:

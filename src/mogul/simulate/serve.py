@@ -7,7 +7,6 @@ in buckets (an eighth of an octave), so that a run of many steps prices few.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.files import read_json_line
 from mogul.schedule.policy import Limits, Request, Scheduler, StepPlan
 from mogul.simulate.memory import most_sequences
 from mogul.simulate.operators import Step
@@ -36,7 +36,19 @@ class Arrival:
     cached_prefix: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a request that asks for nothing."""
+        """Refuse a request that asks for nothing, or comes at no time."""
+        counts = (self.input_tokens, self.output_tokens, self.cached_prefix)
+        if not all(isinstance(count, int) for count in counts) or self.cached_prefix < 0:
+            raise ConfigError(
+                f"a request of {counts[0]!r} input tokens, {counts[1]!r} output tokens and "
+                f"{counts[2]!r} cached ones",
+                fix="give whole numbers, none below 0",
+            )
+        is_time = isinstance(self.arrival_s, (int, float)) and 0 <= self.arrival_s < math.inf
+        if not is_time:
+            raise ConfigError(
+                f"a request at {self.arrival_s!r} seconds", fix="give a finite time from 0 on"
+            )
         if min(self.input_tokens, self.output_tokens) < 1:
             raise ConfigError(
                 f"a request of {self.input_tokens} input and {self.output_tokens} output tokens",
@@ -231,27 +243,33 @@ def poisson(
     return [Arrival(float(t), input_tokens, output_tokens) for t in np.cumsum(gaps)]
 
 
+_REQUEST_KEYS = {"arrival_s", "input_tokens", "output_tokens"}
+_ARRIVAL_KEYS = {*_REQUEST_KEYS, "cached_prefix"}
+_REQUEST = 'write {"arrival_s": 0.5, "input_tokens": 900, "output_tokens": 200}'
+
+
 def read_arrivals(path: Path) -> list[Arrival]:
     """Read a trace: one JSON object a line with arrival_s, input_tokens, output_tokens.
 
     Raises:
-        ArtifactError: a line lacks a key or holds an unknown one.
+        ArtifactError: a line lacks a key, holds an unknown one or a value that cannot be.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}", fix="check the path") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        record = read_json_line(line, path, number, fix=_REQUEST)
+        if not (isinstance(record, dict) and _REQUEST_KEYS <= record.keys() <= _ARRIVAL_KEYS):
+            told = line if len(line) < 80 else f"{line[:80]}..."
+            raise ArtifactError(f"{path}, line {number} is no request: {told}", fix=_REQUEST)
         try:
-            found.append(Arrival(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ArtifactError(
-                f"{path}, line {number}: {error}",
-                fix='write {"arrival_s": 0.5, "input_tokens": 900, "output_tokens": 200}',
-            ) from None
+            found.append(Arrival(**record))
+        except ConfigError as error:
+            raise ArtifactError(f"{path}, line {number}: {error}", fix=_REQUEST) from None
     if not found:
         raise ArtifactError(f"{path} holds no requests", fix="write one a line")
     return found

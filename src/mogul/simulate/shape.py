@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from mogul.core.errors import ConfigError
 from mogul.simulate.engines import Engine, engine
@@ -74,6 +75,16 @@ class Ranges(Spec):
     """Not printed in the paper; around the published 16.5 B."""
 
     vocab: int = 153376
+
+    @model_validator(mode="after")
+    def _budgets_rise(self) -> Self:
+        for least, most in (self.total_params, self.active_params):
+            if not 0 <= least <= most:
+                raise ConfigError(
+                    f"no shape has between {least:g} and {most:g} parameters",
+                    fix="give the least first, then the most",
+                )
+        return self
 
 
 PAPER_TARGETS = (

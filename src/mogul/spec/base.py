@@ -68,5 +68,9 @@ def _mend(kind: str, limits: Mapping[str, Any]) -> str:
     if kind in bounds:
         return bounds[kind].format(**limits)
     name, _, end = kind.rpartition("_")
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    return f"give {words[name]}" if name in words and end in ("parsing", "type") else ""
+    words = {
+        "int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text",
+        "tuple": "a list", "list": "a list", "dict": "a table of keys", "model": "a table of keys",
+    }  # fmt: skip
+    known = name in words and end in ("parsing", "type", "size", "from_float")
+    return f"give {words[name]}" if known else "give another value"

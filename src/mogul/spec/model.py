@@ -19,6 +19,10 @@ Score = Literal["softmax", "sigmoid"]
 Weighting = Literal["probability", "renormalised", "renormalised_in_group"]
 
 
+MOST_LAYERS = 10_000
+"""More are a slip of the pen, and every layer is written down somewhere."""
+
+
 class AttentionShape(Spec):
     """One attention layer: grouped-query heads, or a compressed latent (MLA)."""
 
@@ -132,7 +136,7 @@ class ModelSpec(Spec):
 
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
     attention: AttentionShape
     dense_width: int = Field(default=0, ge=0)
     """Inner width of the feed-forward net in layers without experts."""

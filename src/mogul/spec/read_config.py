@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mogul.core.errors import ConfigError
 from mogul.spec.families import ALIASES, Family, Key
 from mogul.spec.grouping import Grouping
-from mogul.spec.model import AttentionShape, ModelSpec, MoeShape, RouterShape
+from mogul.spec.model import MOST_LAYERS, AttentionShape, ModelSpec, MoeShape, RouterShape
 from mogul.spec.parameters import short_dtype
 
 _ALWAYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -51,7 +51,7 @@ class ConfigReader:
         aliases = ALIASES.get(name, (name,))
         found = {key: self.config[key] for key in aliases if self.config.get(key) is not None}
         values = list(found.values())
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             told = " and ".join(f"{key}={value!r}" for key, value in found.items())
             raise ConfigError(
                 f"the config contradicts itself: {told} mean the same", fix="keep one of them"
@@ -63,6 +63,10 @@ class ConfigReader:
         if not is_right or (name in _FROM_ONE and values[0] < 1):
             key = next(iter(found))
             raise ConfigError(f"the config's {key} is {values[0]!r}", fix=f"give {words}")
+        if name == "num_hidden_layers" and values[0] > MOST_LAYERS:
+            raise ConfigError(
+                f"the config has {values[0]:,} layers", fix=f"give at most {MOST_LAYERS:,}"
+            )
         return values[0]
 
     def fact(self, value: Any) -> Any:

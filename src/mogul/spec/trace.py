@@ -40,6 +40,7 @@ SUMMED = (
 )  # fmt: skip
 MAXED = ("max_activation", "input_absmax")
 SAMPLED = ("sample_key", "sample_ids", "sample_task")
+_AGAIN = "make the trace again with `mogul trace`"
 
 
 class ModelStamp(Spec):
@@ -66,6 +67,11 @@ class ModelStamp(Spec):
 
     weights_hash: str = ""
     """Fingerprint of the weight files; empty for a model that lives in memory only."""
+
+    @model_validator(mode="after")
+    def _picks_can_be(self) -> Self:
+        _ = self.grouping  # refuses what cannot be
+        return self
 
     @property
     def grouping(self) -> Grouping:
@@ -117,7 +123,7 @@ class TraceMeta(Spec):
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ConfigError(
                 f"layers={self.layers} of a trace must be ascending and not empty",
-                fix="make the trace again with `mogul trace`",
+                fix=_AGAIN,
             )
         return self
 
@@ -131,11 +137,17 @@ class Trace:
 
     def __post_init__(self) -> None:
         experts, layers = self.meta.model.num_experts, len(self.meta.layers)
-        if (shape := self.arrays["count"].shape) != (layers, experts):
+        if (shape := self.get("count").shape) != (layers, experts):
             raise ArtifactError(
                 f"the trace counts {shape}, not {layers} layers x {experts} experts",
-                fix="make the trace again with `mogul trace`",
+                fix=_AGAIN,
             )
+        for name in SUMMED:
+            if not np.isfinite(self.arrays.get(name, 0)).all():
+                raise ArtifactError(
+                    f"{name!r} of the trace is not finite",
+                    fix=_AGAIN,
+                )
 
     @property
     def count(self) -> np.ndarray:
@@ -147,7 +159,7 @@ class Trace:
         if name not in self.arrays:
             raise ArtifactError(
                 f"the trace holds no {name!r} (level {self.meta.level!r})",
-                fix="trace again with --level activations" if self.meta.level == "routing" else "",
+                fix=_AGAIN + (" --level activations" if self.meta.level == "routing" else ""),
             )
         return self.arrays[name]
 
@@ -212,7 +224,7 @@ def load_trace(folder: str | Path) -> Trace:
     except SafetensorError as error:
         raise ArtifactError(
             f"{stats} is not a safetensors file: {error}",
-            fix="make the trace again with `mogul trace`",
+            fix=_AGAIN,
         ) from error
     keep = {"sample_key": np.uint64}
     wide = {

@@ -154,6 +154,7 @@ def test_bad_input_is_named(tmp_path):
         assert not (tmp_path / "out").exists()
 
     fails(ArtifactError, r"a.jsonl, line 2 is no JSON", "a.jsonl", b'{"text": "x"}\n{"text\n')
+    fails(ArtifactError, r"a.jsonl, line 1 is no JSON: .*surrogates", "a.jsonl", b'"\\ud800"\n')
     fails(ArtifactError, r"line 1 has no text under 'text'", "b.jsonl", b'{"body": "x"}\n')
     fails(ArtifactError, r"c.txt.gz cannot be read", "c.txt.gz", b"no gzip")
     fails(ArtifactError, r"d.txt cannot be read", "d.txt", b"\xff\xfe")
@@ -164,6 +165,8 @@ def test_bad_input_is_named(tmp_path):
     fails(ArtifactError, "none does not exist", "h.txt", b"words", tokenizer="none")
     with pytest.raises(ConfigError, match="is no file and no folder"):
         build(BuildSpec(sources=(str(tmp_path / "none"),)), tmp_path / "out")
+    with pytest.raises(ConfigError, match="less than or equal to 1048576"):
+        BuildSpec(sources=("shipped",), vocab_size=99_999_999_999)
     with pytest.raises(ConfigError, match="cannot hold every byte"):
         build(BuildSpec(sources=("shipped",), vocab_size=200), tmp_path / "out")
     (tmp_path / "tokens").mkdir()

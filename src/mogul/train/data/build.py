@@ -52,7 +52,7 @@ class BuildSpec(Spec):
     tokenizer: str | None = None
     """Checkpoint folder or `tokenizer.json`; None: train one."""
 
-    vocab_size: int = Field(default=16384, ge=2)
+    vocab_size: int = Field(default=16384, ge=2, le=1 << 20)
     """Tokens of the vocabulary that is trained."""
 
     text_key: str = "text"

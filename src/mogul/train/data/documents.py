@@ -8,13 +8,13 @@ compressed with gzip or xz. A file that cannot be read is named, with the line a
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mogul.core.errors import ArtifactError, ConfigError, nearest
+from mogul.core.files import read_json_line
 from mogul.train.data.shards import MANIFEST
 from mogul.train.data.windows import shipped_text
 
@@ -123,13 +123,8 @@ def _from_jsonl(file: Path, key: str) -> Iterator[str]:
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ArtifactError(
-                f"{file}, line {number} is no JSON: {error}",
-                fix="mend it (one object a line), or leave the file out",
-            ) from None
+        fix = "mend it (one object a line), or leave the file out"
+        record = read_json_line(line, file, number, fix=fix)
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
             known = sorted(record) if isinstance(record, dict) else []
             raise ArtifactError(
