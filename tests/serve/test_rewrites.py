@@ -33,6 +33,13 @@ def router(x, weight, w):
     return rows, values.to(x.dtype), ids
 
 
+def output_and_router(x, w, more, weight, gate):
+    """A layer's middle: what attention gave, the residual, and who picks from their sum."""
+    total = more[None] + F.linear(x, w).view(1, len(x), -1)
+    rows, values, ids = router(total.view(-1, total.shape[-1]), weight, gate)
+    return total, rows, values, ids
+
+
 def shared_expert_first(x, weight, w, own):
     """Somebody reads the normed rows before the router does."""
     rows = norm(x, weight)
@@ -90,6 +97,11 @@ def rewritten(function, *args):
         (residual, ((5, 32), (16, 32), (5, 16)), ["mogul.added_linear"]),
         (residual, ((1, 32), (16, 32), (5, 16)), ["mogul.linear"]),
         (router, ((5, 32), (32,), (16, 32)), ["mogul.normed_route"]),
+        (
+            output_and_router,
+            ((5, 32), (24, 32), (5, 24), (24,), (16, 24)),
+            ["mogul.added_route"],
+        ),
         (
             shared_expert_first,
             ((5, 32), (32,), (16, 32), (24, 32)),

@@ -41,6 +41,7 @@ def join(graph: Graph) -> None:
     join_attention(graph)
     join_norms(graph)
     join_residuals(graph)
+    join_sums(graph)
 
 
 def join_attention(graph: Graph) -> None:
@@ -62,6 +63,12 @@ def join_residuals(graph: Graph) -> None:
             _add_inside(graph, node, mogul.added_linear.default, node.args[:2])
     for node in graph.find_nodes(op="call_function", target=mogul.moe.default):
         _add_inside(graph, node, mogul.moe_added.default, node.args)
+
+
+def join_sums(graph: Graph) -> None:
+    """A residual that a router follows is added where it norms: of many rows in one launch."""
+    for node in graph.find_nodes(op="call_function", target=mogul.normed_route.default):
+        _sum_inside(graph, node)
 
 
 def norm_args(norm: Norm) -> tuple[Any, Any, float]:
@@ -115,6 +122,29 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     graph.erase_node(picks)
     graph.erase_node(linear)
     rows.replace_all_uses_with(parts[0])
+
+
+def _sum_inside(graph: Graph, node: Any) -> None:
+    """One operator for a product, its residual and the router that reads their sum first."""
+    x, *route = node.args
+    while is_call(x, aten.reshape.default):
+        x = x.args[0]
+    if not is_call(x, mogul.added_linear.default) or value(x).shape != value(node.args[0]).shape:
+        return
+    if not all(lies_ready(one) for one in route if isinstance(one, torch.fx.Node)):
+        return  # what comes after the product is not there yet where it stands
+    with graph.inserting_before(x):
+        routed = graph.call_function(mogul.added_route.default, (*x.args, *route))
+        parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(4)]
+    for part, val in zip(parts, (value(x), *value(node)), strict=True):
+        part.meta = {"val": val}
+    routed.meta = {"val": tuple(part.meta["val"] for part in parts)}
+    for user in list(node.users):
+        user.replace_all_uses_with(parts[1 + user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    x.replace_all_uses_with(parts[0])
+    graph.erase_node(x)
 
 
 def only_user(node: Any) -> Any:

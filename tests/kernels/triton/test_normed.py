@@ -47,9 +47,19 @@ for rows, columns, inner in ((1, 48, 64), (1, 8, 2064), (3, 24, 272), (17, 32, 1
         assert (logits.gather(1, got[2]) - logits.gather(1, told[1])).abs().max() < 4e-3
         assert (got[1] - told[0]).abs().max() < 4e-3
         assert not normed.counters(host).any(), "left as found"
+        route = (1 + torch.randn(weight.shape[0]).half() / 4, None, 1e-2)
+        last = (router[:, :1].expand(-1, weight.shape[0]) * torch.randn(weight.shape[0]).half())
+        args = (x, weight, plus, *route, last, k, renormalise, torch.float32)
+        got, want = normed.added_route(*args), normed._added_route_host(*args)
+        close(got[0], want[0].float())
+        close(got[1], want[1].float())
+        logits = want[1] @ last.T
+        picked, told = logits.gather(1, got[3]), logits.gather(1, want[3])
+        assert (picked - told).abs().max() < 1e-2 * logits.abs().max()
 x, weight, norm, plus = (torch.randn(*size).half() for size in ((1, 64), (8, 64), (64,), (1, 8)))
 for cache, run in (
     (normed._norm, lambda t: normed.norm_rows(x, t(norm), 0.5)),
+    (normed._norm, lambda t: normed.norm_sums(x, t(x), norm, 0.5)),
     (normed._one, lambda t: normed.product_one(x, weight, norm=t(norm), eps=0.5)),
     (normed._one, lambda t: normed.product_one(x, weight, residual=t(plus))),
     (normed._one, lambda t: normed.product_one(x, t(weight), eps=0.5)),
@@ -150,6 +160,15 @@ def test_launches_equal_their_definitions_on_a_device(rows: int) -> None:
     want = logits.topk(8, -1)
     torch.testing.assert_close(logits.gather(1, ids_TK), want.values, **near)
     torch.testing.assert_close(shares_TK, want.values.softmax(-1), **near)
+    last = torch.randn(128, 640, **kind) / 25
+    args = (x, weight, plus, 1 + torch.randn(640, **kind) / 4, None, 1e-6, last, 8, True)
+    got = normed.added_route(*args, torch.float32)
+    want = normed._added_route_host(
+        *(a.cpu() if torch.is_tensor(a) else a for a in args), torch.float32
+    )
+    torch.testing.assert_close(got[0].cpu(), want[0], **near)
+    torch.testing.assert_close(got[1].cpu(), want[1], **near)
+    torch.testing.assert_close(got[2].cpu(), want[2], **near)
     gate_up, down = torch.randn(16, 256, 512, **kind) / 23, torch.randn(16, 512, 128, **kind) / 11
     moe = (x, gate_up, down, ids_TK % 16, shares_TK.bfloat16())
     for residual in torch.randn(3, rows, 512, **kind):  # from the second on from a tape

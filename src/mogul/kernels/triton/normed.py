@@ -1,8 +1,9 @@
 """Products with what stands before and behind them in a decoder layer, in one launch for few rows.
 
-`mogul::normed_linear` norms its rows first, `mogul::added_linear` adds a residual, and
-`mogul::normed_route` norms, multiplies by a router and picks experts. Compiled decoder layers call
-them (`serve/passes.py`). Many rows take the same steps one after the other.
+`mogul::normed_linear` norms its rows first, `mogul::added_linear` adds a residual,
+`mogul::normed_route` norms, multiplies by a router and picks experts, and `mogul::added_route` does
+both. Compiled decoder layers call them (`serve/passes.py`). Many rows take the same steps one after
+the other; a residual that a router follows is then added by the norm.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ _LIB = torch.library.Library("mogul", "FRAGMENT")
 _NORM = "Tensor norm, Tensor? eps_number, float eps"
 _LIB.define(f"normed_linear(Tensor x, {_NORM}, Tensor weight) -> Tensor")
 _LIB.define("added_linear(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+_ROUTE = f"{_NORM}, Tensor router, int k, bool renormalise, ScalarType dtype"
+_LIB.define(f"normed_route(Tensor x, {_ROUTE}) -> (Tensor, Tensor, Tensor)")
 _LIB.define(
-    f"normed_route(Tensor x, {_NORM}, Tensor weight, int k, bool renormalise, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"added_route(Tensor x, Tensor weight, Tensor residual, {_ROUTE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -77,14 +80,34 @@ def _normed_route_host(
     return normed, *torch.ops.mogul.softmax_topk(normed @ weight.T, k, renormalise, dtype)
 
 
+def _added_route_host(
+    x: Tensor, weight: Tensor, residual: Tensor, *route: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = _added_linear_host(x, weight, residual)
+    return total, *_normed_route_host(total, *route)
+
+
 def norm_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """Rows over their root mean square, times a weight."""
-    x, norm = aligned(x), aligned(norm)
-    out = torch.empty_like(x)
+    return _norm_launched(aligned(x), None, norm, eps)[1]
+
+
+def norm_sums(x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows and a residual, and the same normed."""
+    return _norm_launched(aligned(x), aligned(residual), norm, eps)
+
+
+def _norm_launched(
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The rows, with the residual where there is one, and their norm."""
+    norm, out = aligned(norm), torch.empty_like(x)
+    plus, total = (x, x) if residual is None else (residual, torch.empty_like(x))
     if len(x):
-        launch = _norm(x.shape[1], eps, (x.dtype, norm.dtype), device_index(x))
-        launch((len(x), 1), device_index(x), x, norm, out)
-    return out
+        dtypes = (x.dtype, plus.dtype, norm.dtype)
+        launch = _norm(x.shape[1], eps, residual is not None, dtypes, device_index(x))
+        launch((len(x), 1), device_index(x), x, plus, norm, total, out)
+    return total, out
 
 
 def normed_linear(
@@ -154,12 +177,39 @@ def normed_route(
     return normed, values, ids
 
 
+def added_route(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps_number: Tensor | None,
+    eps: float,
+    router: Tensor,
+    k: int,
+    renormalise: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products of rows and a residual; these normed; values and ids of their picks."""
+    eps = eps_of(eps_number, eps)
+    if len(x) <= max(added_rows, linear.few_rows):
+        total = added_linear(x, weight, residual)
+        return total, *normed_route(total, norm, None, eps, router, k, renormalise, dtype)
+    product = linear.product(x, weight, x.dtype)
+    total, normed = norm_sums(product, residual, norm, eps)
+    logits = linear.product(normed, router, x.dtype)
+    return total, normed, *softmax_topk(logits, k, renormalise, dtype)
+
+
 @cache
-def _norm(inner: int, eps: float, _dtypes: tuple[torch.dtype, ...], device: int) -> Launch:
+def _norm(
+    inner: int, eps: float, adds: bool, _dtypes: tuple[torch.dtype, ...], device: int
+) -> Launch:
     from mogul.kernels.triton.normed_kernels import norm_rows as kernel
 
     pdl = linear.has_pdl(device)
-    constants = {"K": inner, "BLOCK_K": next_power_of_2(inner), "EPS": eps, "PDL": pdl}
+    constants: dict[str, Any] = {
+        "K": inner, "BLOCK_K": next_power_of_2(inner), "EPS": eps, "ADD": adds, "PDL": pdl
+    }  # fmt: skip
     return Launch(kernel, constants, warps=4 if inner <= 2048 else 8, stages=1, pdl=pdl)
 
 
@@ -208,6 +258,7 @@ for _name, _device_path, _host in (
     ("normed_linear", normed_linear, _normed_linear_host),
     ("added_linear", added_linear, _added_linear_host),
     ("normed_route", normed_route, _normed_route_host),
+    ("added_route", added_route, _added_route_host),
 ):
     _LIB.impl(_name, _device_path, "CUDA")
     _LIB.impl(_name, _host, "CPU")
@@ -237,3 +288,21 @@ def _(
     shape = (x.shape[0], k)
     ids = x.new_empty(shape, dtype=torch.int64)
     return torch.empty_like(x), x.new_empty(shape, dtype=dtype), ids
+
+
+@torch.library.register_fake("mogul::added_route", lib=_LIB)
+def _(
+    x: Tensor,
+    _weight: Tensor,
+    residual: Tensor,
+    _norm: Tensor,
+    _number: Tensor | None,
+    _eps: float,
+    _router: Tensor,
+    k: int,
+    _renormalise: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, shape = residual.new_empty(residual.shape), (x.shape[0], k)
+    ids = x.new_empty(shape, dtype=torch.int64)
+    return total, torch.empty_like(total), x.new_empty(shape, dtype=dtype), ids

@@ -49,16 +49,21 @@ def product_one(
 
 @triton.jit
 def norm_rows(
-    x_ptr, norm_ptr, out_ptr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, plus_ptr, norm_ptr, total_ptr, out_ptr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x[row] over its root mean square, times a weight."""
+    """out[row] = x[row] over its root mean square, times a weight; ADD: of total = x + plus."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + row * K + ks, mask=ks < K, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * K + ks, mask=ks < K, other=0.0)
+    if ADD:
+        x += tl.load(plus_ptr + row * K + ks, mask=ks < K, other=0.0)
+        tl.store(total_ptr + row * K + ks, x, mask=ks < K)
+    x = x.to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 0) / K + EPS)
     x *= tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * K + ks, x.to(out_ptr.dtype.element_ty), mask=ks < K)
