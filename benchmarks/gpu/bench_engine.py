@@ -72,7 +72,7 @@ def main() -> None:
     torch.cuda.synchronize()
     note(options, kind="weights", seconds=time.perf_counter() - start_s)
     batches = options.batches
-    length = options.input + options.output
+    length = max(options.input + options.output, *(n + 1 for n in options.first), 1)
     start_s = time.perf_counter()
     engine = Engine(
         model,
@@ -100,6 +100,8 @@ def main() -> None:
     note(options, kind="bandwidth", bytes_per_s=bandwidth)
     for batch in () if options.most else batches:
         attempt(options, measure, engine, batch, options, bandwidth)
+    if options.first:
+        attempt(options, first_tokens, engine, options)
     for batch in options.profile:
         attempt(options, profile, engine, batch, options)
     if options.profile:
@@ -178,6 +180,9 @@ def read_options() -> Any:
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument(
+        "--first", type=int, nargs="*", default=[], help="time first tokens of such prompts alone"
+    )
     parser.add_argument("--step-tokens", type=int, default=0, help="0: the engine's own choice")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--kv-dtype", "--kv", default="auto")
@@ -294,6 +299,45 @@ def measure(engine: Engine, batch: int, options: Any, bandwidth: float) -> None:
         record(engine, batch, options, fields)
 
 
+def first_tokens(engine: Engine, options: Any) -> None:
+    """Time prompts alone to their first token, captured and launched by the host in turns."""
+    ladder = engine.runner.ladder
+    assert ladder is not None
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    ways = {"captured": ladder.mixed, "launched by the host": []}
+    times: dict[tuple[str, int], list[float]] = {}
+    for run in range(options.runs + 2):
+        for way, ladder.mixed in ways.items():
+            for length in options.first:
+                draw = argparse.Namespace(input=length)
+                prompt = prompts_of(1, draw, engine.runner.vocab_size, run)
+                start_s = time.perf_counter()
+                engine.generate(prompt, params)
+                times.setdefault((way, length), []).append(time.perf_counter() - start_s)
+    ladder.mixed = ways["captured"]
+    rows = []
+    for (way, length), seconds in times.items():
+        spent = sorted(1e3 * one for one in seconds[2:])
+        note(options, kind="first token", way=way, length=length, ms=round(median(spent), 2))
+        rows.append(
+            ledger.row(
+                device=torch.cuda.get_device_name(), bench="engine",
+                case=f"{case_of(engine, options)}, one prompt of {length} tokens, step {way}",
+                metric="first token", unit="ms", value=round(median(spent), 2),
+                spread=[round(spent[0], 2), round(spent[-1], 2)], runs=options.runs,
+            )
+        )  # fmt: skip
+    if options.record:
+        ledger.append(rows, Path(options.out) / "ledger.jsonl")
+
+
+def case_of(engine: Engine, options: Any) -> str:
+    """The model, its weights and its pages."""
+    layers = engine.runner.model.config.num_hidden_layers
+    kind = f"{options.quantise or 'bf16'} weights, KV {options.kv_dtype}"
+    return f"{options.preset} ({layers} layers), {kind}"
+
+
 def floor_ms(engine: Engine, batch: int, options: Any, bandwidth: float) -> float:
     """Least time of a decode step: weights touched by even picks, all keys and values, once."""
     weights = weights_of(engine.runner.model)
@@ -380,10 +424,8 @@ def step_ms(engine: Engine, batch: int, options: Any) -> float:
 
 def record(engine: Engine, batch: int, options: Any, fields: dict[str, Any]) -> None:
     """Ledger rows beside the notes."""
-    layers = engine.runner.model.config.num_hidden_layers
-    kind = f"{options.quantise or 'bf16'} weights, KV {options.kv_dtype}"
-    case = f"{options.preset} ({layers} layers), {kind}, batch {batch}, {options.input} + "
-    case += f"{options.output} tokens, one GPU"
+    case = f"{case_of(engine, options)}, batch {batch}, {options.input} + {options.output} tokens, "
+    case += "one GPU"
     device = torch.cuda.get_device_name()
     rows = [
         ledger.row(
