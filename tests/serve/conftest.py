@@ -118,6 +118,15 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
         "moge",
         _moe(router_n_groups=2, shared_expert_intermediate_size=24, router_score="softmax"),
     ),
+    "pangu": (
+        "PanguProMoE",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
     "moge_window": ("moge", _moe(router_n_groups=2, sliding_window=7)),
 }
 MAIN = ("llama", "qwen3_moe", "olmoe", "moge")
