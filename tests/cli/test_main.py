@@ -125,6 +125,15 @@ def test_debug_shows_the_traceback(verb):
         cli.main(["--debug", "info", "x"])
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("7 TiB"), RuntimeError("CPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_too_little_memory_says_what_would_fit(error, verb, capsys):
+    verb(raising(error))
+    assert cli.main(["info", "x"]) == 1
+    assert "fix: it takes more memory than there is: smaller batches" in capsys.readouterr().err
+
+
 def test_an_unexpected_error_is_short_too(verb, capsys):
     verb(raising(RuntimeError("odd")))
     assert cli.main(["info", "x"]) == 1

@@ -91,12 +91,20 @@ def test_a_run_that_cannot_start_leaves_no_folder(files):
 
     for change, words in (
         ("run.device=mars", "device 'mars' is unknown"),
+        ("run.experts=mogull", r"\[run\] experts='mogull' is unknown\nfix: did you mean 'mogul'"),
+        ("run.attention=sdpaa", r"\[run\] attention='sdpaa' is unknown"),
+        ("model.config.hidden_size=-8", "hidden_size is -8"),
         ('data.sources=["no"]', "no does not exist"),
     ):
         recipe = read_recipe(files / "base.toml", [change])
         with pytest.raises(MogulError, match=words):
             Session(recipe, files / "run")
         assert not (files / "run").exists()
+
+
+def test_a_seed_below_zero_is_refused(files):
+    with pytest.raises(ConfigError, match=r"seed: .* greater than or equal to 0"):
+        read_recipe(files / "base.toml", ["run.seed=-1"])
 
 
 def test_a_carried_recipe_is_named_without_a_path(tmp_path, monkeypatch):

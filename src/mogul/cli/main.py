@@ -42,6 +42,9 @@ EXTRA_OF = {
     "gguf": "demo",
 }
 
+NO_MEMORY = ("out of memory", "allocate memory")
+"""Words of torch's errors where memory was short."""
+
 _HELP = """\
 usage: mogul VERB [OPTIONS]
 
@@ -134,6 +137,8 @@ def _advice(error: Exception) -> str:
         return f"pip install 'mogul[{EXTRA_OF[library]}]'"
     if isinstance(error, OSError) and error.filename is not None:
         return "check that the path is right and may be read or written"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return "it takes more memory than there is: smaller batches, shorter texts or fewer at once"
     return "this is unexpected; run again with --debug and report the traceback"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mogul.models
 from mogul.core.errors import ConfigError, nearest
@@ -17,6 +19,7 @@ from mogul.models.convert_config import is_grouped_elsewhere, moge_config
 from mogul.models.load import named_device
 from mogul.models.moge.configuration_moge import TRANSFORMERS_KEYS, MogeConfig
 from mogul.spec import presets
+from mogul.spec.families import model_spec
 from mogul.train.recipe import ModelSection, Recipe, RunSection
 
 CUDNN_FIRST = [
@@ -78,12 +81,14 @@ def build_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         ArtifactError: A checkpoint that cannot be read.
     """
     mogul.models.register()
+    _refuse_implementations(recipe.run)
     section, run = recipe.model, recipe.run
     changes = dict(section.overrides)
     dtype = weight_dtype(run, device)
     torch.manual_seed(run.seed)
     if section.config or section.preset:
         config = _config(section, changes, needs_bias=recipe.balance.bias != "none")
+        model_spec(config.to_dict())  # refuses by name what cannot be
         with torch.device(device):
             model = _from_config(config, dtype, run)
     else:
@@ -95,6 +100,16 @@ def build_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     _leave_balance_to_us(model)
     return model.train()
+
+
+def _refuse_implementations(run: RunSection) -> None:
+    """Refuse names that Transformers does not know, before it builds anything."""
+    for key, given, known in (
+        ("experts", run.experts, {"eager", *ALL_EXPERTS_FUNCTIONS.keys()}),
+        ("attention", _attention(run), {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}),
+    ):
+        if given not in known and "/" not in given:  # a kernel of the hub is a path
+            raise ConfigError(f"[run] {key}={given!r} is unknown", fix=nearest(given, known))
 
 
 def _config(

@@ -26,7 +26,7 @@ class UpcycleSection(Spec):
 
     experts: int = Field(ge=1)
     groups: int = Field(ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     noise: float = Field(default=0.0, ge=0, le=1)
     """Share of each expert's inner columns drawn anew."""
 
@@ -108,7 +108,7 @@ class RunSection(Spec):
     loss: Literal["auto", "chunked", "model"] = "auto"
     """`chunked` never holds all logits; `model` calls the model with labels."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     deterministic: bool = False
     """Refuse operators whose result may differ between runs."""
 
