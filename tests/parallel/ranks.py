@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -357,3 +358,10 @@ def _add_training_cases() -> None:
 
 
 _add_training_cases()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

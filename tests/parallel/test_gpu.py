@@ -10,11 +10,11 @@ from pathlib import Path
 
 import device_ranks
 import pytest
+import ranks
 import torch
 
 from mogul.core.errors import MogulError
 from mogul.parallel import launch
-from mogul.parallel.process import free_port
 from mogul.parallel.watch import EXIT_CODE
 
 pytestmark = [
@@ -49,7 +49,7 @@ device_ranks.dies(start(patience_s=6.0), "{through}")
 @pytest.mark.parametrize("through", ["collective", "window"])
 def test_a_rank_that_waits_on_its_device_ends_when_the_other_is_gone(through):
     """Nobody watches from outside."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
     start_s = time.monotonic()
     started = [
         subprocess.Popen(

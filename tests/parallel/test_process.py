@@ -16,7 +16,6 @@ from torch.distributed import HashStore, TCPStore
 
 from mogul.core.errors import ConfigError, MogulError
 from mogul.parallel import launch, start
-from mogul.parallel.process import free_port
 from mogul.parallel.watch import BEATS_A_PATIENCE, EXIT_CODE, Watch
 
 
@@ -102,7 +101,7 @@ def test_a_rank_that_is_done_sees_that_another_is_gone():
 def _ranks_alone(script: str) -> list[subprocess.Popen[str]]:
     """Two ranks that nobody watches from outside."""
     common = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port()),
         "MOGUL_CPU_RANKS": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return [
@@ -141,13 +140,32 @@ def test_the_rank_that_keeps_the_store_parts_last_and_does_not_wait_for_ever():
 
 def test_the_store_ends_where_its_rank_parts():
     """Whoever starts again at this port must not read what was said before."""
-    port = free_port()
+    port = ranks.free_port()
     watch = Watch(0, 2, 0.3, TCPStore("127.0.0.1", port, None, True, wait_for_workers=False))
     socket.create_connection(("127.0.0.1", port)).close()
     watch.leave()
     watch.part()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+
+
+AGAIN = """
+import time
+from mogul.parallel import process, start
+for run in range(3):
+    world = start(patience_s=20.0)
+    if world.rank == 0 and run:
+        part = world.watch.part
+        world.watch.part = lambda: (time.sleep(1.0), part())  # the others start again before it
+    process.stop(world)
+"""
+
+
+def test_ranks_start_again_at_the_same_port():
+    """One that is early must not join the store that the last run is about to end."""
+    for process in _ranks_alone(AGAIN):
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
 
 
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -24,12 +23,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from mogul.core.errors import ConfigError, MogulError
-from mogul.parallel.watch import WAIT_LIMIT_S, Watch
+from mogul.parallel.watch import WAIT_LIMIT_S, Watch, is_left
 from mogul.parallel.window import why_lost
+
+HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def start(*, patience_s: float = 40.0) -> World:
         device = torch.device(accelerator.type, index)
         torch.accelerator.set_device_index(index)
     wait = timedelta(seconds=WAIT_LIMIT_S)
-    store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
+    store = _common_store(rank, size, wait, patience_s)
     watch = Watch(rank, size, patience_s, store) if size > 1 else None  # joining can hang, too
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
@@ -78,6 +80,23 @@ def start(*, patience_s: float = 40.0) -> World:
         device_id=device if device.type != "cpu" else None,
     )
     return World(rank, size, device, watch)
+
+
+def _common_store(rank: int, size: int, wait: timedelta, patience_s: float) -> Store:
+    """The store that all ranks of this run ask; that of an earlier run at this port is outwaited.
+
+    It ends when its last rank has parted, which may be after the first of them has started again.
+    """
+    end_s = time.monotonic() + patience_s
+    while True:
+        try:
+            store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
+            if rank == 0 or not is_left(store, size):
+                return store
+        except (dist.DistNetworkError, dist.DistStoreError):  # taken, or it ended while asked
+            if time.monotonic() > end_s:
+                raise
+        time.sleep(0.1)
 
 
 def stop(world: World) -> None:
@@ -111,11 +130,14 @@ def launch(
     if on_cpu:  # one process imports the libraries, the ranks are forked from it
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mogul.parallel", "mogul.models", "torch._dynamo"])
+    # The store lives here, at a port that it found free itself: no rank's end takes it away.
+    # libuv's server can end its process without a word.
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, use_libuv=False)
     environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for a store outside the ranks
         "WORLD_SIZE": str(ranks),
-        "USE_LIBUV": "0",  # that server of the store can end its rank without a word
         **({"MOGUL_CPU_RANKS": "1"} if on_cpu else {}),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -136,13 +158,6 @@ def launch(
         return [
             torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(ranks)
         ]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _run_rank(

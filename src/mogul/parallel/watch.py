@@ -22,6 +22,14 @@ WAIT_LIMIT_S = 600.0
 """How long ranks wait in one collective, or at one barrier, for a rank that shows signs of life."""
 BEATS_A_PATIENCE = 8
 
+_PREFIX = "mogul_watch"
+
+
+def is_left(common: Store, size: int) -> bool:
+    """Whether a rank of the run that this store served has left it or failed."""
+    store = PrefixStore(_PREFIX, common)
+    return any(store.check([key]) for key in ("failed", *(f"left{rank}" for rank in range(size))))
+
 
 class Watch:
     """The heartbeat of one rank and its eye on the others."""
@@ -30,7 +38,7 @@ class Watch:
         self.rank, self.size, self.patience_s = rank, size, patience_s
         self._common: Store | None = common
         """Rank 0's is the store itself, which must outlive what others ask it."""
-        store: Any = PrefixStore("mogul_watch", common)
+        store: Any = PrefixStore(_PREFIX, common)
         # A connection of its own where torch can make one: a thread may wait in the other.
         self._store = store.clone() if hasattr(store, "clone") else store
         self._stopped = threading.Event()
@@ -76,7 +84,7 @@ class Watch:
                 self._beat()
                 problem = self._look(seen)
             except RuntimeError as error:
-                problem = f"the store of rank 0 is gone ({str(error).splitlines()[0][:80]})"
+                problem = f"the common store is gone ({str(error).splitlines()[0][:80]})"
             if problem and not self._stopped.is_set():
                 self._end(problem)
 
