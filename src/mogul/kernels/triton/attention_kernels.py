@@ -366,7 +366,8 @@ def write_pages(
 ):  # fmt: skip
     """Key and value of one token into its slot; the output of a padding token becomes 0.
 
-    With TURN the key is normed and rotated, and so are the queries: both go to `turned_ptr`.
+    With TURN the key is normed and rotated, and so are the queries, BLOCK_H of them by each further
+    program of the token: both go to `turned_ptr`.
     """
     if PDL:
         gdc_wait()
@@ -376,7 +377,7 @@ def write_pages(
         o = tl.arange(0, BLOCK_OUT)
         zero = tl.zeros((BLOCK_OUT,), tl.float32).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + t * (H * C) + o, zero, mask=o < H * C)
-    else:
+    elif tl.program_id(1) == 0:
         slot = tl.load(slots_ptr + t)
         n = tl.arange(0, N_POW2)
         c = tl.arange(0, C_POW2)
@@ -399,17 +400,15 @@ def write_pages(
         v = to_page(v, value_scale_ptr, n, value_cache_ptr.dtype.element_ty, FP8)
         tl.store(key_cache_ptr + to, k, mask=keep)
         tl.store(value_cache_ptr + to, v, mask=keep)
-        if TURN:
-            for first in tl.static_range(0, H, BLOCK_H):
-                h = first + tl.arange(0, BLOCK_H)
-                keep_q = (h < H)[:, None] & (c < C)[None, :]
-                q = turned(
-                    q_ptr, t * Q_T + h * Q_H, t + tl.zeros((1,), tl.int64), keep_q,
-                    (c < C)[None, :], c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM,
-                    TURN,
-                ).to(turned_ptr.dtype.element_ty)  # fmt: skip
-                put = turned_ptr + (t * (H + N) + h)[:, None] * C + c[None, :]
-                tl.store(put, q, mask=keep_q)
+    elif TURN:
+        h = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        at = tl.arange(0, C_POW2)
+        wanted = (h < H)[:, None] & (at < C)[None, :]
+        q = turned(
+            q_ptr, t * Q_T + h * Q_H, t + tl.zeros((1,), tl.int64), wanted, (at < C)[None, :], at,
+            cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM, TURN,
+        ).to(turned_ptr.dtype.element_ty)  # fmt: skip
+        tl.store(turned_ptr + (t * (H + N) + h)[:, None] * C + at[None, :], q, mask=wanted)
 
 
 @triton.jit

@@ -34,6 +34,9 @@ TURNED_INSIDE = 16
 """Sequences up to which one launch norms, rotates, writes and attends: of more, workers would wait
 for that at every sequence they come to, so a launch before does it."""
 
+TURNED_HEADS = 16
+"""Query heads that one program of that launch norms and rotates."""
+
 
 @dataclass(frozen=True)
 class FewTile:
@@ -196,7 +199,7 @@ def _writer(call: Call) -> Launch:
         "N_POW2": next_power_of_2(call.kv_heads),
         "C_POW2": call.width_pow2,
         "H": heads,
-        "BLOCK_H": min(16, next_power_of_2(heads)),
+        "BLOCK_H": min(TURNED_HEADS, next_power_of_2(heads)),
         "BLOCK_OUT": next_power_of_2(heads * call.width),
     }
     return Launch(kernels.write_pages, constants, warps=4, stages=1, pdl=call.pdl)
@@ -350,8 +353,9 @@ def _write(
     (query, key, value), (slots, _, starts, lengths) = new, where
     tokens, heads, width = out.shape
     ready = out.new_empty((tokens, heads + call.kv_heads, width)) if call.turns else query
+    grid = (tokens, 1 + (cdiv(heads, TURNED_HEADS) if call.turns else 0))
     _writer(call)(
-        (tokens, 1), call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
+        grid, call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
         len(lengths),
     )  # fmt: skip
     if not call.turns:
