@@ -1,8 +1,8 @@
 """Python's garbage collector beside a running engine.
 
 A full collection looks at every object of the process, half a million with compiled layers: 0.3 to
-0.5 s, twelve decode steps, in which the device waits. What an engine on an accelerator finds when it
-is ready is set aside, so that collections see only what requests leave behind.
+0.5 s, twelve decode steps, in which the device waits. What is there when an engine on an
+accelerator is ready is set aside: collections then see only what requests leave behind.
 """
 
 from __future__ import annotations
