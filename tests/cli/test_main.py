@@ -1,6 +1,7 @@
 """The command line finds its verb, ends cleanly, and imports no more than it needs."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -132,6 +133,22 @@ def test_too_little_memory_says_what_would_fit(error, verb, capsys):
     verb(raising(error))
     assert cli.main(["info", "x"]) == 1
     assert "fix: it takes more memory than there is: smaller batches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("load", "policy"), [(0.1, None), (1e6, "passive")])
+def test_threads_sleep_where_they_wait_on_a_busy_machine(verb, monkeypatch, load, policy):
+    seen = []
+    monkeypatch.setenv("OMP_WAIT_POLICY", "x")  # put back at the end
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(cli.os, "getloadavg", lambda: (load, 0.0, 0.0))
+
+    def run(_options):
+        seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        return 0
+
+    verb(SimpleNamespace(run=run))
+    assert cli.main(["info", "x"]) == 0
+    assert seen == [policy]
 
 
 def test_an_unexpected_error_is_short_too(verb, capsys):

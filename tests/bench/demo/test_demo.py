@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_is_refused_at_once(checkpoint, tmp_path):
     from mogul.bench.demo.run import run_demo
 
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match=r"cannot make the folder .*file"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*file"):
         run_demo(checkpoint, tmp_path / "file", SETTINGS)
 
 

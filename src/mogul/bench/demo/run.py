@@ -24,8 +24,7 @@ from mogul.bench.demo.exact import ExactResult, act_exact
 from mogul.bench.demo.learning import act_learning
 from mogul.bench.demo.report import DemoResult, write_report
 from mogul.bench.demo.tables import balance_table, exact_table, learning_table
-from mogul.core.errors import ArtifactError
-from mogul.core.files import check_space
+from mogul.core.files import check_space, check_writable
 from mogul.core.log import say
 from mogul.core.table import Table
 from mogul.core.units import MB, show_bytes, show_s
@@ -89,13 +88,7 @@ def run_demo(
 
 def _check_folder(folder: Path) -> None:
     """Find out before five minutes of work whether the report can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot make the folder {folder}: {error.strerror}"
-        raise ArtifactError(problem, fix="choose another folder") from error
-    if not os.access(folder, os.W_OK):
-        raise ArtifactError(f"cannot write into {folder}", fix="choose another folder")
+    check_writable(folder / "report.html")
     check_space(folder, REPORT_BYTES)
 
 
