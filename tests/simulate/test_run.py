@@ -56,6 +56,20 @@ def test_eager_launches_cost():
     assert slow.tpot_s > 2 * fast.tpot_s
 
 
+def test_joined_launches_cost_nothing_while_decoding():
+    workload = Workload(batch=1, input_tokens=64)
+    joined, apart = (
+        predict(Setting(QWEN, H100, engine=engine("mogul").replace(joins=joins)), workload)
+        for joins in (True, False)
+    )
+    gone = {one.operator.name for one in apart.decode.operators} - {
+        one.operator.name for one in joined.decode.operators
+    }
+    assert gone == {"norms", "rotation, cache", "top-k"}
+    assert joined.tpot_s < apart.tpot_s
+    assert joined.prefill.seconds == apart.prefill.seconds
+
+
 def test_grouped_routing_is_not_slower_than_free_routing_over_eight_ranks():
     free = PANGU.replace(moe=PANGU.moe.replace(grouping=PANGU.moe.grouping.replace(num_groups=1)))
     layout = Parallel(tp=8, ep=8)

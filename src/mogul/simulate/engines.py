@@ -49,6 +49,10 @@ class Engine(Spec):
     small_kernels: float = 3.0
     """Kernels a layer besides norms and matrix products (rotation, cache write, quantise...)."""
 
+    joins: bool = False
+    """In decode steps norms, rotations, activations, picks and sums are done by the kernels beside
+    them: no launches of their own, and no bytes that these do not move anyway."""
+
     step_host_s: float = 5e-4
     """Host time between two decode steps that nothing hides: schedule, sample, detokenise."""
 
@@ -78,7 +82,7 @@ class Engine(Spec):
 
 _ENGINES = {
     # Its host prepares a step while the last one runs: 3.85 ms a step, 3.78 of kernels (H100).
-    "mogul": Engine(kernels="mogul", step_host_s=1e-4),
+    "mogul": Engine(kernels="mogul", step_host_s=1e-4, joins=True),
     "vllm": Engine(name="vllm", kernels="vllm", step_host_s=1.0e-3, uses_nccl=False),
     "sglang": Engine(name="sglang", kernels="sglang", step_host_s=5e-4, uses_nccl=False),
     "trtllm": Engine(name="trtllm", kernels="trtllm", step_host_s=5e-4, uses_nccl=False),

@@ -182,12 +182,18 @@ def _latent_projections(layout: Layout, step: Step) -> Iterator[Operator]:
     yield _gemm(layout, "absorb value", "attention", tokens, width, latent, layers, "bf16")
 
 
+def _is_joined(layout: Layout, step: Step) -> bool:
+    return layout.engine.joins and not step.is_prefill
+
+
 def _norms(layout: Layout, step: Step) -> Iterator[Operator]:
     model = layout.model
     moved = step.tokens * model.hidden_size * 2.0
     heads = (model.attention.num_heads + model.attention.num_kv_heads) / layout.parallel.tp
     rotated = step.tokens * heads * model.attention.key_dim * 4.0
     per_layer = layout.engine.small_kernels
+    if _is_joined(layout, step):
+        return
     dims = {"moved_bytes": 4 * moved}
     yield Operator("norms", "norms", "elementwise", dims, 2.0 * model.num_layers)
     dims = {"moved_bytes": rotated}
@@ -202,8 +208,9 @@ def _dense(
         tokens = tokens * shards // layout.parallel.tp
     local = width / shards
     yield _gemm(layout, f"{part} gate, up", part, tokens, 2 * local, hidden, layers, fmt)
-    dims = {"moved_bytes": tokens * local * 6.0}
-    yield Operator(f"{part} activation", part, "elementwise", dims, layers)
+    if not _is_joined(layout, step):
+        dims = {"moved_bytes": tokens * local * 6.0}
+        yield Operator(f"{part} activation", part, "elementwise", dims, layers)
     yield _gemm(layout, f"{part} down", part, tokens, hidden, local, layers, fmt)
     if part == "dense" and shards > 1:
         yield _reduce(layout, "dense all-reduce", shards, tokens, layers)
@@ -217,8 +224,9 @@ def _experts(layout: Layout, step: Step, loads: list[tuple[int, LayerLoad]]) -> 
     router_m = step.tokens
     outputs = moe.grouping.num_experts + moe.router.num_null_experts
     yield _gemm(layout, "router", "router", router_m, outputs, model.hidden_size, layers, "bf16")
-    dims = {"moved_bytes": step.tokens * outputs * 6.0}
-    yield Operator("top-k", "router", "elementwise", dims, layers)
+    if not _is_joined(layout, step):
+        dims = {"moved_bytes": step.tokens * outputs * 6.0}
+        yield Operator("top-k", "router", "elementwise", dims, layers)
     fmt = layout.quant.expert_format
     arithmetic = layout.quant.arithmetic(fmt)
     for count, load in loads:
