@@ -37,10 +37,6 @@ def _deepseek_v3():
     ).eval()  # fmt: skip
 
 
-def _num_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -77,13 +73,13 @@ def test_a_router_without_ids_is_read_at_its_experts():
     np.testing.assert_array_equal(recording.forwards(1)[0], seen[0].numpy())
 
 
-def test_hooks_go_at_the_end_and_after_an_exception(model):
-    before = _num_hooks(model)
+def test_hooks_go_at_the_end_and_after_an_exception(model, num_hooks):
+    before = num_hooks(model)
     with record_routing(model):
-        assert _num_hooks(model) > before
+        assert num_hooks(model) > before
     with pytest.raises(ZeroDivisionError), record_routing(model):
         _ = 1 / 0
-    assert _num_hooks(model) == before
+    assert num_hooks(model) == before
 
 
 def test_recordings_nest(model):

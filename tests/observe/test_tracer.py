@@ -61,10 +61,6 @@ def tiny(kind="qwen3_moe", **changes):
     return model
 
 
-def num_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny()
@@ -173,7 +169,7 @@ def test_parts_merge_to_the_whole(model):
             np.testing.assert_allclose(both.arrays[name], array, rtol=1e-12)
 
 
-def test_the_model_is_untouched(model):
+def test_the_model_is_untouched(model, num_hooks):
     hooks = num_hooks(model)
     with torch.no_grad():
         before = model(IDS).logits

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from mogul.simulate.shape import Target
+    from mogul.core.table import Table
+    from mogul.simulate.shape import Study, Target
 
 EXAMPLES = """
 examples:
@@ -67,7 +68,6 @@ class Options:
 def run(options: Options) -> int:
     """Study and print."""
     from mogul.cli.simulate_options import write_page
-    from mogul.core.table import Table
     from mogul.simulate.shape import Ranges, study
 
     ranges = Ranges(
@@ -82,6 +82,16 @@ def run(options: Options) -> int:
         seed=options.seed,
         tokens=options.tokens,
     )
+    table = _table(found)
+    table.show(options.format)
+    write_page(options.html, "Model shapes", [table])
+    return 0
+
+
+def _table(found: Study) -> Table:
+    """The reference first, then the fastest shapes."""
+    from mogul.core.table import Table
+
     shown = [("published", found.reference), *(("", one) for one in found.candidates[:15])]
     keys = tuple(found.reference.shape)
     rows = [
@@ -108,10 +118,7 @@ def run(options: Options) -> int:
         "percentile": found.percentile,
         "at_quality": None if math.isnan(at_quality) else at_quality,
     }
-    table = Table("Shapes, fastest first", columns, rows, notes, extra=extra)
-    table.show(options.format)
-    write_page(options.html, "Model shapes", [table])
-    return 0
+    return Table("Shapes, fastest first", columns, rows, notes, extra=extra)
 
 
 def _target(text: str, options: Options) -> Target:

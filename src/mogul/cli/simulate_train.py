@@ -73,7 +73,7 @@ def run(options: Options) -> int:
     from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
     from mogul.core.errors import ConfigError
     from mogul.core.table import Table
-    from mogul.simulate.tables import train_tables
+    from mogul.simulate.tables import train_data, train_tables
     from mogul.simulate.train import predict_training
     from mogul.simulate.train_plan import TrainPlan
 
@@ -107,18 +107,7 @@ def run(options: Options) -> int:
         calibration=setting.calibration,
     )
     if options.format == "json":
-        data = {
-            "step_s": found.step_s,
-            "tokens_per_s_per_device": found.tokens_per_s_per_device,
-            "flop_per_s_per_device": found.flop_per_s_per_device,
-            "mfu": found.mfu,
-            "bubble": found.bubble,
-            "parts_s": found.parts,
-            "memory_bytes": found.memory.parts,
-            "fits": found.memory.fits,
-            "days": options.tokens and found.days(options.tokens),
-        }
-        Table("", (), (), data=data).show("json")
+        Table("", (), (), data=train_data(found, options.tokens)).show("json")
     else:
         for table in train_tables(found, options.tokens):
             table.show()

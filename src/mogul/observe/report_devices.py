@@ -55,27 +55,14 @@ Placements = Mapping[int, Placement | None]
 
 def device_table(trace: Trace, found: Placements) -> Table:
     """Tabulate rho over the whole trace, delta and IS of small batches, before and after."""
-    rows = []
-    stuck = []
+    rows, stuck = [], []
     for devices, placement in found.items():
         if placement and np.mean([one.rho_bound for one in placement.layers]) > _STUCK:
             stuck.append(str(devices))
-        before, worst = numbers.whole_rho(trace, devices)
-        after = numbers.whole_rho(trace, devices, placement)[0] if placement else None
-        small = numbers.device_balance(trace, devices, 16)
-        small_after = numbers.device_balance(trace, devices, 16, placement) if placement else None
-        rows.append(
-            (
-                devices,
-                round(before, 3),
-                round(worst, 3),
-                round(after, 3) if after else None,
-                round(small.delta, 3),
-                round(small_after.delta, 3) if small_after else None,
-                round(small.imbalance, 3),
-                round(small_after.imbalance, 3) if small_after else None,
-            )
-        )
+        worst = round(numbers.whole_rho(trace, devices)[1], 3)
+        rho, delta, imbalance = _balance(trace, devices)
+        after = _balance(trace, devices, placement) if placement else (None, None, None)
+        rows.append((devices, rho, worst, after[0], delta, after[1], imbalance, after[2]))
     notes = [_STUCK_NOTE.format(" and ".join(stuck))] if stuck else []
     if without := [str(devices) for devices, placement in found.items() if placement is None]:
         legal = ", ".join(map(str, trace.meta.model.grouping.legal_devices()))
@@ -87,6 +74,13 @@ def device_table(trace: Trace, found: Placements) -> Table:
         rows,
         (_DEVICE_NOTE, *notes),
     )  # fmt: skip
+
+
+def _balance(trace: Trace, devices: int, placement: Placement | None = None) -> tuple[float, ...]:
+    """Rho of the whole trace, delta and IS of small batches: means over layers."""
+    small = numbers.device_balance(trace, devices, SMALL_BATCH, placement)
+    rho = numbers.whole_rho(trace, devices, placement)[0]
+    return round(rho, 3), round(small.delta, 3), round(small.imbalance, 3)
 
 
 def each_device_table(trace: Trace, devices: int, placement: Placement | None) -> Table:

@@ -148,6 +148,21 @@ def compare_table(points: list[Compared], title: str) -> Table:
     return Table(title, columns, rows)
 
 
+def train_data(p: TrainPrediction, total_tokens: float | None) -> dict[str, Any]:
+    """The prediction in base units."""
+    return {
+        "step_s": p.step_s,
+        "tokens_per_s_per_device": p.tokens_per_s_per_device,
+        "flop_per_s_per_device": p.flop_per_s_per_device,
+        "mfu": p.mfu,
+        "bubble": p.bubble,
+        "parts_s": p.parts,
+        "memory_bytes": p.memory.parts,
+        "fits": p.memory.fits,
+        "days": total_tokens and p.days(total_tokens),
+    }
+
+
 def train_tables(p: TrainPrediction, total_tokens: float | None) -> list[Table]:
     """What `simulate train` prints."""
     rows = [
