@@ -31,10 +31,11 @@ from mogul.serve.params import SamplingParams
 from mogul.spec import presets
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "all joined": ("attention", "products", "residuals"),
+    "all joined": ("attention", "products", "residuals", "sums"),
+    "all but sums": ("attention", "products", "residuals"),
     "none": (),
     "attention alone": ("attention",),
-    "products alone": ("products", "residuals"),
+    "products alone": ("products", "residuals", "sums"),
 }
 """Which rewrites run; beside these, all of them with prompts read through pages."""
 
@@ -71,6 +72,7 @@ def join_some(kinds: tuple[str, ...]) -> Callable[[Any], None]:
         "attention": rewrites.join_attention,
         "products": rewrites.join_norms,
         "residuals": rewrites.join_residuals,
+        "sums": rewrites.join_sums,
     }
 
     def join(graph: Any) -> None:
@@ -90,7 +92,7 @@ def open_engine(model: Any, name: str, kinds: tuple[str, ...], options: Any) -> 
     most, length = max(options.batches), options.input + options.output
     settled = EngineOptions(
         max_length=length, max_sequences=most, cache_tokens=most * (length + 16),
-        reuse_prefix=False, graph_sizes=tuple(options.batches),
+        reuse_prefix=False, graph_sizes=tuple(options.batches), prompt_sizes=(),
     )  # fmt: skip
     return Engine(model, None, settled)
 
