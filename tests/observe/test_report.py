@@ -12,13 +12,14 @@ import pytest
 from mogul.core.errors import ConfigError
 from mogul.observe import numbers
 from mogul.observe.compare import comparison
-from mogul.observe.report import (
+from mogul.observe.report import page_of
+from mogul.observe.report_devices import (
     default_devices,
-    page_of,
+    device_table,
+    each_device_table,
     placements,
     with_given,
 )
-from mogul.observe.report_devices import device_table, each_device_table
 from mogul.observe.uniform import imbalance_chart
 from mogul.place.solve import Wish, place
 from mogul.spec.picks import trace_of_picks

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -62,6 +63,20 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
     ids = torch.arange(20)[None]
     assert torch.equal(loaded(input_ids=ids).logits, session.model.eval()(input_ids=ids).logits)
     assert (tmp_path / MODEL / "tokenizer.json").exists()
+
+
+def test_a_run_without_plotly_ends_well_and_says_what_is_missing(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "mogul.draw.interactive", None)
+    _run(recipe(log__report=True), tmp_path)
+    assert "no report.html: " in (told := capsys.readouterr().err)
+    assert "pip install 'mogul[draw]', then --resume writes it" in told
+    assert (tmp_path / MODEL).is_dir()
+    assert not (tmp_path / "report.html").exists()
+    monkeypatch.undo()
+    _run(recipe(log__report=True), tmp_path, resume=True)
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"run__accumulation": 2, "optimizer__kind": "adamw"}])

@@ -64,8 +64,12 @@ def run(options: Options) -> int:
 def _report(options: Options, trace: Trace) -> int:
     from mogul.core.errors import ConfigError
     from mogul.observe.numbers import summary
-    from mogul.observe.report import default_devices, page_of, with_given
-    from mogul.observe.report_devices import device_table, each_device_table
+    from mogul.observe.report_devices import (
+        default_devices,
+        device_table,
+        each_device_table,
+        with_given,
+    )
     from mogul.spec.placement import load_placement
 
     most = trace.meta.model.num_experts
@@ -95,6 +99,8 @@ def _report(options: Options, trace: Trace) -> int:
         if len(each) == 1:
             each[0].show(options.format)
     if not options.no_html:
+        from mogul.observe.report import page_of
+
         _write(page_of(trace, found), options, numbers)
     return 0
 

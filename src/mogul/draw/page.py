@@ -1,7 +1,7 @@
 """A report page: one HTML file that works offline, on a phone, in light and in dark.
 
 All text given is escaped; `code` in backquotes and **bold** are the only marks. plotly.js is
-inlined once, and only if the page has a figure.
+inlined once, and only if the page has a figure; a page of tables needs no plotly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from mogul.core.files import atomic_write
 from mogul.core.table import Table
 from mogul.draw.chart import Figure
-from mogul.draw.interactive import plotly_fragment, plotly_script
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #20262e; --soft: #5d6673; --paper: #ffffff;
@@ -138,6 +137,8 @@ class Page:
 
     def figure(self, figure: Figure) -> None:
         """Add a figure with its title above and its caption below."""
+        from mogul.draw.interactive import plotly_fragment
+
         self._num_figures += 1
         drawn = plotly_fragment(figure, f"figure-{self._num_figures}")
         self._parts.append(
@@ -155,7 +156,11 @@ class Page:
 
     def html(self) -> str:
         """The whole page."""
-        script = f"<script>{plotly_script()}</script>" if self._num_figures else ""
+        script = ""
+        if self._num_figures:
+            from mogul.draw.interactive import plotly_script
+
+            script = f"<script>{plotly_script()}</script>"
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'

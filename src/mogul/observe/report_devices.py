@@ -5,13 +5,15 @@ Decides the tables and charts of rows and distinct experts by device and by batc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mogul.core.errors import ConfigError
 from mogul.core.table import Table
 from mogul.draw.chart import BLUE, ORANGE, Chart, Series
 from mogul.observe import numbers
+from mogul.place.solve import Wish, place
 from mogul.spec.placement import Placement
 from mogul.spec.trace import Trace
 
@@ -51,6 +53,44 @@ _BALANCES = {
 
 Placements = Mapping[int, Placement | None]
 """Device count -> the placement beside the contiguous one; None: there is none."""
+
+
+def placements(trace: Trace, devices: Sequence[int]) -> dict[int, Placement | None]:
+    """A placement for each device count; None where none is legal (a MoGE on other devices)."""
+    found: dict[int, Placement | None] = {}
+    for count in devices:
+        try:
+            found[count] = place(trace, Wish(num_devices=count))
+        except ConfigError:
+            if trace.meta.model.num_groups == 1:
+                raise
+            found[count] = None
+    return found
+
+
+def with_given(
+    trace: Trace, devices: Sequence[int], given: Sequence[Placement]
+) -> dict[int, Placement | None]:
+    """Placements to show: a given one for its device count, else one that is found now.
+
+    Raises:
+        ConfigError: A placement of another model.
+    """
+    for one in given:
+        one.model.check_same(trace.meta.model, what="the trace")
+    known = {one.num_devices: one for one in given}
+    others = [count for count in devices if count not in known]
+    found = {**placements(trace, others), **known}
+    return {count: found[count] for count in sorted(found)}
+
+
+def default_devices(trace: Trace) -> tuple[int, ...]:
+    """The device counts worth a look: legal ones of a MoGE, else powers of two."""
+    model = trace.meta.model
+    if model.num_groups > 1:
+        return tuple(d for d in model.grouping.legal_devices() if d > 1)
+    most = max(model.num_experts // 8, min(8, model.num_experts // 2))
+    return tuple(d for d in (2, 4, 8, 16, 32, 64) if d <= most)[-3:] or (2,)
 
 
 def device_table(trace: Trace, found: Placements) -> Table:

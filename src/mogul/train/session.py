@@ -363,10 +363,17 @@ class Session:
             return
         export(self.model, self.folder / MODEL, tokenizer=self._tokenizer())
         if self.recipe.log.report:
-            from mogul.train.report import write_report
-
-            write_report(self.folder)
+            self._report()
         say(f"trained {self.step} steps, {show_count(self.tokens)} tokens: {self.folder / MODEL}")
+
+    def _report(self) -> None:
+        """Write the page; where nothing can draw, say so: the training has succeeded."""
+        from mogul.train.report import write_report
+
+        try:
+            write_report(self.folder)
+        except ModuleNotFoundError as missing:
+            say(f"no report.html: {missing}; pip install 'mogul[draw]', then --resume writes it")
 
     def _tokenizer(self) -> Path | None:
         """The folder of the tokenizer: named, or beside the tokens it made."""
