@@ -95,6 +95,8 @@ def test_every_verb_explains_itself(capsys, name):
     assert cli.main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"usage: mogul {name}" in out
+    assert "{None}" not in out  # a value that may be absent is shown as what it is
+    assert ", --no-" not in out  # nor a flag twice
     assert "examples:" in out
     assert f"mogul {name}" in out.split("examples:")[1]
 

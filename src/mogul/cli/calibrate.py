@@ -59,8 +59,8 @@ class Options:
     dtype: Dtype = "auto"
     """Compute in this dtype; auto takes the checkpoint's."""
 
-    device: str | None = None
-    """Device; by default an accelerator where there is one."""
+    device: str = "auto"
+    """Device to run on, for example cpu; auto takes an accelerator where there is one."""
 
     seed: int = 0
     """Seed of the order of the text."""

@@ -22,7 +22,7 @@ examples:
 class Options:
     """Read every shard of a token folder and compare it with its checksum."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder that `mogul data build` wrote."""
     format: Literal["table", "json", "csv"] = "table"
     """How the result is printed."""

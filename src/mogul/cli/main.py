@@ -190,11 +190,11 @@ def _run_subverb(verb: str, args: list[str], module: Any) -> int:
 
 
 def _parse(module: Any, verb: str, args: list[str]) -> Any:
-    import tyro
+    from mogul.cli.flags import parse
 
     about = cleandoc(module.Options.__doc__ or "")
     description = f"{about}\n\n{getattr(module, 'EXAMPLES', '').strip()}"
-    options = tyro.cli(module.Options, prog=f"mogul {verb}", description=description, args=args)
+    options = parse(module.Options, args, prog=f"mogul {verb}", description=description)
     if getattr(options, "seed", 0) < 0:
         from mogul.core.errors import ConfigError
 

@@ -28,7 +28,7 @@ class Options:
     A MoGE is placed in whole groups; a device count that does not divide its groups is refused.
     """
 
-    trace: Annotated[Path, tyro.conf.Positional]
+    trace: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TRACE")]
     """Trace folder (`mogul trace`)."""
     devices: int
     """Devices that share the experts of every layer."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from mogul.cli.generation import TORCH_NAMES, Dtype
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -33,7 +35,7 @@ class Options:
     group by group and nothing else changes. Prints how much of the routing survives.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of the checkpoint (Qwen3-MoE, Mixtral or MoGE without groups), or a hub id."""
     trace: Path
     """Its trace (`mogul trace`)."""
@@ -59,10 +61,10 @@ class Options:
     """Windows in a forward."""
     compare_tokens: int = 8192
     """Held-out tokens to compare the models on."""
-    device: str | None = None
-    """Device to run on; by default the accelerator, else the CPU."""
-    dtype: str = "auto"
-    """Weights' dtype: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """Device to run on, for example cpu; auto takes an accelerator where there is one."""
+    dtype: Dtype = "auto"
+    """Compute in this dtype; auto takes the checkpoint's."""
     seed: int = 0
     """Seed of the search for groups and of the batches."""
     force: bool = False
@@ -95,7 +97,7 @@ def run(options: Options) -> int:
         return _stream(options, folder, trace, group_of, groups)
     with atomic_folder(options.out, force=options.force) as work:
         device = named_device(options.device)
-        original = load_model(folder, dtype=options.dtype, device=device)
+        original = load_model(folder, dtype=TORCH_NAMES[options.dtype], device=device)
         grouped = regroup(original, group_of, groups)
         train_ids, held_out_ids = _windows(options, folder, original)
         before = _compare(options, original, grouped, held_out_ids, group_of, groups)

@@ -37,7 +37,7 @@ class Options:
     """placement.json of `mogul place`: shown for its device count instead of a new one."""
     html: Path | None = None
     """The page; by default report.html in the (first) trace folder."""
-    no_html: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_html: bool = False
     """Print only."""
     format: Literal["table", "json", "csv"] = "table"
     """How the result is printed."""

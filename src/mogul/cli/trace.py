@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from mogul.cli.generation import TORCH_NAMES, Dtype
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -51,12 +53,12 @@ class Options:
     """Sequences in a forward."""
     per_token: bool = False
     """Also write every token's picks as Parquet files."""
-    device: str | None = None
-    """Device to run on; by default the accelerator, else the CPU."""
-    dtype: str = "auto"
-    """Weights' dtype: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """Device to run on, for example cpu; auto takes an accelerator where there is one."""
+    dtype: Dtype = "auto"
+    """Compute in this dtype; auto takes the checkpoint's."""
     experts: str = "mogul"
-    """Experts implementation."""
+    """Implementation of the experts: mogul, or one of Transformers' (eager, grouped_mm...)."""
     seed: int = 0
     """Seed of the order of the data and of the sample."""
     format: Literal["table", "json", "csv"] = "table"
@@ -117,7 +119,7 @@ def _trace(options: Options) -> TraceRun:
     )
     model = load_model(
         folder,
-        dtype=options.dtype,
+        dtype=TORCH_NAMES[options.dtype],
         experts=options.experts,
         device=device,
     )
