@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mogul.cli.main import main
+from mogul.core.errors import ArtifactError
 
 
 def generate(capsys, *args: object) -> tuple[int, str, str]:
@@ -33,6 +34,17 @@ def reference(checkpoint, prompt: str, num_tokens: int) -> str:
         pad_token_id=1,
     )
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_generation_config_of_words_is_named():
+    from transformers import GenerationConfig
+
+    from mogul.cli.generation import Sampling, sampling_params
+
+    config = GenerationConfig()
+    config.temperature = "hot"
+    with pytest.raises(ArtifactError, match=r"temperature of the checkpoint's .* is 'hot'"):
+        sampling_params(config, Sampling(8))
 
 
 def test_the_continuation_alone_goes_to_stdout(capsys, checkpoint):

@@ -10,6 +10,7 @@ from mogul.core.files import (
     check_writable,
     read_json,
     read_json_line,
+    read_object,
 )
 
 
@@ -86,6 +87,12 @@ def test_a_place_is_tried_before_the_work(tmp_path):
     check_writable(tmp_path / "file")
     with pytest.raises(ArtifactError, match=r"cannot write .*file/inside: Not a directory"):
         check_writable(tmp_path / "file" / "inside")
+
+
+def test_a_file_that_holds_no_object_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"a\.json holds no JSON object"):
+        read_object(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,28 @@ def test_bad_config_values_name_the_file(pangu_folder):
     assert any("config.json" in note for note in caught.value.__notes__)
 
 
+def test_what_transformers_cannot_build_is_told_in_words(pangu_folder):
+    folder = pangu_folder()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "hidden_act": "zelu"}))
+    with pytest.raises(
+        ArtifactError, match=r"no .* model can be built: KeyError: 'zelu'"
+    ) as caught:
+        load_model(folder)
+    assert caught.value.__notes__ == ["fix: mend that value of config.json"]
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="holds no JSON object"):
+        load_tokenizer(folder)
+
+
+def test_a_header_that_cannot_be_read_is_named(pangu_folder):
+    folder = pangu_folder()
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F99"', 1))
+    with pytest.raises(ArtifactError, match=r"F99|cannot be loaded"):
+        load_model(folder)
+
+
 def test_foreign_quantisation_is_refused(pangu_folder):
     folder = pangu_folder()
     (folder / "quant_model_description.json").write_text("{}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mogul.core.errors import ArtifactError
-from mogul.core.files import read_json
+from mogul.core.files import read_object
 from mogul.core.log import say
 from mogul.spec import presets
 from mogul.spec.carried import carried_folder
@@ -38,11 +38,11 @@ def find_config(model: str) -> FoundConfig:
         return FoundConfig(name, presets.config(name), presets.source(name))
     path = Path(model).expanduser()
     if path.is_dir():
-        return FoundConfig(path.resolve().name, _read(path / "config.json"), str(path), path)
+        return FoundConfig(path.resolve().name, read_object(path / "config.json"), str(path), path)
     if path.is_file():
-        return FoundConfig(path.name, _read(path), str(path))
+        return FoundConfig(path.name, read_object(path), str(path))
     if (carried := carried_folder(model)) is not None:
-        return FoundConfig(model, _read(carried / "config.json"), "carried by mogul", carried)
+        return FoundConfig(model, read_object(carried / "config.json"), "carried by mogul", carried)
     if _HUB_ID.fullmatch(model):
         return _from_hub(model)
     raise ArtifactError(
@@ -50,13 +50,6 @@ def find_config(model: str) -> FoundConfig:
         fix="give a checkpoint folder, a config.json, preset:NAME (`mogul info preset:` lists "
         "them) or owner/name",
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} holds no JSON object", fix="give a model's config.json")
-    return config
 
 
 def _from_hub(hub_id: str) -> FoundConfig:
@@ -72,7 +65,7 @@ def _from_hub(hub_id: str) -> FoundConfig:
     try:
         cached = try_to_load_from_cache(hub_id, "config.json")
         if isinstance(cached, str):
-            return FoundConfig(hub_id, _read(Path(cached)), source)
+            return FoundConfig(hub_id, read_object(Path(cached)), source)
         return FoundConfig(hub_id, _download(hub_id), source)
     except (OSError, ValueError) as error:
         raise ArtifactError(

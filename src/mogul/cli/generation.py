@@ -261,6 +261,11 @@ def sampling_params(config: GenerationConfig | None, sampling: Sampling) -> Samp
 
     known: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     own = {name: getattr(config, name, None) for name in known}
+    for name, value in own.items():
+        if not isinstance(value, int | float | None):
+            raise ArtifactError(
+                f"{name} of the checkpoint's generation config is {value!r}", fix="write a number"
+            )
     given = {name: getattr(sampling, name, None) for name in known}
     chosen = {
         name: next(value for value in (given[name], own[name], default) if value is not None)

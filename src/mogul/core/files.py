@@ -155,6 +155,14 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
+def read_object(path: str | Path, *, fix: str = "give a model's config.json") -> dict[str, Any]:
+    """Read a JSON file that holds one object; ArtifactError names it when it does not."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds no JSON object", fix=fix)
+    return content
+
+
 def read_json_line(line: str, file: str | Path, number: int, *, fix: str) -> Any:
     """Read one line of a file of JSON lines; ArtifactError names file and line at fault."""
     try:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from mogul.core.errors import ArtifactError, ConfigError, HardwareError, MogulError, nearest
-from mogul.core.files import read_json
+from mogul.core.files import read_object
 from mogul.core.log import say
 from mogul.models.check_tensors import check_names, raise_if_any, tell_casts
 from mogul.models.convert_config import SAME_TENSORS, is_grouped_elsewhere, moge_config
@@ -43,6 +44,8 @@ from mogul.spec.families import family_of
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 FOREIGN_QUANTISATION = "quant_model_description.json"
+WRONG_VALUE = (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError)
+"""What Transformers raises for a value of a JSON file that it did not expect."""
 PICKLED = ("*.bin", "*.pt", "*.pth")
 SAME_MODEL = {"kimi_k2": "deepseek_v3"}
 """Model types that Transformers lacks, and its name for the same model with the same tensors."""
@@ -103,9 +106,7 @@ def named_device(name: str | None) -> str:
 def load_config(path: str | Path) -> PreTrainedConfig:
     """Read `config.json`; ArtifactError for an unknown family, ConfigError for a bad value."""
     file = find_folder(path) / "config.json"
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{file} holds no JSON object", fix="give a model's config.json")
+    content = read_object(file)
     if is_grouped_elsewhere(content):
         return _as_moge(file, content)
     model_type = content.get("model_type")
@@ -128,7 +129,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     except MogulError as error:
         error.add_note(f"in {file}")
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+    except WRONG_VALUE as error:
         raise ArtifactError(f"{file} cannot be used: {error}", fix="mend the value") from error
 
 
@@ -184,18 +185,18 @@ def load_model(
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; Pangu's gets its chat template when it has none."""
     folder = find_folder(path)
-    is_pangu = read_json(folder / "config.json").get("model_type") == "PanguProMoE"
+    is_pangu = read_object(folder / "config.json").get("model_type") == "PanguProMoE"
     only_pieces = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
     # Pangu's own tokenizer class is remote code around a plain SentencePiece model.
     loader = LlamaTokenizer if is_pangu and only_pieces else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (OSError, ImportError, *WRONG_VALUE) as error:  # it reads config.json, too
         raise ArtifactError(
             f"{folder} has no tokenizer that can be used: {error}",
             fix="pip install sentencepiece protobuf, which read tokenizer.model"
             if only_pieces
-            else "add tokenizer.json and tokenizer_config.json",
+            else "check config.json, tokenizer.json and tokenizer_config.json",
         ) from error
     if is_pangu and not tokenizer.chat_template:
         tokenizer.chat_template = PANGU_CHAT_TEMPLATE
@@ -223,6 +224,11 @@ def _skeleton(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
         raise ArtifactError(
             f"model type {config.model_type!r} is no causal language model",
             fix="give the folder of a text model",
+        ) from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"no {config.model_type} model can be built: {type(error).__name__}: {error}",
+            fix="mend that value of config.json",
         ) from error
 
 
@@ -259,7 +265,7 @@ def _load(
             output_loading_info=True,
             **experts,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{folder} cannot be loaded: {error}", fix="check the files, or fetch them again"
         ) from error

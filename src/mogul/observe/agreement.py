@@ -119,7 +119,7 @@ def agreement(
     """
     device = next(original.parameters()).device
     sums = _Sums(groups, num_groups, device)
-    with progress("comparing with the original") as bar:
+    with progress("tokens compared with the original") as bar:
         for ids_BL in batches:
             ids = ids_BL.to(device)
             with watch(original, sums.see):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.core.files import read_json
+from mogul.core.files import read_object
 from mogul.spec.checkpoint import read_checkpoint
 from mogul.spec.families import model_spec
 from mogul.spec.trace import ModelStamp
@@ -67,5 +67,5 @@ def stamp_of_config(config: Mapping[str, Any], *, name: str, hash: str = "") -> 
 def stamp_of_folder(folder: str | Path) -> ModelStamp:
     """The stamp of a checkpoint folder."""
     path = Path(folder)
-    config = read_json(path / "config.json")
+    config = read_object(path / "config.json")
     return stamp_of_config(config, name=str(folder), hash=weights_hash(path))

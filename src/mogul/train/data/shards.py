@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from mogul.core.errors import ArtifactError
-from mogul.core.files import read_json
+from mogul.core.files import read_object
 from mogul.core.log import progress
 from mogul.spec.base import Spec
 from mogul.train.data.spec import Part
@@ -71,9 +71,7 @@ def read_manifest(folder: Path) -> TokenManifest:
             f"{folder} holds no {MANIFEST}" if folder.exists() else f"{folder} does not exist",
             fix=f"make it with `mogul data build TEXT --out {folder}`, or name one that is made",
         )
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{file} holds no JSON object", fix="build the folder again")
+    content = read_object(file, fix="build the folder again")
     return TokenManifest.parse(content, where=str(file))
 
 
