@@ -161,6 +161,9 @@ def test_what_does_not_exist_is_told(capsys, tmp_path):
     code, told = failure(capsys, "no-such-model")
     assert code == 1
     assert "is no folder, file, preset or hub id" in told
+    assert "fix: give a checkpoint folder" in told
+    _, told = failure(capsys, "qwen3-30b-a3")
+    assert "fix: did you mean 'preset:qwen3-30b-a3b'" in told
     code, told = failure(capsys, "preset:mixtral-8x7")
     assert code == 2
     assert "fix: did you mean 'mixtral-8x7b'?" in told

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mogul.core.errors import ArtifactError
+from mogul.core.errors import ArtifactError, nearest
 from mogul.core.files import read_object
 from mogul.core.log import say
 from mogul.spec import presets
@@ -45,9 +45,12 @@ def find_config(model: str) -> FoundConfig:
         return FoundConfig(model, read_object(carried / "config.json"), "carried by mogul", carried)
     if _HUB_ID.fullmatch(model):
         return _from_hub(model)
+    close = nearest(f"{PRESET}{model}", [f"{PRESET}{name}" for name in presets.names()])
     raise ArtifactError(
         f"{model!r} is no folder, file, preset or hub id",
-        fix="give a checkpoint folder, a config.json, preset:NAME (`mogul info preset:` lists "
+        fix=close
+        if close.startswith("did you")
+        else "give a checkpoint folder, a config.json, preset:NAME (`mogul info preset:` lists "
         "them) or owner/name",
     )
 
