@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mogul.core.errors import ArtifactError, nearest
+from mogul.core.errors import ArtifactError
 from mogul.core.files import read_object
 from mogul.core.log import say
 from mogul.spec import presets
@@ -45,11 +46,11 @@ def find_config(model: str) -> FoundConfig:
         return FoundConfig(model, read_object(carried / "config.json"), "carried by mogul", carried)
     if _HUB_ID.fullmatch(model):
         return _from_hub(model)
-    close = nearest(f"{PRESET}{model}", [f"{PRESET}{name}" for name in presets.names()])
+    close = get_close_matches(model, presets.names(), n=1)
     raise ArtifactError(
         f"{model!r} is no folder, file, preset or hub id",
-        fix=close
-        if close.startswith("did you")
+        fix=f"did you mean '{PRESET}{close[0]}'?"
+        if close
         else "give a checkpoint folder, a config.json, preset:NAME (`mogul info preset:` lists "
         "them) or owner/name",
     )
