@@ -71,6 +71,16 @@ def test_an_error_without_a_number_is_told_by_its_words(tmp_path):
         raise OSError("8 requested and 0 written")
 
 
+def test_a_full_disk_is_named_whoever_met_it(tmp_path):
+    told = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(ArtifactError, match="no space left to write"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        raise RuntimeError(told)  # safetensors'
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_run_left_is_named(tmp_path, capsys):
     left = tmp_path / ".out-abc"
     left.mkdir()

@@ -18,14 +18,20 @@ from mogul.core.log import say
 from mogul.core.units import show_bytes
 
 
-def _cannot_write(path: Path, error: OSError) -> ArtifactError:
+_DISK_FULL = "No space left on device"
+"""What writers in other languages say, whose errors have no number."""
+
+
+def _cannot_write(path: Path, error: Exception) -> ArtifactError:
     free_bytes = shutil.disk_usage(_existing_parent(path)).free
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and not free_bytes):
+    number = getattr(error, "errno", None)
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if number in full or _DISK_FULL in str(error) or (number is None and not free_bytes):
         return ArtifactError(
             f"no space left to write {path} ({show_bytes(free_bytes)} free); nothing was kept",
             fix="free some space or choose another place",
         )
-    told = error.strerror or str(error)  # numpy's errors have no number
+    told = getattr(error, "strerror", None) or str(error)  # numpy's errors have no number
     return ArtifactError(f"cannot write {path}: {told}", fix="choose another place")
 
 
@@ -78,8 +84,10 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield work
         work.chmod(0o777 & ~_umask())
         _replace_folder(work, target)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
+    except Exception as error:
+        if isinstance(error, OSError) or _DISK_FULL in str(error):
+            raise _cannot_write(target, error) from error
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
