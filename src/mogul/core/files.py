@@ -17,7 +17,6 @@ from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.log import say
 from mogul.core.units import show_bytes
 
-
 _DISK_FULL = "No space left on device"
 """What writers in other languages say, whose errors have no number."""
 
