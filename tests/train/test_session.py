@@ -311,6 +311,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, as
     assert _same(_run(part, tmp_path, resume=True), _run(part, tmp_path / "whole"))
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(ArtifactError, match=r"run needs .* but only 1000 B are free"):
+        Session(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_stops_with_the_checkpoint_whole(recipe, tmp_path, monkeypatch):
     _spoil(monkeypatch, at=(4,))
     with pytest.raises(MogulError, match="the loss is nan at step 4"):

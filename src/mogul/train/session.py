@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import ArtifactError, ConfigError, MogulError
+from mogul.core.files import check_space
 from mogul.core.log import ProgressBar, progress, say
 from mogul.core.units import show_count
 from mogul.observe.live import LiveTrace, live_numbers
@@ -85,6 +86,8 @@ class Session:
         )
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._make_parts()
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        check_space(self.folder, 2 * weights)  # the least a checkpoint takes: now, not at the first
         self.folder.mkdir(parents=True, exist_ok=True)
         write_resolved(recipe, self.folder)
         self.step, self.tokens = 0, 0
