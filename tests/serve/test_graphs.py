@@ -104,3 +104,27 @@ def test_steps_laid_out_for_graphs_say_what_they_say_by_themselves(tiny: Any, fa
         assert answer.token_ids == want.token_ids
         for record, other in zip(answer.logprobs, want.logprobs, strict=True):
             assert record.logprob == pytest.approx(other.logprob, abs=1e-5)
+
+
+def test_decodes_are_captured_where_prompts_cannot_be(monkeypatch: Any, caplog: Any) -> None:
+    runner: Any = SimpleNamespace(device="cuda:0")
+    limits = Layout(tokens=600, sequences=8, rows=600, pages=9, max_query_len=600)
+    ladder = Ladder(runner, (1, 4), limits, 0, (64, 512))
+    for name in ("graph_pool_handle", "synchronize"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_: None)
+    seen: list[tuple[int, int]] = []
+
+    def capture(rungs: list[tuple[int, int]], pool: Any, *, tune: bool) -> None:
+        for rung in rungs:
+            if rung == (64, MIXED):
+                raise RuntimeError("no memory left")
+            seen.append(rung)
+            ladder._graphs[rung] = (None, None)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(ladder, "_capture", capture)
+    ladder.capture(tune=False)
+    assert ladder.mixed == []
+    assert set(ladder._graphs) == {(1, 1), (4, 1)}
+    assert "steps with prompts are not captured: RuntimeError: no memory left" in caplog.text
+    assert ladder.rung_of(step_of((40, 1, 1))) is None
+    assert ladder.rung_of(step_of((1, 1, 1))) == (1, 1)
