@@ -81,6 +81,16 @@ def test_a_full_disk_is_named_whoever_met_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out"):
+        (tmp_path / "elsewhere").read_text()
+    with (
+        pytest.raises(ArtifactError, match=r"cannot write .*out"),
+        atomic_folder(tmp_path / "out") as work,
+    ):
+        (work / "not" / "there").write_text("")
+
+
 def test_what_a_killed_run_left_is_named(tmp_path, capsys):
     left = tmp_path / ".out-abc"
     left.mkdir()

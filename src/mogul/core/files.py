@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.errors import ArtifactError, ConfigError, MogulError
 from mogul.core.log import say
 from mogul.core.units import show_bytes
 
@@ -83,10 +83,14 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield work
         work.chmod(0o777 & ~_umask())
         _replace_folder(work, target)
-    except Exception as error:
-        if isinstance(error, OSError) or _DISK_FULL in str(error):
-            raise _cannot_write(target, error) from error
+    except MogulError:
         raise
+    except Exception as error:
+        place = str(getattr(error, "filename", None) or target)
+        is_ours = isinstance(error, OSError) and place.startswith((str(work), str(target)))
+        if is_ours or _DISK_FULL in str(error):
+            raise _cannot_write(target, error) from error
+        raise  # of a file that was read, perhaps
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
