@@ -39,3 +39,17 @@ def test_the_first_command_runs(capsys):
     command = next(line for line in commands() if " info " in line)
     assert main(shlex.split(command)[1:]) == 0
     assert "71,988,781,056" in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_commands_run_as_they_stand_one_after_the_other(tmp_path, monkeypatch):
+    """In an empty folder, up to the sentence that says so."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("Those run as they stand")[0]
+    monkeypatch.chdir(tmp_path)
+    shown = re.findall(r"^mogul .*?(?=\s+#|$)", text, re.MULTILINE)
+    assert len(shown) == 8
+    for command in shown:
+        assert main(shlex.split(command)[1:]) == 0, command
+    for name in ("trace/report.html", "trace/placement.json", "runs/tiny/report.html"):
+        assert (tmp_path / name).is_file()
