@@ -48,7 +48,8 @@ class OnHost(Ladder):
 
     def __init__(self, engine: Any, *args: Any) -> None:
         super().__init__(engine.runner, *args)
-        self._graphs = dict.fromkeys(self.rungs + self.mixed, ())
+        nothing: Any = ()
+        self._graphs = {rung: nothing for rung in self.rungs + self.mixed}  # noqa: C420
         self.used: list[tuple[int, int]] = []
 
     def replay(self, rung: tuple[int, int], count: int) -> Any:
