@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -47,7 +49,12 @@ def test_rows_of_odd_length_are_refused():
 
 def test_a_model_gets_a_head_that_a_cast_leaves_alone():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    sizes: dict[str, Any] = {
+        "vocab_size": 90,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "head_dim": 16,
+    }
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
