@@ -59,6 +59,16 @@ def test_experts_are_put_back_and_weights_stay_listed(tiny: Any) -> None:
     assert not any(isinstance(one, CountedExperts) for one in model.modules())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_that_count_on_one_model_leave_it_as_it_was(tiny: Any, first: int) -> None:
+    model = tiny.engine("qwen3_moe").runner.model
+    both = [ExpertCounts(model, torch.device("cpu")) for _ in range(2)]
+    both.pop(first).close()
+    assert sum(isinstance(one, CountedExperts) for one in model.modules()) == 2
+    both.pop().close()
+    assert not any(isinstance(one, CountedExperts) for one in model.modules())
+
+
 def test_padding_and_null_picks_are_nobodys(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = ExpertCounts(tiny.engine("qwen3_moe").runner.model, torch.device("cpu"))
     row = counts._counts_LE[0]

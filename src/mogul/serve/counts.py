@@ -60,9 +60,14 @@ class ExpertCounts:
         return self._counts_LE[:, : self.num_experts].cpu().numpy()
 
     def close(self) -> None:
-        """Stop; the model is as it was."""
+        """Stop; the model is as it was, but for others who still count."""
         for parent, name, counted in self._places:
-            if getattr(parent, name) is counted:
+            inner, outer = getattr(parent, name), None
+            while isinstance(inner, CountedExperts) and inner is not counted:
+                inner, outer = inner.experts[0], inner
+            if inner is counted and outer is not None:
+                outer.experts[0] = counted.experts[0]
+            elif inner is counted:
                 setattr(parent, name, counted.experts[0])
         self._places = []
 
