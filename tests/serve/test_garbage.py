@@ -9,10 +9,14 @@ import torch
 from mogul.serve.garbage import collect_again, set_aside
 
 
+class Owner:
+    """Something that can be weakly referred to."""
+
+
 def test_objects_are_set_aside_and_given_back():
-    device = torch.device("cuda")
+    device, owner = torch.device("cuda"), Owner()
     kept = [[] for _ in range(1000)]
-    set_aside(device)
+    set_aside(device, owner)
     try:
         assert gc.get_freeze_count() > len(kept)
         after = [[] for _ in range(10)]
@@ -25,5 +29,17 @@ def test_objects_are_set_aside_and_given_back():
 
 
 def test_a_processor_keeps_pythons_own_ways():
-    set_aside(torch.device("cpu"))
+    set_aside(torch.device("cpu"), Owner())
     assert gc.get_freeze_count() == 0
+
+
+def test_an_engine_that_nobody_closes_gives_back_too():
+    owner, other = Owner(), Owner()
+    set_aside(torch.device("cuda"), owner)
+    set_aside(torch.device("cuda"), other)
+    try:
+        assert gc.get_freeze_count() > 0
+        del owner
+        assert gc.get_freeze_count() == 0, "what it leaves must go, whoever else decodes"
+    finally:
+        collect_again(torch.device("cuda"))

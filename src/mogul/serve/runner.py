@@ -146,7 +146,7 @@ class Runner:
             rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
             prompts = options.captured_prompts
             self.ladder = try_ladder(self, rungs, limits, guesses, prompts, tune=options.tune)
-        set_aside(self.device)
+        set_aside(self.device, self)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
