@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mogul.core.errors import ConfigError
 from mogul.serve import SamplingParams
 from mogul.serve.graphs import (
     LADDER,
@@ -88,6 +89,13 @@ def test_prompts_are_captured_where_steps_are() -> None:
     assert EngineOptions().captured_prompts == PROMPT_TOKENS
     assert EngineOptions(graphs=False).captured_prompts == ()
     assert EngineOptions(prompt_sizes=(32,)).captured_prompts == (32,)
+
+
+@pytest.mark.parametrize("name", ["graph_sizes", "prompt_sizes"])
+@pytest.mark.parametrize("size", [0, -3, "8"])
+def test_steps_that_hold_nothing_are_refused(name: str, size: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} .* is no size of a step"):
+        EngineOptions(**{name: (4, size)})
 
 
 def test_steps_laid_out_for_graphs_say_what_they_say_by_themselves(tiny: Any, family: str) -> None:

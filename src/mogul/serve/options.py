@@ -64,7 +64,8 @@ class EngineOptions:
     """Keep the picks of every step in `Engine.last_picks`."""
 
     count_experts: bool = False
-    """Count the tokens of every expert on the device, for `Engine.expert_counts`."""
+    """Count the tokens of every expert on the device, for `Engine.expert_counts`; steps of other
+    engines that run the same model may be counted, too."""
 
     seed: int | None = None
     """Seed of the seeds of requests that name none; None draws one."""
@@ -84,5 +85,11 @@ class EngineOptions:
                 raise ConfigError(f"{name} {value!r} is no number", fix="give a whole number")
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} holds nothing", fix="give 1 or more")
+        for name in ("graph_sizes", "prompt_sizes"):
+            for value in getattr(self, name) or ():
+                if not isinstance(value, Integral) or value < 1:
+                    raise ConfigError(
+                        f"{name} {value!r} is no size of a step", fix="give whole numbers from 1"
+                    )
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share {self.memory_share} is no share", fix="use (0, 1]")
