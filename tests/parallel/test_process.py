@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import ranks
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from mogul.core.errors import ConfigError, MogulError
 from mogul.parallel import launch, start
-from mogul.parallel.watch import BEATS_A_PATIENCE, EXIT_CODE, Watch
+from mogul.parallel.process import _common_store
+from mogul.parallel.watch import BEATS_A_PATIENCE, EXIT_CODE, Watch, is_left
 
 
 def test_the_message_of_the_failed_rank_is_told():
@@ -166,6 +168,27 @@ def test_ranks_start_again_at_the_same_port():
     for process in _ranks_alone(AGAIN):
         _, told = process.communicate(timeout=60)
         assert process.returncode == 0, told
+
+
+@pytest.mark.parametrize(("kept_outside", "patience_s"), [(True, 40.0), (False, 0.3)])
+def test_a_late_rank_does_not_wait_for_ever(monkeypatch, kept_outside, patience_s):
+    """Another has failed before it came: the watch, which it then gets, says so and ends it."""
+    keeper = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
+    for key, value in (
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", str(keeper.port)),
+        ("TORCHELASTIC_USE_AGENT_STORE", str(kept_outside)),
+    ):
+        monkeypatch.setenv(key, value)
+    PrefixStore("mogul_watch", keeper).set("failed", "rank 0: broken")
+    found = []
+    args = (1, 2, timedelta(seconds=5), patience_s)
+    late = threading.Thread(target=lambda: found.append(_common_store(*args)), daemon=True)
+    late.start()
+    late.join(5)
+    monkeypatch.setattr("mogul.parallel.process.is_left", lambda *_: False)  # ends one that waits
+    assert found
+    assert is_left(found[0], 2)
 
 
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):

@@ -32,6 +32,8 @@ from mogul.parallel.watch import WAIT_LIMIT_S, Watch, is_left
 from mogul.parallel.window import why_lost
 
 HOST = "127.0.0.1"
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Torch's word for a store that lives outside the ranks."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ def _common_store(rank: int, size: int, wait: timedelta, patience_s: float) -> S
     """The store that all ranks of this run ask; that of an earlier run at this port is outwaited.
 
     It ends when its last rank has parted, which may be after the first of them has started again.
+    One outside the ranks is no earlier run's; one that outlives the patience says why in the watch.
     """
     end_s = time.monotonic() + patience_s
+    is_own = rank == 0 or os.environ.get(AGENT_STORE) == "True"
     while True:
         try:
             store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
-            if rank == 0 or not is_left(store, size):
+            if is_own or time.monotonic() > end_s or not is_left(store, size):
                 return store
         except (dist.DistNetworkError, dist.DistStoreError):  # taken, or it ended while asked
             if time.monotonic() > end_s:
@@ -136,7 +140,7 @@ def launch(
     environment = {
         "MASTER_ADDR": HOST,
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for a store outside the ranks
+        AGENT_STORE: "True",
         "WORLD_SIZE": str(ranks),
         **({"MOGUL_CPU_RANKS": "1"} if on_cpu else {}),
     }
