@@ -3,6 +3,7 @@
 Each operator runs over the weights of several layers in one CUDA graph, so that nothing is in the
 cache: query-key-value with its norm and bias, the output with its residual, and the experts with
 norm, routing, shared expert and both sums. One row goes by plain sums or is rounded like more rows.
+`--head` times the output head in bf16 and in whole numbers of 8 bits instead.
 
     python benchmarks/gpu/bench_fp8_token.py --rows 1 8 64 228 --record
 """
@@ -21,8 +22,9 @@ from torch import Tensor
 from mogul.bench import ledger
 from mogul.core.log import say
 from mogul.kernels.triton import fp8_token
+from mogul.kernels.triton.byte_linear import linear_bytes, pack_bytes
 
-WIDTH, INNER, SHARED, EXPERTS, PICKS, HEADS = 5120, 1344, 5376, 64, 8, 7168
+WIDTH, INNER, SHARED, EXPERTS, PICKS, HEADS, VOCAB = 5120, 1344, 5376, 64, 8, 7168, 153376
 """Of Pangu Pro MoE; HEADS are the columns of query, key and value."""
 RULE = [EXPERTS, PICKS, PICKS, 0, 0, 0, 0]
 Operator = Callable[[dict[str, Any], Tensor], Tensor]
@@ -68,6 +70,35 @@ def experts(layer: dict[str, Any], x: Tensor) -> Tensor:
 OPERATORS: dict[str, Operator] = {"heads": heads, "output": output, "experts": experts}
 
 
+def bf16_head(layer: dict[str, Any], x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, layer["head"])
+
+
+def byte_head(layer: dict[str, Any], x: Tensor) -> Tensor:
+    return linear_bytes(x, *layer["bytes"])
+
+
+def time_heads(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The output head at all numbers of rows."""
+    head = torch.randn(VOCAB, WIDTH, device="cuda", dtype=torch.bfloat16) / 70
+    layers, found = [{"head": head, "bytes": pack_bytes(head)}], []
+    for rows in options.rows:
+        for kind, operator, width in (("bf16", bf16_head, 2), ("8 bits", byte_head, 1)):
+            floor = VOCAB * WIDTH * width / options.tb_per_s / 1e6
+            found.append(row_of("head", rows, kind, time_us(operator, rows, layers), floor))
+    return found
+
+
+def row_of(name: str, rows: int, kind: str, spent: float, floor: float) -> dict[str, Any]:
+    """Say it and make it a line of the ledger."""
+    say(f"{rows:4d} rows {name:8s} {kind:10s} {spent:7.1f} us, floor {floor:6.1f}")
+    return ledger.row(
+        device=torch.cuda.get_device_name(), bench="fp8_token", metric="time",
+        case=f"pangu-pro {name}, {rows} rows, {kind}", unit="us", value=round(spent, 2),
+        floor=round(floor, 2), ratio=round(spent / floor, 3), runs=11,
+    )  # fmt: skip
+
+
 def floor_bytes(name: str, rows: int) -> float:
     """Weights that are read once; picks fall evenly."""
     if name != "experts":
@@ -104,6 +135,19 @@ def time_us(operator: Operator, rows: int, layers: list[dict[str, Any]]) -> floa
     return 1e3 * median(times[4:]) / (3 * len(layers))
 
 
+def time_layers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every operator of a layer at all numbers of rows."""
+    layers, found = [make_layer() for _ in range(options.layers)], []
+    for rows in options.rows:
+        for is_plain in (True, False) if rows == 1 else (False,):
+            fp8_token.one_token = is_plain
+            kind = "plain sums" if is_plain else "rounded"
+            for name, operator in OPERATORS.items():
+                floor = floor_bytes(name, rows) / options.tb_per_s / 1e6
+                found.append(row_of(name, rows, kind, time_us(operator, rows, layers), floor))
+    return found
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -112,25 +156,10 @@ def main() -> None:
     parser.add_argument("--tb-per-s", type=float, default=4.09, help="the card's copy speed")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--head", action="store_true", help="the output head instead")
     options = parser.parse_args()
     torch.manual_seed(0)
-    layers = [make_layer() for _ in range(options.layers)]
-    found = []
-    for rows in options.rows:
-        for is_plain in (True, False) if rows == 1 else (False,):
-            fp8_token.one_token = is_plain
-            for name, operator in OPERATORS.items():
-                spent = time_us(operator, rows, layers)
-                floor = floor_bytes(name, rows) / options.tb_per_s / 1e6
-                kind = "plain sums" if is_plain else "rounded"
-                say(f"{rows:4d} rows {name:8s} {kind:10s} {spent:7.1f} us, floor {floor:6.1f}")
-                row = ledger.row(
-                    device=torch.cuda.get_device_name(), bench="fp8_token", metric="time",
-                    case=f"pangu-pro {name}, {rows} rows, {kind}", unit="us",
-                    value=round(spent, 2), floor=round(floor, 2),
-                    ratio=round(spent / floor, 3), runs=11,
-                )  # fmt: skip
-                found.append(row)
+    found = time_heads(options) if options.head else time_layers(options)
     if options.record:
         ledger.append(found, options.out / "ledger.jsonl")
 
