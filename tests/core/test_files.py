@@ -1,4 +1,5 @@
 import errno
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_full_disk_is_named_whoever_met_it(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out"):
-        (tmp_path / "elsewhere").read_text()
+        (tmp_path / "out-of-another").read_text()
     with (
         pytest.raises(ArtifactError, match=r"cannot write .*out"),
         atomic_folder(tmp_path / "out") as work,
@@ -129,6 +130,21 @@ def test_check_space_says_what_is_needed(tmp_path):
     check_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(ArtifactError, match=r"needs 1048576\.00 TiB but only .* are free"):
         check_space(tmp_path / "not" / "yet", 2**60)
+
+
+@pytest.mark.parametrize("free", [0, OSError(errno.ESTALE, "stale")])
+def test_a_file_system_that_does_not_count_is_not_full(tmp_path, monkeypatch, free):
+    """Some network file systems give their size as 0."""
+
+    def usage(_path):
+        if isinstance(free, OSError):
+            raise free
+        return SimpleNamespace(total=0, free=0)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    check_space(tmp_path, 2**60)
+    with pytest.raises(ArtifactError, match="0 written"), atomic_folder(tmp_path / "out"):
+        raise OSError("8 requested and 0 written")
 
 
 def test_atomic_write_replaces_whole_files(tmp_path):

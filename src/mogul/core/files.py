@@ -22,12 +22,13 @@ _DISK_FULL = "No space left on device"
 
 
 def _cannot_write(path: Path, error: Exception) -> ArtifactError:
-    free_bytes = shutil.disk_usage(_existing_parent(path)).free
+    free_bytes = _free_bytes(path)
     number = getattr(error, "errno", None)
     full = (errno.ENOSPC, errno.EDQUOT)
-    if number in full or _DISK_FULL in str(error) or (number is None and not free_bytes):
+    if number in full or _DISK_FULL in str(error) or (number is None and free_bytes == 0):
+        free = "" if free_bytes is None else f" ({show_bytes(free_bytes)} free)"
         return ArtifactError(
-            f"no space left to write {path} ({show_bytes(free_bytes)} free); nothing was kept",
+            f"no space left to write {path}{free}; nothing was kept",
             fix="free some space or choose another place",
         )
     told = getattr(error, "strerror", None) or str(error)  # numpy's errors have no number
@@ -41,10 +42,19 @@ def _existing_parent(path: Path) -> Path:
     return Path("/")
 
 
+def _free_bytes(path: Path) -> int | None:
+    """What is free where `path` will be; None on file systems that do not count (of size 0)."""
+    try:
+        usage = shutil.disk_usage(_existing_parent(path))
+    except OSError:
+        return None
+    return usage.free if usage.free or usage.total else None
+
+
 def check_space(path: Path, needed_bytes: int) -> None:
-    """Raise ArtifactError unless the disk that will hold `path` has `needed_bytes` free."""
-    free_bytes = shutil.disk_usage(_existing_parent(path)).free
-    if free_bytes < needed_bytes:
+    """Raise ArtifactError where the disk that will hold `path` has fewer bytes free, as it says."""
+    free_bytes = _free_bytes(path)
+    if free_bytes is not None and free_bytes < needed_bytes:
         raise ArtifactError(
             f"{path} needs {show_bytes(needed_bytes)} but only {show_bytes(free_bytes)} are free",
             fix="free some space or choose another place",
@@ -86,9 +96,9 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     except MogulError:
         raise
     except Exception as error:
-        place = str(getattr(error, "filename", None) or target)
-        is_ours = isinstance(error, OSError) and place.startswith((str(work), str(target)))
-        if is_ours or _DISK_FULL in str(error):
+        place = Path(str(getattr(error, "filename", None) or target)).absolute()
+        is_ours = any(place.is_relative_to(ours.absolute()) for ours in (work, target))
+        if (is_ours and isinstance(error, OSError)) or _DISK_FULL in str(error):
             raise _cannot_write(target, error) from error
         raise  # of a file that was read, perhaps
     finally:
