@@ -39,6 +39,12 @@ def test_interpreted_products_are_those_of_the_definition():
     assert "bytes are right" in printed_by(SCRIPT)
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "XPU", "MPS"])
+def test_every_device_has_a_way(device):
+    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    assert has_kernel("mogul::linear_bytes", device)
+
+
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
 def test_few_rows_go_through_matrix_units_on_hopper(element):
     types = {"x_ptr": f"*{element}", "w_ptr": "*i16", "scale_ptr": "*fp32"}

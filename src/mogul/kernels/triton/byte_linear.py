@@ -137,7 +137,7 @@ def _launch(
 _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define("linear_bytes(Tensor x, Tensor words, Tensor scale) -> Tensor")
 _LIB.impl("linear_bytes", _on_device, "CUDA")
-_LIB.impl("linear_bytes", _by_blocks, "CPU")
+_LIB.impl("linear_bytes", _by_blocks, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mogul::linear_bytes", lib=_LIB)
