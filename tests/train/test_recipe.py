@@ -110,6 +110,9 @@ def test_a_seed_below_zero_is_refused(files):
 def test_a_carried_recipe_is_named_without_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_recipe("tiny", ["run.steps=3"]).run.steps == 3
+    (tmp_path / "tiny").mkdir()  # the folder of a run, perhaps
+    assert read_recipe("tiny").run.steps == 200
+    (tmp_path / "tiny").rmdir()
     (tmp_path / "tiny").write_text(BASE)  # a file of that name comes first
     assert read_recipe("tiny").run.steps != 200
 

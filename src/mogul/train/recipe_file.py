@@ -32,7 +32,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         ArtifactError: A file is missing or no TOML.
     """
     file, carried = Path(path), CARRIED / f"{path}.toml"
-    is_carried = carried.parent == CARRIED and carried.is_file() and not file.exists()
+    is_carried = carried.parent == CARRIED and carried.is_file() and not file.is_file()
     values = _with_bases(carried if is_carried else file, ())
     for change in changes:
         _set(values, change)
