@@ -8,7 +8,7 @@ down), and the keys and values of all requests.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from mogul.core.errors import BackendError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mogul.observe.hooks import MoeBlock
     from mogul.serve import Engine
 
 COUNTED_TOKENS = 8
@@ -53,14 +52,14 @@ class Weights:
 
 def weights_of(model: PreTrainedModel) -> Weights:
     """Count a model's bytes."""
-    from mogul.observe.hooks import moe_blocks
+    from mogul.observe.hooks import moe_blocks, num_experts_of
 
     try:
         blocks = moe_blocks(model)
     except BackendError:
         blocks = []
     config = model.config
-    num_experts = _num_experts(config, blocks) if blocks else 0
+    num_experts = num_experts_of(model, blocks) if blocks else 0
     per_layer = [_bytes(block.experts) // num_experts for block in blocks]
     counted = _bytes(model) - sum(size * num_experts for size in per_layer)
     embedding = model.get_input_embeddings().weight
@@ -69,13 +68,6 @@ def weights_of(model: PreTrainedModel) -> Weights:
         counted -= embedding.nbytes
     picks = int(getattr(config, "num_experts_per_tok", 0) or 0)
     return Weights(counted - _unused(model), tuple(per_layer), num_experts, picks)
-
-
-def _num_experts(config: Any, blocks: list[MoeBlock]) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if count := getattr(config, name, None):
-            return int(count)
-    return next(p.shape[0] for p in blocks[0].experts.parameters() if p.dim() == 3)
 
 
 def _unused(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ Blocks are found by their children's class names: `...Experts`, and `...Router` 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,15 @@ def moe_blocks(model: nn.Module, *, with_mtp: bool = False) -> list[MoeBlock]:
             fix="record a mixture-of-experts model",
         )
     return found
+
+
+def num_experts_of(model: Any, blocks: Sequence[MoeBlock]) -> int:
+    """Experts of each block, by the model's config, else by their weights."""
+    config = model.config.get_text_config()
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if count := getattr(config, name, None):
+            return int(count)
+    return next(p.shape[0] for p in blocks[0].experts.parameters() if p.dim() == 3)
 
 
 @contextmanager

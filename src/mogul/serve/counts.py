@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mogul.observe.hooks import MoeBlock, moe_blocks
+from mogul.observe.hooks import moe_blocks, num_experts_of
 from mogul.serve import attention
 
 
@@ -42,7 +42,7 @@ class ExpertCounts:
             BackendError: the model has no experts.
         """
         self._blocks = moe_blocks(model)
-        self.num_experts = _num_experts(model, self._blocks)
+        self.num_experts = num_experts_of(model, self._blocks)
         # behind the experts: null picks, and tokens that only fill a captured step
         size = (len(self._blocks), self.num_experts + 1)
         self._counts_LE = torch.zeros(size, dtype=torch.int64, device=device)
@@ -70,13 +70,6 @@ class ExpertCounts:
             elif inner is counted:
                 setattr(parent, name, counted.experts[0])
         self._places = []
-
-
-def _num_experts(model: Any, blocks: list[MoeBlock]) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if count := getattr(model.config, name, None):
-            return int(count)
-    return next(p.shape[0] for p in blocks[0].experts.parameters() if p.dim() == 3)
 
 
 def _count_picks(ids: Tensor, counts_E: Tensor) -> None:
