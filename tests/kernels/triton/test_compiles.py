@@ -146,6 +146,12 @@ def test_turns_of_split_products(turns: dict[str, Any], atomics: int, looks: int
     assert done.metadata.shared <= 232_448
 
 
+def test_a_ring_that_outruns_what_is_told_of_tiles_does_not_compile() -> None:
+    """A loader that far ahead would write over tiles that no multiplier has looked at."""
+    with pytest.raises(Exception, match="must not be written over"):
+        split_product("bf16", ([128, 64], [64, 64]), MODE=1, BLOCK_N=64, STAGES=8)
+
+
 def test_backward_of_down_fits_hopper() -> None:
     sizes = {"MODE": 2, "TRANSPOSED": True, "NARROW": True}
     done = split_product("bf16", (None, [64, 128]), **sizes)

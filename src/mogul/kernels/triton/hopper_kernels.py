@@ -482,6 +482,7 @@ def row_product(
     keeps all programs but SLACK in step (wait_for_wave); 0 for fixed turns.
     NARROW computes only what is needed of a last column tile (64 or 128 columns).
     """
+    gl.static_assert(STAGES < TURNS, "a tile that is told of must not be written over")
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     wide: gl.constexpr = 2 * BLOCK_N if MODE == UP else BLOCK_N
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_T, BLOCK_K], dtype)
