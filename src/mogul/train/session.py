@@ -87,7 +87,7 @@ class Session:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._make_parts()
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        check_space(self.folder, 2 * weights)  # the least a checkpoint takes: now, not at the first
+        check_space(self.folder, 2 * weights)  # less than checkpoint and model: now, not then
         self.folder.mkdir(parents=True, exist_ok=True)
         write_resolved(recipe, self.folder)
         self.step, self.tokens = 0, 0
