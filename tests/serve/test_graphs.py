@@ -94,8 +94,9 @@ def test_prompts_are_captured_where_steps_are() -> None:
 @pytest.mark.parametrize("name", ["graph_sizes", "prompt_sizes"])
 @pytest.mark.parametrize("size", [0, -3, "8"])
 def test_steps_that_hold_nothing_are_refused(name: str, size: Any) -> None:
+    options: dict[str, Any] = {name: (4, size)}
     with pytest.raises(ConfigError, match=f"{name} .* is no size of a step"):
-        EngineOptions(**{name: (4, size)})
+        EngineOptions(**options)
 
 
 def test_steps_laid_out_for_graphs_say_what_they_say_by_themselves(tiny: Any, family: str) -> None:
