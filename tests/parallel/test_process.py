@@ -170,25 +170,36 @@ def test_ranks_start_again_at_the_same_port():
         assert process.returncode == 0, told
 
 
-@pytest.mark.parametrize(("kept_outside", "patience_s"), [(True, 40.0), (False, 0.3)])
-def test_a_late_rank_does_not_wait_for_ever(monkeypatch, kept_outside, patience_s):
+@pytest.fixture
+def keeper(monkeypatch):
+    """A store that ranks find by their environment."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    return store
+
+
+def test_a_late_rank_does_not_wait_for_ever(keeper, monkeypatch):
     """Another has failed before it came: the watch, which it then gets, says so and ends it."""
-    keeper = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
-    for key, value in (
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", str(keeper.port)),
-        ("TORCHELASTIC_USE_AGENT_STORE", str(kept_outside)),
-    ):
-        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     PrefixStore("mogul_watch", keeper).set("failed", "rank 0: broken")
     found = []
-    args = (1, 2, timedelta(seconds=5), patience_s)
+    args = (1, 2, timedelta(seconds=5), 0.3)
     late = threading.Thread(target=lambda: found.append(_common_store(*args)), daemon=True)
     late.start()
     late.join(5)
     monkeypatch.setattr("mogul.parallel.process.is_left", lambda *_: False)  # ends one that waits
     assert found
     assert is_left(found[0], 2)
+
+
+def test_a_store_outside_the_ranks_has_a_part_for_each_start(keeper, monkeypatch):
+    """It stays when they stop, with what they said and where they listened."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    first, second = (_common_store(1, 2, timedelta(seconds=5), 40.0) for _ in range(2))
+    PrefixStore("mogul_watch", first).set("left0", "1")
+    assert is_left(first, 2)
+    assert not is_left(second, 2)
 
 
 def test_a_process_that_is_no_rank_says_how_to_start(monkeypatch):

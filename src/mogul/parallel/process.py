@@ -9,6 +9,7 @@ that would never return.
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import sys
@@ -34,6 +35,8 @@ from mogul.parallel.window import why_lost
 HOST = "127.0.0.1"
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Torch's word for a store that lives outside the ranks."""
+_starts = itertools.count()
+"""How often this process has joined others; all of them have as often."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,17 @@ def _common_store(rank: int, size: int, wait: timedelta, patience_s: float) -> S
     """The store that all ranks of this run ask; that of an earlier run at this port is outwaited.
 
     It ends when its last rank has parted, which may be after the first of them has started again.
-    One outside the ranks is no earlier run's; one that outlives the patience says why in the watch.
+    One outside the ranks stays, and has a part for each start; one of an earlier run that outlives
+    the patience is given as it is: the watch then says why.
     """
-    end_s = time.monotonic() + patience_s
-    is_own = rank == 0 or os.environ.get(AGENT_STORE) == "True"
+    end_s, number = time.monotonic() + patience_s, next(_starts)
+    is_outside = os.environ.get(AGENT_STORE) == "True"
     while True:
         try:
             store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
-            if is_own or time.monotonic() > end_s or not is_left(store, size):
+            if is_outside:
+                return PrefixStore(f"start{number}", store)
+            if rank == 0 or time.monotonic() > end_s or not is_left(store, size):
                 return store
         except (dist.DistNetworkError, dist.DistStoreError):  # taken, or it ended while asked
             if time.monotonic() > end_s:
