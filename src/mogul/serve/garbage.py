@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import torch
 
 
-def set_aside(device: torch.device, owner: object) -> None:
-    """Collect once, then keep all that is left out of later collections, while the owner lives."""
-    if device.type != "cpu":
-        gc.collect()
-        gc.freeze()
-        weakref.finalize(owner, gc.unfreeze).atexit = False  # of one that nobody closes
+def set_aside(device: torch.device, owner: object) -> Callable[[], object]:
+    """Collect once, then keep all that is left out of later collections.
 
-
-def collect_again(device: torch.device) -> None:
-    """Let everything be collected again."""
-    if device.type != "cpu":
-        gc.unfreeze()
+    Returns:
+        What lets everything be collected again, once; an owner that goes without it does so, too.
+    """
+    if device.type == "cpu":
+        return lambda: None
+    gc.collect()
+    gc.freeze()
+    collect_again = weakref.finalize(owner, gc.unfreeze)
+    collect_again.atexit = False
+    return collect_again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -20,7 +20,7 @@ from mogul.serve.beside import join_shared
 from mogul.serve.borrow import borrow, give_back
 from mogul.serve.counts import ExpertCounts
 from mogul.serve.fuse import fuse_linears
-from mogul.serve.garbage import collect_again, set_aside
+from mogul.serve.garbage import set_aside
 from mogul.serve.graphs import Ladder, compile_layers, rungs_up_to, try_ladder
 from mogul.serve.inputs import Arena, Entry, Layout, StepInputs, layout_of
 from mogul.serve.kv_scales import KvScales, scales_for
@@ -55,6 +55,7 @@ class Runner:
         self.ladder: Ladder | None = None
         self.counts: ExpertCounts | None = None
         self.is_compiled = False
+        self._collect_again: Callable[[], object] = lambda: None
         borrow(model, self)
         try:
             model.eval().requires_grad_(False)
@@ -146,7 +147,7 @@ class Runner:
             rungs = [size for size in options.graph_sizes if size <= most] or rungs_up_to(most)
             prompts = options.captured_prompts
             self.ladder = try_ladder(self, rungs, limits, guesses, prompts, tune=options.tune)
-        set_aside(self.device, self)
+        self._collect_again = set_aside(self.device, self)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], last_row: dict[int, int]) -> Tensor:
@@ -191,7 +192,7 @@ class Runner:
     def close(self) -> None:
         """Give back pages, graphs and hooks; the last runner also the model's own attention."""
         give_back(self.model, self)
-        collect_again(self.device)
+        self._collect_again()
         self.tap.close()
         if self.counts is not None:
             self.counts.close()
