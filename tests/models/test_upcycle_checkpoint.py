@@ -219,6 +219,21 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path: Path, monkeypatc
     assert snapshot(tmp_path) == before
 
 
+def test_a_source_that_cannot_be_read_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch
+) -> None:
+    save_dense(tmp_path / "dense")
+    source = str(tmp_path / "dense" / "model.safetensors")
+
+    def failing_copy(*_) -> None:
+        raise OSError(errno.EIO, "Input/output error", source)
+
+    monkeypatch.setattr(checkpoint_module, "_copy_files", failing_copy)
+    with pytest.raises(OSError, match=rf"Input/output error: '{source}'"):
+        upcycle_checkpoint(tmp_path / "dense", tmp_path / "out", num_experts=8, num_groups=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_truncated_file_is_refused_before_writing(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"

@@ -7,6 +7,7 @@ first and then written from front to back. The output folder appears whole or no
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -99,10 +100,12 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 
 @contextmanager
 def _full_disk_named(report: UpcycleReport) -> Iterator[None]:
-    """Turn a failed write into an error that names the bytes needed and free."""
+    """Turn a full disk into an error that names the bytes needed and free."""
     try:
         yield
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         free_bytes = shutil.disk_usage(report.folder.parent).free
         raise ArtifactError(
             f"writing {report.folder} failed ({error.strerror or error}): it needs "
