@@ -11,6 +11,7 @@ import pytest
 
 from mogul.cli.main import main
 from mogul.core.errors import ArtifactError
+from mogul.serve.engine import Engine
 
 
 def generate(capsys, *args: object) -> tuple[int, str, str]:
@@ -57,6 +58,19 @@ def test_the_continuation_alone_goes_to_stdout(capsys, checkpoint):
     assert "greedy" in err
     assert "12 tokens in" in err
     assert "Warning" not in err
+
+
+def test_one_answer_does_not_wait_for_prompts_to_be_captured(capsys, checkpoint, monkeypatch):
+    seen = []
+    plain = Engine.__init__
+
+    def watched(self, model, tokenizer, options):
+        seen.append(options)
+        plain(self, model, tokenizer, options)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
+    generate(capsys, checkpoint, "--prompt", "a", "--max-new-tokens", 1)
+    assert [options.captured_prompts for options in seen] == [()]
 
 
 def test_the_prompt_may_come_from_stdin(capsys, checkpoint, monkeypatch):

@@ -247,7 +247,8 @@ def _voice(model: PreTrainedModel, tokenizer: Any, params: SamplingParams) -> Vo
 
     attention = model.config._attn_implementation or "sdpa"
     try:
-        options = EngineOptions(max_sequences=1, compile=False)
+        # capturing prompts takes longer than the few that are asked here gain
+        options = EngineOptions(max_sequences=1, compile=False, prompt_sizes=())
         return EngineVoice(Engine(model, tokenizer, options), params)
     except BackendError as error:
         say(f"{error}; token by token through Transformers instead")
