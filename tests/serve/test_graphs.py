@@ -99,6 +99,12 @@ def test_steps_that_hold_nothing_are_refused(name: str, size: Any) -> None:
         EngineOptions(**options)
 
 
+@pytest.mark.parametrize("sizes", [0, 512, "64,512"])
+def test_sizes_that_are_no_list_are_refused(sizes: Any) -> None:
+    with pytest.raises(ConfigError, match=r"prompt_sizes .* is no list"):
+        EngineOptions(prompt_sizes=sizes)
+
+
 def test_steps_laid_out_for_graphs_say_what_they_say_by_themselves(tiny: Any, family: str) -> None:
     prompts = tiny.prompts(3, 30, 11, 50, 1, 22, 17)
     params = SamplingParams(max_tokens=12, temperature=0, logprobs=2)

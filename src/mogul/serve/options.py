@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -86,7 +87,10 @@ class EngineOptions:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} holds nothing", fix="give 1 or more")
         for name in ("graph_sizes", "prompt_sizes"):
-            for value in getattr(self, name) or ():
+            sizes = getattr(self, name)
+            if isinstance(sizes, str) or not isinstance(sizes, Sequence | None):
+                raise ConfigError(f"{name} {sizes!r} is no list", fix="give a list of sizes")
+            for value in sizes or ():
                 if not isinstance(value, Integral) or value < 1:
                     raise ConfigError(
                         f"{name} {value!r} is no size of a step", fix="give whole numbers from 1"
