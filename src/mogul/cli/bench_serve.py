@@ -61,7 +61,7 @@ class Options:
     """Implementation of the experts."""
 
     quantise: Quantise = "no"
-    """Quantise while loading: fp8 experts and linear layers, fp8-all the head too, others experts."""
+    """Quantise on loading: fp8 experts and linear layers, fp8-all the head too, others experts."""
 
     statistics: str | None = None
     """File or folder of `mogul calibrate`, where not the checkpoint's own."""

@@ -59,7 +59,7 @@ class Options:
     """Implementation of the experts: mogul, or one of Transformers' (eager, grouped_mm...)."""
 
     quantise: Quantise = "no"
-    """Quantise while loading: fp8 experts and linear layers, fp8-all the head too, others experts."""
+    """Quantise on loading: fp8 experts and linear layers, fp8-all the head too, others experts."""
 
     statistics: str | None = None
     """Folder that `mogul calibrate --out` wrote, to round by; else the checkpoint's own, if any."""
