@@ -32,16 +32,22 @@ def folder_of(tiny, family, path):
     return model.eval()
 
 
+def packed_twin(tiny, family, path):
+    """A family's model in fp8, whose folder still holds what it was packed from."""
+    model = folder_of(tiny, family, path)
+    if PackedExperts in FAMILIES[family]:
+        quantise_model(model, "fp8")
+    quantise_linears(model)
+    return model
+
+
 def count(model, kind) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_engine_says_what_the_quantised_module_says(tiny, family, tmp_path):
-    twin = folder_of(tiny, family, tmp_path)
-    if PackedExperts in FAMILIES[family]:
-        quantise_model(twin, "fp8")
-    quantise_linears(twin)
+    twin = packed_twin(tiny, family, tmp_path)
     engine = Engine.from_pretrained(tmp_path, quantise="fp8", device="cpu", **SMALL)
     for kind in FAMILIES[family]:
         assert count(engine.runner.model, kind) == count(twin, kind) > 0
@@ -52,10 +58,7 @@ def test_an_engine_says_what_the_quantised_module_says(tiny, family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_engine_with_a_head_in_bytes_says_what_the_quantised_module_says(tiny, family, tmp_path):
-    twin = folder_of(tiny, family, tmp_path)
-    if PackedExperts in FAMILIES[family]:
-        quantise_model(twin, "fp8")
-    quantise_linears(twin)
+    twin = packed_twin(tiny, family, tmp_path)
     embedding = twin.get_input_embeddings().weight.clone()
     quantise_head(twin)
     assert torch.equal(twin.get_input_embeddings().weight, embedding), "a tied one is kept"

@@ -109,17 +109,9 @@ def _route_inside(graph: Graph, picks: Any, x: Any, norm: Norm) -> None:
     rows, weight = linear.args[:2]
     if not lies_ready(norm.weight):
         return
+    args = (x, *norm_args(norm), weight, k, renormalise, dtype)
     with graph.inserting_before(rows):  # others may read the normed rows before the router does
-        args = (x, *norm_args(norm), weight, k, renormalise, dtype)
-        routed = graph.call_function(mogul.normed_route.default, args)
-        parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(3)]
-    for part, val in zip(parts, (value(rows), *value(picks)), strict=True):
-        part.meta = {"val": val}
-    routed.meta = {"val": tuple(part.meta["val"] for part in parts)}
-    for user in list(picks.users):
-        user.replace_all_uses_with(parts[1 + user.args[1]])
-        graph.erase_node(user)
-    graph.erase_node(picks)
+        parts = _route_by(graph, mogul.normed_route.default, args, rows, picks)
     graph.erase_node(linear)
     rows.replace_all_uses_with(parts[0])
 
@@ -134,17 +126,27 @@ def _sum_inside(graph: Graph, node: Any) -> None:
     if not all(lies_ready(one) for one in route if isinstance(one, torch.fx.Node)):
         return  # what comes after the product is not there yet where it stands
     with graph.inserting_before(x):
-        routed = graph.call_function(mogul.added_route.default, (*x.args, *route))
-        parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(4)]
-    for part, val in zip(parts, (value(x), *value(node)), strict=True):
-        part.meta = {"val": val}
-    routed.meta = {"val": tuple(part.meta["val"] for part in parts)}
-    for user in list(node.users):
-        user.replace_all_uses_with(parts[1 + user.args[1]])
-        graph.erase_node(user)
-    graph.erase_node(node)
+        parts = _route_by(graph, mogul.added_route.default, (*x.args, *route), x, node)
     x.replace_all_uses_with(parts[0])
     graph.erase_node(x)
+
+
+def _route_by(graph: Graph, one: Any, args: tuple[Any, ...], rows: Any, picks: Any) -> list[Any]:
+    """The results of an operator that makes rows and, behind them, all that a node of picks does.
+
+    Whoever read the picks reads these; the node of picks goes.
+    """
+    routed = graph.call_function(one, args)
+    values = (value(rows), *value(picks))
+    parts = [graph.call_function(operator.getitem, (routed, i)) for i in range(len(values))]
+    for part, val in zip(parts, values, strict=True):
+        part.meta = {"val": val}
+    routed.meta = {"val": values}
+    for user in list(picks.users):
+        user.replace_all_uses_with(parts[1 + user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(picks)
+    return parts
 
 
 def only_user(node: Any) -> Any:
