@@ -195,9 +195,12 @@ def guessing() -> Speculator:
     return Speculator(NgramProposer(shortest=1), DraftLength(3, fixed=True))
 
 
-@pytest.mark.parametrize("speculator", [None, guessing()], ids=["plain", "guessing"])
+@pytest.mark.parametrize("speculator", [lambda: None, guessing], ids=["plain", "guessing"])
 def test_a_short_soak_loses_nothing(tiny, speculator):
-    found = run_soak(tiny, 2.0, speculator)
+    for seconds in (2.0, 8.0, 32.0):  # a machine under load ends few requests in little time
+        found = run_soak(tiny, seconds, speculator())
+        if found.finished > 5:
+            break
     assert found.finished > 5
     assert found.device_mb_min == 0
 
