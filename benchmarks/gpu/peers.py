@@ -6,12 +6,8 @@ and DeepGEMM have files of their own; `triton_kernels` needs the package of that
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from common import Case
 from peer_parts import Forward, silu_mul, sorted_slots
 from torch import Tensor
@@ -82,35 +78,6 @@ def hf_grouped(case: Case) -> Forward:
 
 def triton_kernels(case: Case) -> Forward:
     """matmul_ogs with gather, SwiGLU and scatter fused; its top-k bit matrix is made outside."""
-    import triton_kernels.matmul_ogs as ogs
-    import triton_kernels.routing as routing
-    import triton_kernels.topk as topk
+    from mogul.bench.kernels_triton_peer import forward_of
 
-    experts, _, inner = case.dims
-    gate, up = case.gate_up[:, :inner], case.gate_up[:, inner:]
-    interleaved = torch.stack((gate, up), 2).reshape(experts, 2 * inner, -1).contiguous()
-    w_up, w_down = interleaved.transpose(1, 2), case.down.transpose(1, 2)
-    function = ogs.FnSpecs("swiglu_plain", _swiglu_pairs, ())
-    act = ogs.FusedActivation(function, (), 2)
-    prepared: dict[Any, Any] = {}
-
-    def forward(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        key = (ids.data_ptr(), ids.shape)
-        if key not in prepared:
-            logits = torch.full((ids.shape[0], experts), -30.0, device=x.device)
-            logits = logits.scatter_(1, ids, weights.log() + 20)
-            prepared[key] = topk.topk(logits, ids.shape[1], apply_softmax=True)
-        value, index, bits = prepared[key]
-        data, gather, scatter = routing.routing_from_bitmatrix(
-            bits, value, index, experts, ids.shape[1]
-        )
-        h = ogs.matmul_ogs(x, w_up, None, data, gather_indx=gather, fused_activation=act)
-        return ogs.matmul_ogs(h, w_down, None, data, scatter_indx=scatter, gammas=data.gate_scal)
-
-    return forward
-
-
-@triton.jit
-def _swiglu_pairs(x):
-    gate, up = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return gate * tl.sigmoid(gate) * up
+    return forward_of(case.gate_up, case.down)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,3 +170,18 @@ def pangu_reference(w: dict[str, Tensor], tokens: Tensor, config: dict) -> Tenso
         h = h + attention(norm(h, layer + ".input_layernorm"), layer + ".self_attn")
         h = h + moe(norm(h, layer + ".post_attention_layernorm"), layer + ".mlp")
     return linear(norm(h, "model.norm"), "lm_head")
+
+
+@pytest.fixture
+def exported() -> Callable[[Any, Tensor, int], torch.export.ExportedProgram]:
+    """A causal language model as a program for ids [1, T] of any T from 2 to a bound."""
+
+    def export(model: Any, ids: Tensor, most: int) -> torch.export.ExportedProgram:
+        length = torch.export.Dim("length", min=2, max=most)
+        with torch.no_grad():
+            return torch.export.export(
+                model, (ids,), {"use_cache": False}, strict=False,
+                dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+            )  # fmt: skip
+
+    return export

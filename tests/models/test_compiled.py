@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_a_model_compiles_to_one_graph_with_our_operator() -> None:
     assert found == {"Qwen3Moe": [1, 1, True], "Moge": [1, 1, True]}
 
 
-def test_a_model_is_exported_for_any_length() -> None:
+def test_a_model_is_exported_for_any_length(exported: Any) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -35,12 +36,8 @@ def test_a_model_is_exported_for_any_length() -> None:
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
     ids = torch.randint(1, 64, (1, 20))
-    length = torch.export.Dim("length", min=2, max=64)
+    program = exported(model, ids[:, :9], 64)
     with torch.no_grad():
-        program = torch.export.export(
-            model, (ids[:, :9],), {"use_cache": False}, strict=False,
-            dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
-        )  # fmt: skip
         assert program.graph_module.code.count("torch.ops.mogul.") == 2, "an operator a layer"
         given = program.module()(ids, use_cache=False).logits
         torch.testing.assert_close(given, model(ids, use_cache=False).logits, rtol=0, atol=1e-6)

@@ -42,7 +42,7 @@ def triton_kernels(layer: Layer) -> Forward:
     _need("triton_kernels")
     from mogul.bench.kernels_triton_peer import forward_of
 
-    return Forward(forward_of(layer), trains=False)
+    return Forward(forward_of(layer.gate_up, layer.down), trains=False)
 
 
 def sonicmoe(layer: Layer) -> Forward:

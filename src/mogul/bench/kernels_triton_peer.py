@@ -7,15 +7,11 @@ the clock starts, as its own router would; sorting by them is inside.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from mogul.bench.kernels_layer import Layer
 
 
 @triton.jit
@@ -24,15 +20,15 @@ def _swiglu_of_pairs(x):
     return gate * tl.sigmoid(gate) * up
 
 
-def forward_of(layer: Layer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(x, ids, weights) -> out; the weights of a token sum to one."""
+def forward_of(gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x, ids, weights) -> out for gate_up [E, 2F, D] and down [E, D, F]; weights sum to one."""
     from triton_kernels import matmul_ogs, routing  # pyright: ignore[reportMissingImports]
     from triton_kernels.topk import topk  # pyright: ignore[reportMissingImports]
 
-    experts = layer.shape.experts
-    gate, up = layer.gate_up.chunk(2, 1)
+    experts = len(gate_up)
+    gate, up = gate_up.chunk(2, 1)
     pairs = torch.stack((gate, up), 2).flatten(1, 2)
-    first, second = pairs.transpose(1, 2), layer.down.transpose(1, 2)
+    first, second = pairs.transpose(1, 2), down.transpose(1, 2)
     function = matmul_ogs.FnSpecs("swiglu_of_pairs", _swiglu_of_pairs, ())
     activation = matmul_ogs.FusedActivation(function, (), 2)
     known = {}
