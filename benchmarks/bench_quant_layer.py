@@ -106,10 +106,12 @@ class Parts:
         num, width, inner = case.dims
         dtypes = (case.down.dtype, torch.int64, torch.float32)
         layer = layer_of(num, case.picks, width, inner, dtypes, 0)
-        self.quant = quant_layer.QuantLayer(layer, experts.format.group, (0, 1.702, 7.0))
+        split = experts.format.weight_only
+        act = (0, 1.702, 7.0)
+        self.quant = quant_layer.QuantLayer(layer, experts.format.group, act, split=split)
         w_up, w_down = experts.gate_up, experts.down
         tensors = (w_up.value, w_up.scale, w_down.value, w_down.scale, None, None)
-        self.weights = quant_layer.Weights(*tensors, experts.format.group, 0, 1.702, 7.0)
+        self.weights = quant_layer.Weights(*tensors, experts.format.group, *act, split)
         slots = tokens * case.picks
         self.act, self.y = case.down.new_empty(slots, inner), case.down.new_empty(slots, width)
         self.sorts: dict[int, Any] = {}

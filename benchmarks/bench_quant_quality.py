@@ -51,7 +51,7 @@ def main() -> None:
         ledger.append(ledger_row(q, args) for q in found)
 
 
-FORMATS = ["fp8", "fp8+linears", "int4-32", "int4-64", "int4-128", "kv"]
+FORMATS = ["fp8", "fp8-w8a16", "fp8+linears", "int4-32", "int4-64", "int4-128", "kv"]
 
 
 def subjects(args: argparse.Namespace, length: int) -> list[Subject]:

@@ -28,6 +28,7 @@ from mogul.kernels.quant_format import (
     quantise_fp8_weight,
     quantise_int4,
     quantise_rows,
+    split_rows,
     unpack_int4,
 )
 
@@ -57,6 +58,7 @@ def test_formats_by_name_and_their_bits() -> None:
     assert expert_format("int4") == ExpertFormat("int4", 32)
     assert {name: spec.bits for name, spec in FORMATS.items()} == {
         "fp8": 8,
+        "fp8-w8a16": 8,
         "int4-32": 5,
         "int4-64": 4.5,
         "int4-128": 4.25,
@@ -179,6 +181,28 @@ def test_fp8_error_is_that_of_the_format() -> None:
     same_weights = moe_forward(x, *dequantise_experts(packed, torch.float32), ids, factors)
     assert 0.05 < relative(got, exact) < 0.08
     assert 0.03 < relative(got, same_weights) < 0.055
+
+
+def test_rows_of_two_numbers_lose_nothing_that_16_bits_hold() -> None:
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    x[1], x[2, 3] = 0, 1e4
+    value, scale = split_rows(x)
+    assert value.shape == (6, 128)
+    assert torch.equal(scale, quantise_rows(x)[1])
+    first, rest = value.float().chunk(2, -1)
+    error = ((first + rest) * scale[:, None] - x.float()).abs()
+    assert (error <= x.float().abs() / 256 + scale[:, None] * 2**-10).all()
+    gate_up, down = weights()
+    hidden, ids, factors = call(64)
+    packed = quantise_experts(gate_up, down, "fp8-w8a16")
+    plain = quantise_experts(gate_up, down, "fp8")
+    assert all(map(torch.equal, packed.tensors().values(), plain.tensors().values()))
+    got = moe_forward_quantised(hidden, packed, ids, factors)
+    want = moe_forward(hidden, *dequantise_experts(packed, torch.float32), ids, factors)
+    assert relative(got, want) < 3e-3
+    assert relative(got, want) < relative(moe_forward_quantised(hidden, plain, ids, factors), want)
+    with pytest.raises(ConfigError, match="int4 is always weight-only"):
+        ExpertFormat("int4", 32, weight_only=True)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int4-32"])

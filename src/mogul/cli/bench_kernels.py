@@ -33,7 +33,7 @@ class Options:
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Default: bf16 on a GPU, fp32 on a processor."""
 
-    quant: Literal["none", "fp8", "int4-32", "int4-64", "int4-128"] = "none"
+    quant: Literal["none", "fp8", "fp8-w8a16", "int4-32", "int4-64", "int4-128"] = "none"
     """Also time the layer with quantised experts."""
 
     train: bool = False

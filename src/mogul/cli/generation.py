@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-Quantise = Literal["no", "fp8", "fp8-all", "fp8-experts", "int4-32", "int4-64", "int4-128"]
+Quantise = Literal[
+    "no", "fp8", "fp8-all", "fp8-experts", "fp8-w8a16", "int4-32", "int4-64", "int4-128"
+]
 TORCH_NAMES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

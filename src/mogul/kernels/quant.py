@@ -130,7 +130,7 @@ def quantise_experts(
     Args:
         gate_up: first matmul as `layout` says, floating-point.
         down: second matmul.
-        format: fp8, int4-32, int4-64, int4-128, or the record of one.
+        format: fp8, fp8-w8a16, int4-32, int4-64, int4-128, or the record of one.
         layout: of the given weights and of the biases.
         gate_up_bias: in the column order of gate_up; stays as it is.
         down_bias: stays as it is.
@@ -236,8 +236,9 @@ def moe_forward_quantised(
 ) -> Float[Tensor, "T D"]:
     """`moe_forward` with quantised experts, in the dtype of x; no gradient.
 
-    fp8 multiplies e4m3 activations, scaled token by token while it runs, with e4m3 weights; int4
-    multiplies x with the dequantised weights. A slot whose id is no expert has no row.
+    fp8 multiplies e4m3 activations, scaled token by token while it runs, with e4m3 weights;
+    fp8-w8a16 carries each activation as two numbers of e4m3; int4 multiplies x with the dequantised
+    weights. A slot whose id is no expert has no row.
 
     Raises:
         ConfigError: shapes or devices that do not belong together, or a wanted gradient.

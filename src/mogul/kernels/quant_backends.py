@@ -2,7 +2,8 @@
 
 Decides the arithmetic every other backend must match. fp8: each token's row and, after the
 activation, each slot's row is rounded to e4m3 with a scale of its own; products of e4m3 values are
-summed in fp32 and scaled once. int4: weights are dequantised to the dtype of x and multiplied.
+summed in fp32 and scaled once. fp8-w8a16: what that rounding leaves of a row is rounded and
+multiplied too. int4: weights are dequantised to the dtype of x and multiplied.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mogul.kernels.quant import (
     QuantisedWeight,
     moe_forward_quantised,
 )
-from mogul.kernels.quant_format import expert_format, quantise_rows
+from mogul.kernels.quant_format import expert_format, quantise_rows, split_rows
 from mogul.kernels.triton.linear import linear_fp8
 from mogul.kernels.triton.quant import (
     moe_quantised_triton,
@@ -71,15 +72,20 @@ def _product(
     if experts.format.kind == "int4":
         matrix_NC = weight.dequantise(experts.format, rows_RC.dtype, expert)
         return (rows_RC @ matrix_NC.T).float()
-    value_RC, scale_R = quantise_rows(rows_RC)
-    out_RN = value_RC.float() @ weight.value[expert].float().T
+    matrix_NC = weight.value[expert].float()
+    if experts.format.weight_only:
+        value_RC, scale_R = split_rows(rows_RC)
+        matrix_NC = matrix_NC.repeat(1, 2)
+    else:
+        value_RC, scale_R = quantise_rows(rows_RC)
+    out_RN = value_RC.float() @ matrix_NC.T
     return out_RN * scale_R[:, None] * weight.scale[expert]
 
 
 def takes_shared(experts: QuantisedExperts, dtype: torch.dtype) -> bool:
     """Whether a GPU can run these experts and a shared one as one operator."""
     has_bias = experts.gate_up_bias is not None or experts.down_bias is not None
-    if experts.format.kind != "fp8" or has_bias or experts.layout.activation != "silu":
+    if experts.format.name != "fp8" or has_bias or experts.layout.activation != "silu":
         return False
     facts = QuantisedFacts(experts.device, dtype, experts.format, *experts.sizes, experts.layout)
     if MOE_QUANTISED.reasons(**facts._asdict())["triton"] is not None:

@@ -1,9 +1,10 @@
 """Number formats of quantised expert weights: 8-bit floats, and 4-bit integers in groups.
 
 Decides scales and packing of a matrix [N, C] (C is contracted). fp8 is e4m3 with one fp32 scale a
-row, w = q * scale. int4 has groups of columns, the last of which may be short: w = q * scale +
-offset with q in 0..15; byte j of a row holds q[2j] in its low half and q[2j + 1] in its high half,
-and scales [groups, N, 2] hold (scale, offset) in bf16, so that one word serves a group.
+row, w = q * scale; fp8-w8a16 stores the same and multiplies rows whose numbers are sums of two in
+e4m3. int4 has groups of columns, the last of which may be short: w = q * scale + offset with q in
+0..15; byte j of a row holds q[2j] in its low half and q[2j + 1] in its high half, and scales
+[groups, N, 2] hold (scale, offset) in bf16, so that one word serves a group.
 """
 
 from __future__ import annotations
@@ -38,16 +39,23 @@ class ExpertFormat:
     group: int = 0
     """Weights that share a scale, int4 only."""
 
+    weight_only: bool = False
+    """fp8 only: rows keep what 16 bits hold. int4 is always so."""
+
     def __post_init__(self) -> None:
         if self.kind == "int4" and self.group not in INT4_GROUPS:
             raise ConfigError(
                 f"int4 groups of {self.group} weights are unknown", fix=f"use one of {INT4_GROUPS}"
             )
+        if self.kind == "int4" and self.weight_only:
+            raise ConfigError("int4 is always weight-only", fix="leave weight_only out")
 
     @property
     def name(self) -> str:
-        """fp8, int4-32, int4-64 or int4-128."""
-        return f"int4-{self.group}" if self.kind == "int4" else self.kind
+        """fp8, fp8-w8a16, int4-32, int4-64 or int4-128."""
+        if self.kind == "int4":
+            return f"int4-{self.group}"
+        return "fp8-w8a16" if self.weight_only else "fp8"
 
     @property
     def bits(self) -> float:
@@ -57,12 +65,16 @@ class ExpertFormat:
 
 FORMATS = {
     spec.name: spec
-    for spec in (ExpertFormat("fp8"), *(ExpertFormat("int4", group) for group in INT4_GROUPS))
+    for spec in (
+        ExpertFormat("fp8"),
+        ExpertFormat("fp8", weight_only=True),
+        *(ExpertFormat("int4", group) for group in INT4_GROUPS),
+    )
 }
 
 
 def expert_format(name: str | ExpertFormat) -> ExpertFormat:
-    """Look a format up: fp8, int4-32, int4-64, int4-128; int4 alone is int4-32."""
+    """Look a format up: fp8, fp8-w8a16, int4-32, int4-64, int4-128; int4 alone is int4-32."""
     if isinstance(name, ExpertFormat):
         return name
     if name == "int4":
@@ -79,6 +91,16 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = wide.abs().amax(-1).clamp(min=_TINY) / FP8_MAX
     return (wide / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E4m3 values [R, 2C] and a scale a row: rounded rows, then what rounding left, rounded too.
+
+    Their sum keeps 8 significant bits, as bf16 does, of all that is above 2^-11 of a row's largest.
+    """
+    first, scale = quantise_rows(x)
+    rest = (x.float() / scale[..., None]).clamp(-FP8_MAX, FP8_MAX) - first.float()
+    return torch.cat((first, rest.to(FP8)), -1), scale
 
 
 def quantise_fp8_weight(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

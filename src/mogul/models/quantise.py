@@ -132,7 +132,7 @@ def quantise_model(
 
     Args:
         model: any mixture-of-experts model that `experts_implementation="mogul"` accepts.
-        format: fp8, int4-32, int4-64 or int4-128.
+        format: fp8, fp8-w8a16, int4-32, int4-64 or int4-128.
         importance: from `expert_inputs`; int4 is far better with it.
 
     Raises:

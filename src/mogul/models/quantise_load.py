@@ -74,7 +74,7 @@ def load_quantised(
 
     Args:
         path: a folder with `config.json` and safetensors, or a hub id.
-        format: of the experts: fp8, int4-32, int4-64 or int4-128.
+        format: of the experts: fp8, fp8-w8a16, int4-32, int4-64 or int4-128.
         dtype: of everything else; "auto" is as stored.
         device: where the model goes; each layer is quantised there. None is the CPU.
         importance: from `read_stats` or `measure_stats` of the unquantised model, or a mapping

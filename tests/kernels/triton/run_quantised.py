@@ -20,7 +20,7 @@ from mogul.kernels import (
     moe_forward_quantised,
     quantise_experts,
 )
-from mogul.kernels.quant_format import FP8_MAX, quantise_rows
+from mogul.kernels.quant_format import FP8_MAX, quantise_rows, split_rows
 from mogul.kernels.triton import quant_kernels, quant_layer
 from mogul.kernels.triton.plans import Plan, Tile
 
@@ -31,6 +31,9 @@ CASES = {
     "fp8 plain": ("fp8", PLAIN, "silu", torch.float32),
     "fp8 swapped half": ("fp8", SWAPPED, "silu", torch.float16),
     "fp8 clamped with biases": ("fp8", PLAIN, "clamped_swiglu", torch.float32),
+    "fp8-w8a16 plain": ("fp8-w8a16", PLAIN, "silu", torch.float32),
+    "fp8-w8a16 swapped half": ("fp8-w8a16", SWAPPED, "silu", torch.float16),
+    "fp8-w8a16 clamped with biases": ("fp8-w8a16", PLAIN, "clamped_swiglu", torch.float32),
     "int4-32 spans": ("int4-32", WIDE, "silu", torch.float32),
     "int4-64 half": ("int4-64", SWAPPED, "silu", torch.float16),
     "int4-128 short group": ("int4-128", SWAPPED, "silu", torch.float32),
@@ -38,9 +41,9 @@ CASES = {
 }
 
 
-def torch_rounds(x, live=None):
+def torch_rounds(x, live=None, *, split=False):
     """Rows rounded by torch: the interpreter's own conversion to e4m3 loses carries."""
-    return quantise_rows(x)
+    return split_rows(x) if split else quantise_rows(x)
 
 
 def rounding_error() -> float:
@@ -48,7 +51,7 @@ def rounding_error() -> float:
     x = torch.randn(6, 80)
     x[1] = 0
     value, scale, live = torch.full_like(x, 7.0), torch.full((6,), 7.0), torch.tensor([5])
-    flags = {"C": 80, "BLOCK_C": 32, "COUNTED": True, "PDL": False}
+    flags = {"C": 80, "BLOCK_C": 32, "SPLIT": False, "COUNTED": True, "PDL": False}
     quant_kernels.round_rows[(6,)](x, value, scale, live.int(), **flags)
     _, want = quantise_rows(x[:5])
     assert (value[5] == 7).all()
@@ -201,7 +204,7 @@ def main() -> None:
         ids[::3, 1], ids[0, 0] = experts, -1
         weights = torch.rand(tokens, picks)
         want = moe_forward_quantised(x.float(), packed, ids, weights, backend="reference")
-        quant_layer.quant_plan_for = lambda *_, tile=tile: Plan(rows=16, up=tile, down=tile)
+        quant_layer.quant_plan_for = lambda *_, tile=tile, **__: Plan(rows=16, up=tile, down=tile)
         module = sys.modules["mogul.kernels.triton.quant"]
         got = module.moe_quantised_triton(x, packed, ids, weights).float()
         error = float((got - want).norm() / want.norm())

@@ -27,6 +27,9 @@ CASES = {
     "fp8 plain": 1e-5,
     "fp8 swapped half": 4e-3,
     "fp8 clamped with biases": 1e-5,
+    "fp8-w8a16 plain": 1e-5,
+    "fp8-w8a16 swapped half": 4e-3,
+    "fp8-w8a16 clamped with biases": 1e-5,
     "int4-32 spans": 2e-6,
     "int4-64 half": 2e-3,
     "int4-128 short group": 2e-6,
@@ -64,7 +67,7 @@ def compiled(group: int, arch: int, dtype: str = "bf16", few: str = "", **change
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), "*i32"),
     }
     constants = {
-        **{"D": 256, "F": 1344, "K": 8, "E": 64, "GROUP": group},
+        **{"D": 256, "F": 1344, "K": 8, "E": 64, "GROUP": group, "SPLIT": False},
         **{"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_GROUP": 1},
         **{"TMA": False, "SWAP": True, "STREAM": True, "BIAS": False, "PDL": False},
         **{"ACT": 0, "ALPHA": 1.0, "LIMIT": 7.0, "STAGES": 1},
@@ -104,6 +107,18 @@ def test_fp8_compiles_to_fp8_products(arch: int) -> None:
     assert done.metadata.shared < 100_000
     if arch < 100:
         assert re.search(r"(wgmma|mma\.sync).*e4m3", done.asm["ptx"])
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 64, 456, 4096])
+def test_split_rows_compile(arch: int, tokens: int) -> None:
+    shape = Shape(64, 8, 256, 1344, arch)
+    plan = quant_plan_for(shape, tokens, 0, split=True)
+    tile = plan.up
+    done = compiled(
+        0, arch, SPLIT=True, BLOCK_T=plan.rows, BLOCK_N=tile.n, BLOCK_K=tile.k, SWAP=tile.swap
+    )
+    assert done.metadata.shared < 200_000
 
 
 def test_fp16_rows_compile() -> None:

@@ -21,8 +21,8 @@ from mogul.kernels.triton.routing import route_counted
 
 pytestmark = pytest.mark.gpu
 
-LIMIT = {"fp8": 6e-2, "int4-32": 5e-3, "int4-128": 5e-3}
-"""fp8 also rounds the rows: 4.6e-2 by its arithmetic (docs/quantisation.md)."""
+LIMIT = {"fp8": 6e-2, "fp8-w8a16": 5e-3, "int4-32": 5e-3, "int4-128": 5e-3}
+"""fp8 also rounds the rows: 4.6e-2 by its arithmetic (docs/quantisation.md); fp8-w8a16 does not."""
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 64, 3000])

@@ -74,4 +74,5 @@ def moe_quantised_triton(
         act,
         layout.alpha,
         layout.limit,
+        experts.format.weight_only,
     )

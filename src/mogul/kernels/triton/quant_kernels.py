@@ -2,7 +2,8 @@
 """The experts layer on quantised weights: rows rounded to fp8, up and down products.
 
 GROUP = 0 is fp8: e4m3 rows times e4m3 weights, fp32 sums, scaled once at the end by row and by
-column.  GROUP > 0 is int4: packed pairs become weights of the rows' dtype in registers,
+column.  SPLIT: a row is its rounded numbers, then what rounding left of them, and both halves meet
+the same weights.  GROUP > 0 is int4: packed pairs become weights of the rows' dtype in registers,
 q * scale + offset in fp32 with one rounding, and lie on the matrix unit's left side.
 Layouts of scales: fp8 [E, N] fp32; int4 [E, groups, N] of two bf16, read as one 32-bit word.
 
@@ -22,9 +23,13 @@ _TWO_23 = tl.constexpr(8388608.0)
 @triton.jit
 def round_rows(
     x_ptr, value_ptr, scale_ptr, count_ptr,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """value[row] = x[row] / scale[row] as e4m3, scale = max |x[row]| / 448; COUNTED: live rows."""
+    """value[row] = x[row] / scale[row] as e4m3, scale = max |x[row]| / 448; COUNTED: live rows.
+
+    SPLIT: rows of `value` have 2 C columns, in the second half what rounding left, rounded too.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -34,21 +39,27 @@ def round_rows(
         if C <= BLOCK_C:  # the row stays in registers
             x = tl.load(x_ptr + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
             scale = _scale(tl.abs(x).to(tl.int32, bitcast=True))
-            _put_rounded(value_ptr + row * C + cols, x, scale, cols < C)
+            _put_rounded(value_ptr + row * (C + C * SPLIT) + cols, x, scale, cols < C, C, SPLIT)
         else:
-            scale = _round_long(x_ptr + row * C, value_ptr + row * C, C, BLOCK_C)
+            at = value_ptr + row * (C + C * SPLIT)
+            scale = _round_long(x_ptr + row * C, at, C, BLOCK_C, SPLIT)
         tl.store(scale_ptr + row, scale)
 
 
 @triton.jit
-def _put_rounded(at, x, scale, keep):
-    """Numbers over their scale as e4m3."""
+def _put_rounded(at, x, scale, keep, C: tl.constexpr, SPLIT: tl.constexpr):
+    """Numbers over their scale as e4m3; SPLIT: C further on, what that leaves."""
     value = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
-    tl.store(at, value.to(at.dtype.element_ty), mask=keep)
+    first = value.to(at.dtype.element_ty)
+    tl.store(at, first, mask=keep)
+    if SPLIT:
+        tl.store(at + C, (value - first.to(tl.float32)).to(at.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def _round_long(x_ptr, value_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def _round_long(
+    x_ptr, value_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
     """Round a row that is read twice; its scale."""
     cols = tl.arange(0, BLOCK_C)
     top = tl.zeros((BLOCK_C,), tl.int32)
@@ -58,7 +69,7 @@ def _round_long(x_ptr, value_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr):
     scale = _scale(top)
     for base in tl.static_range(0, C, BLOCK_C):
         x = tl.load(x_ptr + base + cols, mask=base + cols < C, other=0.0).to(tl.float32)
-        _put_rounded(value_ptr + base + cols, x, scale, base + cols < C)
+        _put_rounded(value_ptr + base + cols, x, scale, base + cols < C, C, SPLIT)
     return scale
 
 
@@ -82,7 +93,7 @@ def round_gated(
     if F <= BLOCK_F:  # the row stays in registers
         act = _gated(both_ptr + row * (2 * F), cols, F)
         scale = _scale(tl.abs(act).to(tl.int32, bitcast=True))
-        _put_rounded(value_ptr + row * F + cols, act, scale, cols < F)
+        _put_rounded(value_ptr + row * F + cols, act, scale, cols < F, F, False)
     else:
         top = tl.zeros((BLOCK_F,), tl.int32)
         for base in tl.static_range(0, F, BLOCK_F):
@@ -91,7 +102,8 @@ def round_gated(
         scale = _scale(top)
         for base in tl.static_range(0, F, BLOCK_F):
             act = _gated(both_ptr + row * (2 * F), base + cols, F)
-            _put_rounded(value_ptr + row * F + base + cols, act, scale, base + cols < F)
+            at = value_ptr + row * F + base + cols
+            _put_rounded(at, act, scale, base + cols < F, F, False)
     tl.store(scale_ptr + row, scale)
 
 
@@ -178,6 +190,7 @@ def up_quantised(
     x_ptr, x_scale_ptr, w_ptr, w_desc, w_scale_ptr, bias_ptr, act_ptr,
     order_ptr, head_ptr, tiles_ptr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, STREAM: tl.constexpr,
     BIAS: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
@@ -197,7 +210,8 @@ def up_quantised(
         near = cols % F
         e64 = e.to(tl.int64)
         token = tl.load(order_ptr + rows, mask=live, other=0) // K
-        row_ptr = x_ptr + token.to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_K)[None, :]
+        row_ptr = x_ptr + token.to(tl.int64)[:, None] * (D + D * SPLIT)
+        row_ptr += tl.arange(0, BLOCK_K)[None, :]
         if SWAP:
             gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         else:
@@ -224,6 +238,10 @@ def up_quantised(
                     up_w = _fp8_tile(w_at, F + near, k, D, BLOCK_K, STREAM)
                 gate = _dot(block, gate_w, gate, SWAP)
                 up = _dot(block, up_w, up, SWAP)
+                if SPLIT:
+                    block = _load_rows(row_ptr + D, live, k, D, BLOCK_K)
+                    gate = _dot(block, gate_w, gate, SWAP)
+                    up = _dot(block, up_w, up, SWAP)
             row_scale = _across(tl.load(x_scale_ptr + token, mask=live, other=0.0), SWAP)
             col_at = w_scale_ptr + e64 * (2 * F) + near
             gate = gate * row_scale * _across(tl.load(col_at), not SWAP)
@@ -242,6 +260,7 @@ def down_quantised(
     a_ptr, a_desc, a_scale_ptr, w_ptr, w_desc, w_scale_ptr, bias_ptr, out_ptr,
     order_ptr, head_ptr, tiles_ptr,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, STREAM: tl.constexpr, BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -259,7 +278,8 @@ def down_quantised(
         cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
         near = cols % D
         e64 = e.to(tl.int64)
-        row_ptr = a_ptr + rows.to(tl.int64)[:, None] * F + tl.arange(0, BLOCK_K)[None, :]
+        row_ptr = a_ptr + rows.to(tl.int64)[:, None] * (F + F * SPLIT)
+        row_ptr += tl.arange(0, BLOCK_K)[None, :]
         if SWAP:
             acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         else:
@@ -281,6 +301,12 @@ def down_quantised(
                     block = _load_rows(row_ptr, live, k, F, BLOCK_K)
                     weight = _fp8_tile(w_at, near, k, F, BLOCK_K, STREAM)
                 acc = _dot(block, weight, acc, SWAP)
+                if SPLIT:
+                    if TMA:
+                        block = a_desc.load([start, F + k])
+                    else:
+                        block = _load_rows(row_ptr + F, live, k, F, BLOCK_K)
+                    acc = _dot(block, weight, acc, SWAP)
             acc = acc * _across(tl.load(a_scale_ptr + rows, mask=live, other=0.0), SWAP)
             acc = acc * _across(tl.load(w_scale_ptr + e64 * D + near), not SWAP)
         if BIAS:

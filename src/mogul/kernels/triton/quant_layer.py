@@ -38,7 +38,10 @@ _ROUND_COLUMNS = 8192
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one call; biases may be missing. `group` is 0 for fp8."""
+    """The tensors of one call; biases may be missing. `group` is 0 for fp8.
+
+    `split`: rows are two numbers of e4m3 each, whose sum is as exact as in 16 bits.
+    """
 
     gate_up: Tensor
     gate_up_scale: Tensor
@@ -50,6 +53,7 @@ class Weights:
     act: int
     alpha: float
     limit: float
+    split: bool = False
 
     @property
     def inner(self) -> int:
@@ -60,8 +64,10 @@ class Weights:
 class QuantLayer:
     """Launches of one layer shape and format on one device, made when first needed."""
 
-    def __init__(self, layer: Layer, group: int, act: tuple[int, float, float]) -> None:
-        self.layer, self.group, self.act = layer, group, act
+    def __init__(
+        self, layer: Layer, group: int, act: tuple[int, float, float], *, split: bool = False
+    ) -> None:
+        self.layer, self.group, self.act, self.split = layer, group, act, split
         self._launches: dict[Any, Launch] = {}
         self._plans: list[Plan | None] = []
 
@@ -91,7 +97,7 @@ class QuantLayer:
         layer, slots = self.layer, ids.numel()
         if self.group and layer.shape.uses_few(x.shape[0]):
             return self._few(x, weights, ids, factors)
-        plan = quant_plan_for(layer.shape, x.shape[0], self.group)
+        plan = quant_plan_for(layer.shape, x.shape[0], self.group, split=self.split)
         sort = layer.sort(ids, plan.rows)
         act = x.new_empty((slots, layer.shape.inner))
         rows, scale = rounded or self._rounded(x)
@@ -135,12 +141,13 @@ class QuantLayer:
 
     def _rounded(self, x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rows as e4m3 with their scales; int4 leaves them as they are."""
-        return (x, x) if self.group else rounded_rows(x, live)
+        return (x, x) if self.group else rounded_rows(x, live, split=self.split)
 
     def _constants(self, plan: Plan, tile: Tile, bias: Tensor | None) -> dict[str, Any]:
         return {
             "E": self.layer.shape.experts,
             "GROUP": self.group,
+            "SPLIT": self.split,
             "BLOCK_T": plan.rows,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
@@ -214,22 +221,27 @@ class QuantLayer:
         )
 
 
-def rounded_rows(x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows as e4m3 with a scale each; only the first `live[0]` where given."""
+def rounded_rows(
+    x: Tensor, live: Tensor | None = None, *, split: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows as e4m3 with a scale each; only the first `live[0]` where given.
+
+    `split`: twice the columns, behind the rounded numbers what rounding left of them.
+    """
     count, columns = x.shape
-    value = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    value = x.new_empty((count, columns * (1 + split)), dtype=torch.float8_e4m3fn)
     scale = torch.empty(count, dtype=torch.float32, device=x.device)
     device = device_index(x)
-    launch = _round(columns, live is not None, x.dtype, device)
+    launch = _round(columns, live is not None, split, x.dtype, device)
     launch((count, 1), device, x, value, scale, scale if live is None else live)
     return value, scale
 
 
 @cache
-def _round(columns: int, counted: bool, _dtype: torch.dtype, device: int) -> Launch:
+def _round(columns: int, counted: bool, split: bool, _dtype: torch.dtype, device: int) -> Launch:
     pdl = device >= 0 and has_pdl(device)
     block = min(_ROUND_COLUMNS, next_power_of_2(columns))
-    constants = {"C": columns, "BLOCK_C": block, "COUNTED": counted, "PDL": pdl}
+    constants = {"C": columns, "BLOCK_C": block, "SPLIT": split, "COUNTED": counted, "PDL": pdl}
     return Launch(quant_kernels.round_rows, constants, warps=4 if block <= 2048 else 8, pdl=pdl)
 
 
@@ -239,8 +251,10 @@ def _words(scale: Tensor, group: int) -> Tensor:
 
 
 @cache
-def _quant_layer(layer: Layer, group: int, act: tuple[int, float, float]) -> QuantLayer:
-    return QuantLayer(layer, group, act)
+def _quant_layer(
+    layer: Layer, group: int, act: tuple[int, float, float], split: bool
+) -> QuantLayer:
+    return QuantLayer(layer, group, act, split=split)
 
 
 def run_quantised(
@@ -268,7 +282,8 @@ def run_quantised(
     dtypes = (x.dtype, ids.dtype, factors.dtype)
     experts, width, _ = weights.down.shape
     layer = layer_of(experts, ids.shape[1], width, weights.inner, dtypes, device)
-    quant = _quant_layer(layer, weights.group, (weights.act, weights.alpha, weights.limit))
+    act = (weights.act, weights.alpha, weights.limit)
+    quant = _quant_layer(layer, weights.group, act, weights.split)
     if x.is_cuda and device != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return quant.forward(x, weights, ids, factors, rounded, summed=summed)
@@ -290,7 +305,7 @@ _LIB = torch.library.Library("mogul", "FRAGMENT")
 _LIB.define(
     "moe_quantised(Tensor x, Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor ids, Tensor weights, int group, int act, "
-    "float alpha, float limit) -> Tensor"
+    "float alpha, float limit, bool split=False) -> Tensor"
 )
 
 
@@ -308,9 +323,10 @@ def _moe_quantised(
     act: int,
     alpha: float,
     limit: float,
+    split: bool = False,
 ) -> Tensor:
     tensors = (gate_up, gate_up_scale, down, down_scale, gate_up_bias, down_bias)
-    return run_quantised(x, Weights(*tensors, group, act, alpha, limit), ids, weights)
+    return run_quantised(x, Weights(*tensors, group, act, alpha, limit, split), ids, weights)
 
 
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter's path

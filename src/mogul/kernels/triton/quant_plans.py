@@ -57,8 +57,17 @@ def _plan(row: dict[str, Any]) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def quant_plan_for(shape: Shape, tokens: int, group: int) -> Plan:
-    """Table row whose bound holds (Hopper), else the rule."""
+def quant_plan_for(shape: Shape, tokens: int, group: int, *, split: bool = False) -> Plan:
+    """Table row whose bound holds (Hopper), else the rule; `split` rows take twice the room."""
+    plan = _plan_for(shape, tokens, group)
+    if split and plan.rows == 128:
+        sides = (plan.up, plan.down)
+        up, down = (replace(side, stages=min(side.stages, 3)) for side in sides)
+        plan = replace(plan, up=up, down=down)
+    return plan
+
+
+def _plan_for(shape: Shape, tokens: int, group: int) -> Plan:
     if shape.capability == 90:
         key = (group, shape.experts, shape.picks, shape.width, shape.inner)
         for bound, plan in table().get(key, []):
