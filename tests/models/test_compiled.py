@@ -35,7 +35,7 @@ def test_a_model_is_exported_for_any_length(exported: Any) -> None:
         pad_token_id=0, experts_implementation="mogul",
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
-    ids = torch.randint(1, 64, (1, 20))
+    ids = torch.randint(1, 64, (2, 20))
     program = exported(model, ids[:, :9], 64)
     with torch.no_grad():
         assert program.graph_module.code.count("torch.ops.mogul.") == 2, "an operator a layer"
