@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def unrounded(x, norm, eps, route, tensors):
         out += weight * expert(row, *(one[e] for one in tensors[:4]))
     return out
 
-def torch_rounds(x, live=None):  # the interpreter's own conversion to e4m3 loses carries
+def torch_rounds(x, live=None, *, split=False):  # the interpreter's own conversion loses carries
     return quantise_rows(x)
 
 quant_layer.rounded_rows = quant_shared.rounded_rows = f.rounded_rows = torch_rounds
@@ -116,8 +117,10 @@ for experts, picks, inner, shared in ((8, 4, 48, 80), (16, 2, 16, 144)):
         told = route_reference(logits, routing.spec_of(rule, 1.5), *some)
         assert torch.equal(ids, told[0])
         close(weights, told[1], 1e-3)
-        got = f.moe_normed_shared(x, norm, None, 1e-3, *args, *tensors)
-        close(got - x, unrounded(x, norm, 1e-3, args, tensors), 6e-3)
+        want = unrounded(x, norm, 1e-3, args, tensors)
+        for f.down_tile in (f.OneTile(8, 1024), f.OneTile(8, 64, held=2), f.OneTile(8, 64, held=9)):
+            got = f.moe_normed_shared(x, norm, None, 1e-3, *args, *tensors)
+            close(got - x, want, 6e-3)
 assert not f.takes_one(router, [8, 4, 2, 0, 0, 0, 0])
 assert not f.takes_one(router, [8, 2, 2, 1, 0, 0, 0])
 assert not f.takes_one(router, [12, 3, 3, 0, 0, 0, 0])
@@ -138,14 +141,15 @@ POINTERS = {
 }
 CONSTANTS = {
     **{"N": 512, "K": 512, "BLOCK_N": 8, "BLOCK_K": 512, "EPS": 1e-5, "NORM": True, "BIAS": True},
-    **{"ADD": True, "LINES": 4, "PDL": True, "D": 512, "F": 64, "S": 128, "E": 16},
+    **{"ADD": True, "LINES": 4, "HELD": 0, "PDL": True, "D": 512, "F": 64, "S": 1024, "E": 16},
 }
 
 
-def ptx(kernel: Any) -> str:
+def ptx(kernel: Any, **changes: int) -> str:
     """Compiled for sm_90."""
     names = [parameter.name for parameter in kernel.params]
     values = {**CONSTANTS, "K": 2} if "ids_ptr" in names else CONSTANTS
+    values = {**values, **changes}
     constants = {name: values[name] for name in names if name.isupper()}
     signature = {name: "constexpr" if name in constants else f"*{POINTERS[name]}" for name in names}
     attributes = {
@@ -165,6 +169,16 @@ def test_weights_are_on_their_way_and_become_fp16_by_the_devices_own_conversion(
     assert "prefetch.global.L2" in before
     assert "ld.global" not in before, "what the kernel before writes is not there yet"
     assert "cvt.rn.f16x2.e4m3x2" in after
+
+
+def test_held_weights_are_read_before_the_wait_and_no_others() -> None:
+    words = r"ld\.global\S*\.v4\.b32"
+    for held in (1, 2):
+        before, _, after = ptx(kernels.down_one, HELD=held).partition("griddepcontrol.wait")
+        loads = len(re.findall(words, before))
+        assert loads == before.count("ld.global")
+        assert "ld.global" in after
+        assert loads * 16 * 128 == held * CONSTANTS["BLOCK_N"] * CONSTANTS["BLOCK_K"]
 
 
 def test_picks_are_there_before_what_reads_them_begins() -> None:

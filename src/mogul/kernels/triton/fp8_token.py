@@ -50,6 +50,8 @@ class OneTile(NamedTuple):
     n: int
     k: int
     warps: int = 4
+    held: int = 0
+    """Blocks of the shared down weight that are read before the launch before has ended."""
 
 
 linear_tile, up_tile, down_tile = OneTile(8, 1024), OneTile(8, 1024), OneTile(8, 1024)
@@ -274,6 +276,8 @@ def _launch(
     block = min(tile.k, next_power_of_2(contracted))
     columns = 2 * dims["S"] if name == "up_one" else dims["D"]
     constants = {**dims, "BLOCK_N": tile.n, "BLOCK_K": block, "LINES": _lines(columns)}
+    if name == "down_one":
+        constants["HELD"] = min(tile.held, cdiv(contracted, block))
     return _made(name, constants, tile.warps, device)
 
 

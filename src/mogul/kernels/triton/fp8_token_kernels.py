@@ -15,13 +15,25 @@ from mogul.kernels.triton.route_kernels import _best_of_each, scores_of, weights
 
 
 @triton.jit
-def _tile(at, inside, MASKED: tl.constexpr):
-    """Weights in fp32; masked only where a row does not end with a block."""
+def _packed(at, inside, MASKED: tl.constexpr):
+    """Weights; masked only where a row does not end with a block."""
     if MASKED:
         w = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
     else:
         w = tl.load(at, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def _wide(w):
+    """e4m3 in fp32, by way of the conversion that the device has."""
     return w.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _tile(at, inside, MASKED: tl.constexpr):
+    """Weights in fp32."""
+    return _wide(_packed(at, inside, MASKED))
 
 
 @triton.jit
@@ -170,23 +182,36 @@ def down_one(
     act_ptr, w_ptr, scale_ptr, shared_ptr, shared_scale_ptr, ids_ptr, weights_ptr, plus_ptr,
     out_ptr,
     D: tl.constexpr, F: tl.constexpr, S: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Residual + shared part + sum over picks of weight * down @ act, of one row."""
+    """Residual + shared part + sum over picks of weight * down @ act, of one row.
+
+    The shared part's first HELD blocks of weights come into registers while up still runs.
+    """
     first = tl.program_id(0) * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
     near = cols % D
     ks = tl.arange(0, BLOCK_K)
+    MASKED: tl.constexpr = S % BLOCK_K != 0
+    w_at = shared_ptr + near.to(tl.int64)[:, None] * S + ks[None, :]
+    held = ()
+    for k in tl.static_range(0, HELD):
+        inside = (k * BLOCK_K + ks < S)[None, :]
+        held += (_packed(w_at + k * BLOCK_K, inside, MASKED),)
     if PDL:
         gdc_launch_dependents()
         fetch(shared_ptr, first, D, S, BLOCK_N, LINES)
         gdc_wait()
     total = tl.load(plus_ptr + near).to(tl.float32)
     part = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
-    w_at = shared_ptr + near.to(tl.int64)[:, None] * S + ks[None, :]
-    for start in tl.range(0, S, BLOCK_K, loop_unroll_factor=4):
+    for k in tl.static_range(0, HELD):
+        at = k * BLOCK_K + ks
+        a = tl.load(act_ptr + K * F + at, mask=at < S, other=0.0).to(tl.float32)
+        part += _folded(_wide(held[k]) * a[None, :], FOLD)
+    for start in tl.range(HELD * BLOCK_K, S, BLOCK_K, loop_unroll_factor=4):
         inside = start + ks < S
-        w = _tile(w_at + start, inside[None, :], S % BLOCK_K != 0)
+        w = _tile(w_at + start, inside[None, :], MASKED)
         a = tl.load(act_ptr + K * F + start + ks, mask=inside, other=0.0).to(tl.float32)
         part += _folded(w * a[None, :], FOLD)
     total += tl.sum(part, 1) * tl.load(shared_scale_ptr + near)
@@ -233,7 +258,7 @@ def norm_rounded(
         tl.store(normed_ptr + row * C + cols, x, mask=live)
     x = x.to(tl.float32)
     scale = _scale(tl.abs(x).to(tl.int32, bitcast=True))
-    _put_rounded(value_ptr + row * C + cols, x, scale, live)
+    _put_rounded(value_ptr + row * C + cols, x, scale, live, C, False)
     tl.store(scale_ptr + row, scale)
 
 
