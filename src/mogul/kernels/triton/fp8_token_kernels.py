@@ -197,8 +197,8 @@ def down_one(
     w_at = shared_ptr + near.to(tl.int64)[:, None] * S + ks[None, :]
     held = ()
     for k in tl.static_range(0, HELD):
-        inside = (k * BLOCK_K + ks < S)[None, :]
-        held += (_packed(w_at + k * BLOCK_K, inside, MASKED),)
+        at = k * BLOCK_K + ks
+        held += (_packed(w_at + k * BLOCK_K, (at < S)[None, :], MASKED),)
     if PDL:
         gdc_launch_dependents()
         fetch(shared_ptr, first, D, S, BLOCK_N, LINES)
