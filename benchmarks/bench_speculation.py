@@ -2,8 +2,10 @@
 
 Prompts are windows of the shipped text's held-out part (or of --text), greedy, no stop. Plain and
 guessing engines of the same model take turns; medians count. The number of guesses adapts unless
---fixed. Guessing may change no token: the share of answers that are equal stands beside the times
-(in 16 bits a wider step may round a near tie differently).
+--fixed. Guessing may change no token: the share of answers that are equal stands beside the times.
+In 16 bits a wider step may round a near tie differently: where a greedy answer first differs, one
+plain forward in fp32 says how far apart the two tokens' logits are, and the largest such gap stands
+beside the share.
 
     python benchmarks/bench_speculation.py CHECKPOINT --proposers ngram mtp draft=SMALL --record
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,6 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     device = default_device()
     model = load_model(options.model, dtype=options.dtype, device=device)
+    ties = Ties(options.model, device)
     text = options.text.read_text() if options.text else "\n\n".join(shipped_text().held_out)
     tokenizer: Any = load_tokenizer(options.model)
     ids = tokenizer(text)["input_ids"]
@@ -74,7 +78,7 @@ def main() -> None:
         guessing = Engine(model, None, settings, speculator=speculator)
         for batch in options.batches:
             prompts = [ids[i * options.prompt : (i + 1) * options.prompt] for i in range(batch)]
-            row, entry = compare(name, batch, plain, guessing, prompts, options)
+            row, entry = compare(name, batch, plain, guessing, prompts, ties, options)
             rows.append(row)
             print(json.dumps(entry), flush=True)
             if options.record:
@@ -93,6 +97,7 @@ def main() -> None:
             "tokens a step",
             "stood",
             "equal",
+            "gap",
         ),
         rows,
     ).show()
@@ -104,6 +109,7 @@ def compare(
     plain: Engine,
     guessing: Engine,
     prompts: list[list[int]],
+    ties: Ties,
     options: argparse.Namespace,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let both engines take turns on the same prompts."""
@@ -132,12 +138,14 @@ def compare(
     drafted = np.subtract(stats.drafted, before.drafted)
     stood = np.subtract(stats.accepted, before.accepted) / np.maximum(drafted, 1)
     plain_ms, guessing_ms = median(times["plain"]), median(times["guessing"])
-    equal = sum(a == b for a, b in zip(said["plain"], said["guessing"], strict=True)) / batch
+    pairs = list(zip(prompts, said["plain"], said["guessing"], strict=True))
+    equal = sum(a == b for _, a, b in pairs) / batch
+    gaps = [] if options.temperature else [ties.gap(*pair) for pair in pairs if pair[1] != pair[2]]
     say(f"{name} batch {batch}: {plain_ms:.3f} -> {guessing_ms:.3f} ms")
     shares = " ".join(f"{share:.2f}" for share in stood)
     row = (
         name, batch, round(plain_ms, 3), round(guessing_ms, 3), round(plain_ms / guessing_ms, 3),
-        round(gained, 2), shares, f"{equal:.0%}",
+        round(gained, 2), shares, f"{equal:.0%}", f"{max(gaps):.4f}" if gaps else "",
     )  # fmt: skip
     entry = ledger.row(
         device_name(torch.device(default_device())),
@@ -157,8 +165,26 @@ def compare(
         drafted=drafted.tolist(),
         acceptance=[round(float(share), 3) for share in stood],
         equal_answers=equal,
+        gaps_where_answers_part=sorted(round(gap, 4) for gap in gaps),
     )
     return row, entry
+
+
+class Ties:
+    """Weighs two answers' first different tokens by the model in fp32, read when first asked."""
+
+    def __init__(self, model: str, device: str) -> None:
+        self._read = partial(load_model, model, dtype="float32", device=device)
+        self._model: Any = None
+
+    def gap(self, prompt: list[int], plain: tuple[int, ...], other: tuple[int, ...]) -> float:
+        """How much higher the logit of the likelier of both tokens is where the answers part."""
+        at = next(i for i, (a, b) in enumerate(zip(plain, other, strict=True)) if a != b)
+        self._model = self._model or self._read()
+        said = torch.tensor([[*prompt, *plain[:at]]], device=self._model.device)
+        with torch.inference_mode():
+            logits = self._model(said, logits_to_keep=1, use_cache=False).logits[0, -1].float()
+        return float((logits[plain[at]] - logits[other[at]]).abs())
 
 
 if __name__ == "__main__":
