@@ -10,8 +10,10 @@ causal mask out of plain calls only, and with a mask SDPA takes a slower kernel.
 `NAME+route` also lets mogul's router kernel pick; `sonicmoe` and `deepgemm` (which has no backward)
 use installed libraries in place of the hub's copies; `--sequences` sets the batches
 (`prefill:4x1024,training:32x1024`). `--norms torch` and `--rotations compiled` stand for what
-Transformers' `use_kernels=True` brings from its hub, one launch for a norm and one for a rotation,
-on all sides. `--profile` adds each side's device time by kernel (profile.jsonl).
+Transformers' `use_kernels=True` brings from its hub, on all sides: torch's norm of one launch, and
+Transformers' own rotation compiled. `--profile` adds each side's device time by kernel
+(profile.jsonl). Prefill without compiled layers also says how far each implementation's numbers are
+from mogul's.
 
     python benchmarks/bench_moe_model.py --layers 4 --implementations mogul,grouped_mm --out DIR
 """
@@ -173,6 +175,38 @@ def plain_ms(call: Callable[[], object]) -> float:
     return statistics.median(once(call) for _ in range(5))
 
 
+def outputs(model: Any, ids: Tensor) -> list[Tensor]:
+    """What the first layer's experts return, and the last hidden states."""
+    found: list[Tensor] = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *call: found.append(call[2]))
+    with torch.no_grad():
+        found.append(model.model(ids, use_cache=False).last_hidden_state)
+    hook.remove()
+    return found
+
+
+def differences(model: Any, ids: Tensor, names: list[str]) -> dict[str, list[float]]:
+    """Relative distance of the others' outputs from mogul's: first experts, last hidden states.
+
+    The first experts see the same inputs and picks, so they differ by rounding; later, picks that
+    were nearly tied differ, too.
+    """
+    choose(model, "mogul")
+    ours, found = outputs(model, ids), {}
+    for name in names:
+        if name == "mogul":
+            continue
+        try:
+            choose(model, name)
+            pairs = list(zip(outputs(model, ids), ours, strict=True))
+        except Exception as error:  # measure() shows it in full
+            log(f"{name} is not compared: {type(error).__name__}")
+            continue
+        found[name] = [float((a - b).float().norm() / b.float().norm()) for a, b in pairs]
+        log(f"{name} is off mogul by", *(f"{d:.1e}" for d in found[name]))
+    return found
+
+
 def measure(
     model: Any, kind: str, ids: Tensor, names: list[str], rounds: int, *, profiled: bool
 ) -> dict[str, dict[str, Any]]:
@@ -208,7 +242,9 @@ def measure(
     }
 
 
-def report(found: dict[str, dict[str, Any]], case: str, rounds: int, out: Path) -> None:
+def report(
+    found: dict[str, dict[str, Any]], off: dict[str, list[float]], case: str, rounds: int, out: Path
+) -> None:
     """Print the cell; write its ledger row (value: mogul's milliseconds)."""
     for name, row in found.items():
         if row["kernels"]:
@@ -230,6 +266,7 @@ def report(found: dict[str, dict[str, Any]], case: str, rounds: int, out: Path) 
         runs=rounds,
         peers={n: round(r["ms"], 4) for n, r in found.items() if n != "mogul"},
         eager_ms={n: round(r["eager_ms"], 3) for n, r in found.items()},
+        **({"off_mogul": {n: [round(d, 5) for d in ds] for n, ds in off.items()}} if off else {}),
     )
     ledger.append([row], out / "ledger.jsonl")
 
@@ -301,8 +338,9 @@ def run_cell(
     case += ", rotations compiled" if args.rotations == "compiled" else ""
     if kind == "training":
         names = [name for name in names if name != "deepgemm"]
+    off = differences(model, ids, names) if kind == "prefill" and not compiled else {}
     found = measure(model, kind, ids, names, args.rounds, profiled=args.profile)
-    report(found, case, args.rounds, args.out)
+    report(found, off, case, args.rounds, args.out)
 
 
 if __name__ == "__main__":
