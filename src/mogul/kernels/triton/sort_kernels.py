@@ -122,24 +122,22 @@ def place_slots(
     E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each block ranks its slots among those of their expert and writes them where they belong."""
+    """Each block sorts its slots by expert within registers and writes them where they belong."""
+    block = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    lane = tl.arange(0, BLOCK_S)
+    # before the wait: the launch before has waited for whatever wrote the ids
+    bin_S = _bins(ids_ptr, block * BLOCK_S + lane, num_slots, E)
+    key_S = tl.sort(bin_S * BLOCK_S + lane)  # all differ, so the order is the stable one
+    bin_S = key_S // BLOCK_S
+    count_E = tl.histogram(bin_S, BINS)
+    start_E = tl.cumsum(count_E, 0) - count_E
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    block = tl.program_id(0)
-    bins = tl.arange(0, BINS)
     total_E = tl.where(bins < E, tl.load(total_ptr + bins, mask=bins < E, other=0), 0)
     for e in range(block, E, tl.num_programs(0)):
         _write_expert(e, total_E, tiles_ptr, head_ptr, E, BINS, BLOCK_T)
-    lane = tl.arange(0, BLOCK_S)
-    bin_S = _bins(ids_ptr, block * BLOCK_S + lane, num_slots, E)
-    rank = tl.zeros((BLOCK_S,), tl.int32)
-    for base in range(0, BLOCK_S, 32):
-        others = base + tl.arange(0, 32)
-        other = _bins(ids_ptr, block * BLOCK_S + others, num_slots, E)
-        # slots along the second axis: each is counted within a thread, without shuffles
-        earlier = (other[:, None] == bin_S[None, :]) & (others[:, None] < lane[None, :])
-        rank += tl.sum(earlier.to(tl.int32), 0)
     first_E = tl.cumsum(total_E, 0) - total_E + tl.load(before_ptr + block * BINS + bins)
-    row = rank + tl.gather(first_E, bin_S, 0)
-    tl.store(order_ptr + row, block * BLOCK_S + lane, mask=bin_S < E)
+    row = lane + tl.gather(first_E - start_E, bin_S, 0)
+    tl.store(order_ptr + row, block * BLOCK_S + key_S % BLOCK_S, mask=bin_S < E)
