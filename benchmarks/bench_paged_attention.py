@@ -7,13 +7,19 @@ whole prompts; the floor is the arithmetic of the causal half at the matrix peak
 run. Peer: PyTorch's attention over keys that lie in one piece.
 
     python benchmarks/bench_paged_attention.py --shapes qwen,pangu --out rows.jsonl
+    python benchmarks/bench_paged_attention.py --backends triton,flashinfer,flashinfer-fa2
+
+FlashInfer's rows are planned before the graph, as in the engine; `plan_us` is what the host took
+for the plan of one step. "flashinfer-fa2" has prompts attended by the kernels for all devices.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -87,12 +93,12 @@ def make(
     }
 
 
-def error_of(call: dict[str, Any], **more: Any) -> dict[str, float]:
+def error_of(call: dict[str, Any], backend: str, **more: Any) -> dict[str, float]:
     """Relative errors against the reference; caches compared byte by byte."""
     found = []
-    for backend in ("triton", "reference"):
+    for one in (backend, "reference"):
         mine = {name: call[name].clone() for name in ("key_cache", "value_cache")}
-        out = paged_attention(**{**call, **mine}, **more, backend=backend)
+        out = paged_attention(**{**call, **mine}, **more, backend=one)
         found.append((out, mine["key_cache"], mine["value_cache"]))
     got, want = found
     return {
@@ -111,7 +117,9 @@ MIXED = [(1, 900), (0, 50), (5, 5), (300, 700), (1, 1), (130, 130), (8, 2000)]
 DECODE = [(1, 1), (1, 17), (1, 64), (1, 1000), (1, 3000), (4, 77), (0, 0)]
 
 
-def check(shape: str, cache: str, name: str, window: int | None, has_sinks: bool) -> dict[str, Any]:
+def check(
+    shape: str, cache: str, name: str, window: int | None, has_sinks: bool, backend: str = "triton"
+) -> dict[str, Any]:
     """One ragged batch against the reference."""
     heads, kv_heads, _ = SHAPES[shape]
     call = make(shape, MIXED if name == "mixed" else DECODE, cache, 16, padding=3)
@@ -122,20 +130,25 @@ def check(shape: str, cache: str, name: str, window: int | None, has_sinks: bool
         options["key_scale"] = torch.rand(kv_heads, device="cuda") + 0.5
         options["value_scale"] = torch.full((1,), 0.7, device="cuda")
     row = {"kind": "check", "shape": shape, "cache": cache, "name": name, "window": window}
+    row["backend"] = backend
     try:
-        return {**row, "sinks": has_sinks, **error_of(call, **options)}
+        return {**row, "sinks": has_sinks, **error_of(call, backend, **options)}
     except Exception as error:
         traceback.print_exc()
         return {**row, "sinks": has_sinks, "failed": repr(error)[:300]}
 
 
-def checks(shapes: list[str], caches: list[str]) -> list[dict[str, Any]]:
+def checks(shapes: list[str], caches: list[str], backends: list[str]) -> list[dict[str, Any]]:
     """Every shape and kind of cache; windows and sinks on the first; a graph with new lengths."""
+    names = ("mixed", "decode")
     rows = []
-    for shape in shapes:
-        for cache in caches:
-            rows += [check(shape, cache, name, None, False) for name in ("mixed", "decode")]
-    for name in ("mixed", "decode"):
+    for backend in dict.fromkeys(one.split("-")[0] for one in backends):
+        for shape in shapes:
+            for cache in caches:
+                rows += [check(shape, cache, name, None, False, backend) for name in names]
+    if "triton" not in backends:
+        return rows
+    for name in names:
         rows.append(check(shapes[0], caches[0], name, 128, True))
     rows.append({"kind": "check", "name": "replay", **replay()})
     return rows
@@ -224,19 +237,32 @@ def sdpa_ms(shape: str, batch: int, queries: int, context: int) -> float:
     return time_graph(calls, 7)
 
 
-def prompt_cell(
-    shape: str, batch: int, length: int, page_size: int, tiles: list[paged.ManyTile]
-) -> list[dict[str, Any]]:
-    """Whole prompts."""
+def prompt_of(text: str) -> tuple[int, int, int]:
+    """Sequences, queries and keys of `8x1024`, or `1x2048/8192` where earlier keys are there."""
+    batch, _, rest = text.partition("x")
+    queries, _, keys = rest.partition("/")
+    return int(batch), int(queries), int(keys or queries)
+
+
+def causal_flop(shape: str, batch: int, queries: int, context: int) -> int:
+    """Operations of the keys that each query sees."""
     heads, _, width = SHAPES[shape]
-    call = make(shape, [(length, length)] * batch, "bf16", page_size)
-    flop = 2 * batch * heads * width * length * length
+    return 2 * batch * heads * width * queries * (2 * context - queries)
+
+
+def prompt_cell(
+    shape: str, prompt: tuple[int, int, int], page_size: int, tiles: list[paged.ManyTile]
+) -> list[dict[str, Any]]:
+    """Whole prompts, or their last parts."""
+    batch, queries, context = prompt
+    call = make(shape, [(queries, context)] * batch, "bf16", page_size)
     rows = []
     for tile in tiles:
         paged.many_tile = tile
         row = {
-            "kind": "prompt", "shape": shape, "batch": batch, "context": length, "flop": flop,
-            "page": page_size, "tile": asdict(tile),
+            "kind": "prompt", "shape": shape, "batch": batch, "queries": queries,
+            "context": context, "flop": causal_flop(shape, *prompt), "page": page_size,
+            "tile": asdict(tile),
         }  # fmt: skip
         try:
             row["ms"] = time_graph([lambda: paged_attention(**call, backend="triton")], 7)
@@ -244,6 +270,53 @@ def prompt_cell(
             row["failed"] = repr(error)[:300]
         rows.append(row)
     return rows
+
+
+def planned(call: dict[str, Any]) -> tuple[Any, float]:
+    """FlashInfer's plan of a call, as a captured step has it, and the microseconds of making it."""
+    from mogul.kernels.triton.flashinfer_paged import Plans
+
+    numbers = tuple(call[name].cpu() for name in ("query_starts", "lengths_S", "tables_SB"))
+    plans = Plans(call["query_THC"].device, call["key_cache"].shape[1], *numbers[2].shape)
+    step = (numbers, call["max_query_len"], ("bench", len(call["query_THC"])))
+    plans.begin(*step)
+    with plans.running():
+        paged_attention(**call, backend="flashinfer")
+    spent = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        plans.begin(*step)
+        spent.append(1e6 * (time.perf_counter() - start))
+    return plans, statistics.median(spent)
+
+
+def flashinfer_cell(
+    backend: str, kind: str, shape: str, cache: str, sizes: tuple[int, int, int], page_size: int
+) -> dict[str, Any]:
+    """Milliseconds of FlashInfer's kernels, with the launch that writes keys and values."""
+    from mogul.kernels.triton import flashinfer_paged
+
+    _, kv_heads, width = SHAPES[shape]
+    batch, queries, context = sizes
+    call = make(shape, [(queries, context)] * batch, cache, page_size)
+    calls = [call] if kind == "prompt" else clones(call)
+    row: dict[str, Any] = {
+        "kind": kind, "backend": backend, "shape": shape, "cache": cache, "batch": batch,
+        "queries": queries, "context": context, "page": page_size,
+        "bytes": 2 * batch * context * kv_heads * width * call["key_cache"].element_size(),
+        "flop": causal_flop(shape, *sizes),
+    }  # fmt: skip
+    flashinfer_paged.prompt_kernels = "fa2" if backend.endswith("fa2") else "auto"
+    try:
+        plans, row["plan_us"] = planned(call)
+        with plans.running():
+            run = [lambda c=c: paged_attention(**c, backend="flashinfer") for c in calls]
+            row["ms"] = time_graph(run, 7)
+    except Exception as error:
+        traceback.print_exc()
+        row["failed"] = repr(error)[:300]
+    return row
 
 
 def few_tiles(kind: str) -> list[paged.FewTile | None]:
@@ -297,7 +370,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,64,96")
     parser.add_argument("--contexts", default="1024,2048,8192")
     parser.add_argument("--pages", default="16")
-    parser.add_argument("--prompts", default="8x1024,1x8192", help="batch x length")
+    parser.add_argument("--prompts", default="8x1024,1x8192", help="see prompt_of")
+    parser.add_argument("--backends", default="triton", help="triton, flashinfer, flashinfer-fa2")
     parser.add_argument("--tiles", choices=("default", "search"), default="default")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--peer", action="store_true", help="PyTorch's attention beside it")
@@ -318,20 +392,29 @@ def main() -> None:
             if args.record and "ms" in row:
                 ledger.append([ledger_row(row)], args.record)
 
+    backends = args.backends.split(",")
+    others = [name for name in backends if name != "triton"]
     if not args.no_check:
-        emit(checks(args.shapes.split(","), args.caches.split(",")))
+        emit(checks(args.shapes.split(","), args.caches.split(","), backends))
     for shape in args.shapes.split(","):
         for cache in args.caches.split(","):
             for page in map(int, args.pages.split(",")):
                 for batch in map(int, args.batches.split(",")):
                     for context in map(int, args.contexts.split(",")):
-                        emit(decode_cell(shape, cache, batch, context, page, few_tiles(args.tiles)))
-        for prompt in filter(None, args.prompts.split(",")):
-            batch, length = map(int, prompt.split("x"))
+                        if "triton" in backends:
+                            tiles = few_tiles(args.tiles)
+                            emit(decode_cell(shape, cache, batch, context, page, tiles))
+                        if "flashinfer" in backends:
+                            cell = (shape, cache, (batch, 1, context), page)
+                            emit([flashinfer_cell("flashinfer", "decode", *cell)])
+        for prompt in map(prompt_of, filter(None, args.prompts.split(","))):
             for page in map(int, args.pages.split(",")):
-                emit(prompt_cell(shape, batch, length, page, many_tiles(args.tiles)))
-            if args.peer:
-                ms = sdpa_ms(shape, batch, length, length)
+                if "triton" in backends:
+                    emit(prompt_cell(shape, prompt, page, many_tiles(args.tiles)))
+                cell = (shape, "bf16", prompt, page)
+                emit([flashinfer_cell(name, "prompt", *cell) for name in others])
+            if args.peer and prompt[1] == prompt[2]:
+                ms = sdpa_ms(shape, *prompt)
                 print(json.dumps({"peer": "sdpa", "shape": shape, "prompt": prompt, "ms": ms}))
         if args.peer:
             for batch in map(int, args.batches.split(",")):
@@ -343,9 +426,10 @@ def main() -> None:
 
 def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
     """One measurement as the ledger wants it."""
-    cell = ", ".join(
-        f"{name} {row[name]}" for name in ("cache", "batch", "context", "page") if name in row
-    )
+    names = ("cache", "batch", "queries", "context", "page", "backend")
+    names = [n for n in names if n in row and not (n == "queries" and row["kind"] == "decode")]
+    cell = ", ".join(f"{name} {row[name]}" for name in names)
+    more = {"plan_us": round(row["plan_us"])} if "plan_us" in row else {}
     return ledger.row(
         torch.cuda.get_device_name(),
         bench="paged_attention",
@@ -356,6 +440,7 @@ def ledger_row(row: dict[str, Any]) -> dict[str, Any]:
         runs=7,
         floor=row["floor_ms"],
         ratio=row["ratio"],
+        **more,
     )
 
 

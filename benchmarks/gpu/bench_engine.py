@@ -87,6 +87,7 @@ def main() -> None:
             compile=not options.no_compile,
             graphs=not options.no_graphs,
             kv_dtype=options.kv_dtype,
+            attention=options.attention,
             graph_sizes=tuple(batches),
             prompt_sizes=() if options.most else None,
             fuse=not options.no_fuse,
@@ -186,6 +187,7 @@ def read_options() -> Any:
     parser.add_argument("--step-tokens", type=int, default=0, help="0: the engine's own choice")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--kv-dtype", "--kv", default="auto")
+    parser.add_argument("--attention", choices=("auto", "flashinfer"), default="auto")
     parser.add_argument("--quantise", default=None, help="a name of models.quantise_load.WEIGHTS")
     parser.add_argument(
         "--most",
@@ -202,7 +204,10 @@ def read_options() -> Any:
     parser.add_argument("--check", action="store_true", help="compare with a plain forward")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--out", default=".")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.most and options.attention != "auto":
+        parser.error("--most fills in a step on the device, which FlashInfer plans on the host")
+    return options
 
 
 def note(options: Any, **fields: Any) -> None:
@@ -283,6 +288,7 @@ def measure(engine: Engine, batch: int, options: Any, bandwidth: float) -> None:
             prompt_s.append(first - start_s)
     floor = floor_ms(engine, batch, options, bandwidth)
     tpot = median(steady)
+    model = "" if options.layers else options.preset  # bars and peers are of all layers
     fields: dict[str, Any] = {
         "tpot_ms": round(tpot, 3),
         "spread": [round(min(steady), 3), round(max(steady), 3)],
@@ -291,8 +297,8 @@ def measure(engine: Engine, batch: int, options: Any, bandwidth: float) -> None:
         "ratio": round(tpot / floor, 3),
         "prefill_tokens_per_s": round(batch * options.input / median(prompt_s)),
         "first_token_ms": round(1e3 * median(prompt_s), 2),
-        "bar_ms": BARS.get(options.preset, {}).get(batch),
-        "vllm_ms": VLLM.get(options.preset, {}).get(batch),
+        "bar_ms": BARS.get(model, {}).get(batch),
+        "vllm_ms": VLLM.get(model, {}).get(batch),
     }
     note(options, kind="measured", batch=batch, **fields)
     if options.record:
@@ -335,7 +341,8 @@ def case_of(engine: Engine, options: Any) -> str:
     """The model, its weights and its pages."""
     layers = engine.runner.model.config.num_hidden_layers
     kind = f"{options.quantise or 'bf16'} weights, KV {options.kv_dtype}"
-    return f"{options.preset} ({layers} layers), {kind}"
+    by = "" if options.attention == "auto" else f", attention by {options.attention}"
+    return f"{options.preset} ({layers} layers), {kind}{by}"
 
 
 def floor_ms(engine: Engine, batch: int, options: Any, bandwidth: float) -> float:
@@ -424,19 +431,17 @@ def step_ms(engine: Engine, batch: int, options: Any) -> float:
 
 def record(engine: Engine, batch: int, options: Any, fields: dict[str, Any]) -> None:
     """Ledger rows beside the notes."""
-    case = f"{case_of(engine, options)}, batch {batch}, {options.input} + {options.output} tokens, "
-    case += "one GPU"
-    device = torch.cuda.get_device_name()
+    sizes = f"batch {batch}, {options.input} + {options.output} tokens"
+    kind = {"bench": "engine", "case": f"{case_of(engine, options)}, {sizes}, one GPU"}
+    kind |= {"device": torch.cuda.get_device_name(), "runs": options.runs}
+    peers = {"vllm 0.22.1 (another run)": fields["vllm_ms"]} if fields["vllm_ms"] else {}
     rows = [
         ledger.row(
-            device=device, bench="engine", case=case, metric="TPOT", unit="ms",
-            value=fields["tpot_ms"], spread=fields["spread"], runs=options.runs,
-            floor=fields["floor_ms"], ratio=fields["ratio"],
-            peers={"vllm 0.22.1 (another run)": fields["vllm_ms"]},
+            **kind, metric="TPOT", unit="ms", value=fields["tpot_ms"], spread=fields["spread"],
+            floor=fields["floor_ms"], ratio=fields["ratio"], peers=peers,
         ),
         ledger.row(
-            device=device, bench="engine", case=case, metric="prefill speed", unit="tokens/s",
-            value=fields["prefill_tokens_per_s"], runs=options.runs,
+            **kind, metric="prefill speed", unit="tokens/s", value=fields["prefill_tokens_per_s"]
         ),
     ]  # fmt: skip
     ledger.append(rows, Path(options.out) / "ledger.jsonl")

@@ -203,6 +203,18 @@ def test_what_cannot_be_asked_is_refused(tiny, prompt, params, words):
         tiny.engine("llama").add(prompt, SamplingParams(**params))
 
 
+@pytest.mark.parametrize("has_device", [False, True])
+def test_attention_that_cannot_run_is_refused_when_the_engine_opens(tiny, monkeypatch, has_device):
+    room = "mogul.kernels.triton.attention"
+    if has_device:
+        monkeypatch.setattr(f"{room}.why_not_triton_attention", lambda **_: None)
+        monkeypatch.setattr(f"{room}.find_spec", lambda _: None)
+    words = "not installed: pip install 'mogul.flashinfer.'" if has_device else "on cpu, not on"
+    with pytest.raises(BackendError, match=f"FlashInfer cannot attend here: .*{words}") as caught:
+        tiny.engine("llama", attention="flashinfer")
+    assert caught.value.__notes__ == ['fix: leave attention at "auto"']
+
+
 def test_routed_experts_of_a_dense_model_are_refused(tiny):
     with pytest.raises(BackendError, match="without experts"):
         tiny.engine("llama").add([1], SamplingParams(routed_experts=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import takewhile
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,40 @@ def test_experts_are_counted_in_captured_steps(tiny, compiled):
     computed = sum(len(p) + len(a.token_ids) - 1 for p, a in zip(prompts, answers, strict=True))
     late = engine.expert_counts().sum(1) - computed * engine.runner.model.config.num_experts_per_tok
     assert ((late >= 0) & (late <= 2 * len(prompts))).all(), "steps launched ahead of an end count"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_flashinfer_says_what_our_kernels_say(tiny, compiled, kv_dtype):
+    pytest.importorskip("flashinfer")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mogul.serve.engine import Engine
+    from mogul.serve.options import EngineOptions
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=256, intermediate_size=256, num_hidden_layers=2, head_dim=128,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    model = model.to("cuda", torch.bfloat16)
+    sizes = {"max_sequences": 6, "step_tokens": 128, "cache_tokens": 1600, "seed": 0}
+    prompts = tiny.prompts(3, 30, 11, 100, 64, 7, 90)
+    params = SamplingParams(max_tokens=8, temperature=0, logprobs=0)
+    answers = []
+    for attention in ("auto", "flashinfer"):
+        options = {"attention": attention, "compile": compiled, "kv_dtype": kv_dtype}
+        engine = Engine(copy.deepcopy(model), None, EngineOptions(**sizes, **options))
+        assert engine.runner.ladder is not None
+        assert engine.runner.ladder.mixed, "steps with prompts are captured, too"
+        answers.append(engine.generate(prompts, params))
+        engine.check()
+        engine.close()
+    assert not any(answer.error for answer in answers[1])
+    same = [a.token_ids == b.token_ids for a, b in zip(*answers, strict=True)]
+    assert sum(same) >= 4, "near ties aside"
+    for ours, theirs in zip(*answers, strict=True):
+        pairs = zip(ours.logprobs, theirs.logprobs, strict=True)
+        alike = list(takewhile(lambda pair: pair[0].token == pair[1].token, pairs))
+        assert all(abs(a.logprob - b.logprob) < 0.05 for a, b in alike)

@@ -18,7 +18,12 @@ from mogul.core.registry import Registry, warn_of_reference
 from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.attention import paged_attention_cpu
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
-from mogul.kernels.triton.attention import paged_attention_triton, why_not_triton_attention
+from mogul.kernels.triton.attention import (
+    paged_attention_flashinfer,
+    paged_attention_triton,
+    why_not_flashinfer,
+    why_not_triton_attention,
+)
 from mogul.kernels.turn import ALL_KINDS, Turn, check_turn, turned
 
 
@@ -64,8 +69,10 @@ PAGED_ATTENTION: Registry[PagedAttention] = Registry("paged_attention", on_choic
 PAGED_ATTENTION.add("triton", paged_attention_triton, why_not=why_not_triton_attention)
 PAGED_ATTENTION.add("cpu", paged_attention_cpu, why_not=why_not_cpu)
 PAGED_ATTENTION.add("reference", paged_attention_reference)
+# Behind the reference, which can always run: only who names it gets it.
+PAGED_ATTENTION.add("flashinfer", paged_attention_flashinfer, why_not=why_not_flashinfer)
 
-TURNS = ["triton"]
+TURNS = ["triton", "flashinfer"]
 """Backends that norm and rotate by themselves, and look at the kinds of sequences; for others it
 is done before, and their kernels serve all kinds."""
 

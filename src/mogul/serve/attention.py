@@ -68,6 +68,9 @@ class StepState:
     kinds: int = ALL_KINDS
     """Of sequences that may be there (`kernels.turn`)."""
 
+    backend: str = "auto"
+    """Of `kernels.paged_attention`."""
+
 
 _turn = threading.RLock()
 """Held while a model is called, so that engines in other threads wait. A plain global and a lock,
@@ -195,6 +198,7 @@ def _attend(
         value_scale=cache.value_scale,
         turn=turn,
         kinds=_state.kinds,
+        backend=_state.backend,
     )
 
 

@@ -88,8 +88,9 @@ class Engine:
             kv_scales = None if kv_scales is None else kv_scales.of_rank(*heads)
             self.options = settle_options(self.options, model.device)
         fuse = self.options.fuse and model.device.type != "cpu"
-        kv_dtype, counts = self.options.kv_dtype, self.options.count_experts
-        self.runner = Runner(model, kv_dtype=kv_dtype, fuse=fuse, count_experts=counts)
+        kinds = {"kv_dtype": self.options.kv_dtype, "attention": self.options.attention}
+        counts = self.options.count_experts
+        self.runner = Runner(model, **kinds, fuse=fuse, count_experts=counts)
         try:
             self._open(model, name, speculator, kv_scales)
         except BaseException:

@@ -138,7 +138,7 @@ class Ladder:
 
     def _capture(self, rungs: Sequence[Rung], pool: Any, *, tune: bool) -> None:
         for rung in sorted(rungs, key=lambda rung: -self.layout(rung).tokens):
-            inputs = self.runner.arena.send((), self.layout(rung), self.runner.page_size, {})
+            inputs = self.runner.send((), self.layout(rung), {}, is_captured=True)
             stream = torch.cuda.Stream(self.runner.device)
             stream.wait_stream(torch.cuda.current_stream(self.runner.device))
             with torch.cuda.stream(stream):

@@ -116,6 +116,10 @@ class Arena:
         """Where a layout's numbers lie on the device."""
         return split(layout, self._device[0], self._device[1])
 
+    def sent(self, layout: Layout) -> StepInputs:
+        """The numbers of the step sent last, on the host."""
+        return split(layout, *self._host[self._turn])
+
     def send(
         self, entries: Sequence[Entry], layout: Layout, page_size: int, last_row: dict[int, int]
     ) -> StepInputs:

@@ -42,6 +42,9 @@ class EngineOptions:
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """Number format of the cache; auto is the model's own."""
 
+    attention: Literal["auto", "flashinfer"] = "auto"
+    """Kernels of attention over pages; auto are mogul's own."""
+
     graphs: bool = True
     """Capture steps as graphs, on accelerators."""
 
@@ -95,5 +98,9 @@ class EngineOptions:
                     raise ConfigError(
                         f"{name} {value!r} is no size of a step", fix="give whole numbers from 1"
                     )
+        if self.attention not in ("auto", "flashinfer"):
+            raise ConfigError(
+                f"attention {self.attention!r} is unknown", fix='use "auto" or "flashinfer"'
+            )
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share {self.memory_share} is no share", fix="use (0, 1]")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mogul.core.errors import ConfigError
+from mogul.core.errors import BackendError, ConfigError
 from mogul.core.log import say
+from mogul.kernels.paged_attention import PAGED_ATTENTION, AttentionFacts
 from mogul.serve.attention import LayerCache, LayerShape, StepState, find_layers, running
 from mogul.serve.beside import join_shared
 from mogul.serve.borrow import borrow, give_back
@@ -27,6 +29,9 @@ from mogul.serve.kv_scales import KvScales, scales_for
 from mogul.serve.options import EngineOptions
 from mogul.serve.routed import ExpertTap
 
+if TYPE_CHECKING:
+    from mogul.kernels.triton.flashinfer_paged import Plans
+
 KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 
 
@@ -38,6 +43,7 @@ class Runner:
         model: PreTrainedModel,
         *,
         kv_dtype: str = "auto",
+        attention: str = "auto",
         fuse: bool = False,
         count_experts: bool = False,
     ) -> None:
@@ -49,6 +55,8 @@ class Runner:
         weight = getattr(head, "weight", None)
         self.vocab_size = int(head.out_features if weight is None else weight.shape[0])
         self.kv_dtype = KV_DTYPES[kv_dtype]
+        self.attention = attention
+        self.plans: Plans | None = None
         self.caches: list[LayerCache] = []
         self.page_size = 0
         self.tap = ExpertTap(model)
@@ -91,6 +99,7 @@ class Runner:
                 fix='open it with kv_dtype="fp8", or leave them out',
             )
         self.page_size = page_size
+        self.plans = self._plans(limits, page_size)
         self.arena = Arena(limits, self.device)
         self.last_ids = torch.zeros(limits.rows, dtype=torch.int64, device=self.device)
         factors = scales_for(self.shapes, scales, self.device) if self.kv_dtype else repeat(())
@@ -99,6 +108,23 @@ class Runner:
             kind = {"dtype": self._dtype(shape), "device": self.device}
             pages = (torch.zeros(size, **kind), torch.zeros(size, **kind))
             self.caches.append(LayerCache(*pages, *pair))
+
+    def _plans(self, limits: Layout, page_size: int) -> Plans | None:
+        """Room for the plans of attention by a backend that has some."""
+        if self.attention != "flashinfer":
+            return None
+        for shape in self.shapes:  # refuse here, not in the first step
+            cache = self._dtype(shape)
+            heads = (shape.num_heads, shape.num_kv_heads, shape.width)
+            facts = AttentionFacts(self.device, shape.dtype, cache, *heads, page_size)
+            if reason := PAGED_ATTENTION.reasons(**facts._asdict())[self.attention]:
+                raise BackendError(
+                    f"FlashInfer cannot attend here: {reason}", fix='leave attention at "auto"'
+                )
+        from mogul.kernels.triton.flashinfer_paged import Plans
+
+        pages = max(limits.pages, -(-limits.tokens // page_size))
+        return Plans(self.device, page_size, limits.sequences, pages)
 
     def want_picks(self) -> None:
         """Keep the picks of every step from now on.
@@ -139,7 +165,7 @@ class Runner:
         for tokens in (limits.tokens, limits.sequences):
             layout = replace(limits, tokens=tokens, rows=1, max_query_len=tokens)
             with torch.inference_mode():
-                self.forward(self.arena.send((), layout, self.page_size, {}))
+                self.forward(self.send((), layout, {}))
         torch.accelerator.synchronize(self.device)
         say(f"first steps in {time.perf_counter() - start_s:.1f} s")
         if options.graphs and not self.tap.is_open:
@@ -154,15 +180,33 @@ class Runner:
         """Compute a step: logits [R, V] of the rows its entries want, in their order."""
         ladder = self.ladder
         if ladder is not None and (rung := ladder.rung_of(entries)) is not None:
-            self.arena.send(entries, ladder.layout(rung), self.page_size, last_row)
+            self.send(entries, ladder.layout(rung), last_row, is_captured=True)
             return ladder.replay(rung, sum(entry.rows for entry in entries))
         layout = layout_of(entries, self.page_size)
-        return self.forward(self.arena.send(entries, layout, self.page_size, last_row))
+        return self.forward(self.send(entries, layout, last_row))
+
+    def send(
+        self,
+        entries: Sequence[Entry],
+        layout: Layout,
+        last_row: dict[int, int],
+        *,
+        is_captured: bool = False,
+    ) -> StepInputs:
+        """Move a step's numbers to the device; plan its attention where that needs a plan."""
+        inputs = self.arena.send(entries, layout, self.page_size, last_row)
+        if self.plans is not None:
+            there = self.arena.sent(layout)
+            numbers = (there.starts, there.lengths_S, there.tables_SB)
+            captured = (layout, layout.tokens) if is_captured else None
+            self.plans.begin(numbers, layout.max_query_len, captured)
+        return inputs
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The module itself, through Transformers' own forward."""
         model: Any = self.model
-        with running(self._state(inputs)):
+        planned = nullcontext() if self.plans is None else self.plans.running()
+        with running(self._state(inputs)), planned:
             out = model(
                 input_ids=self.ids(inputs)[None],
                 position_ids=inputs.positions_T[None],
@@ -187,6 +231,7 @@ class Runner:
             max_query_len=inputs.layout.max_query_len,
             caches=self.caches,
             kinds=inputs.layout.kinds,
+            backend=self.attention,
         )
 
     def close(self) -> None:
@@ -196,7 +241,7 @@ class Runner:
         self.tap.close()
         if self.counts is not None:
             self.counts.close()
-        self.ladder = None
+        self.ladder = self.plans = None
         self.caches = []
 
     def keep_ids(self, ids_R: Tensor) -> None:

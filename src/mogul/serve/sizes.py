@@ -17,6 +17,8 @@ CPU_STEP_TOKENS, STEP_TOKENS = 512, 8192
 CPU_PAGE, PAGE = 64, 16
 DEFAULT_LENGTH = 4096
 """Where neither options nor config know a length."""
+PLANNED_BYTES = GIB // 2
+"""Of FlashInfer: partial results, and 8 MB of plan for each of some 25 captured steps."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def _free_bytes(runner: Runner, options: EngineOptions, step_tokens: int) -> flo
     free, total = torch.accelerator.get_memory_info(runner.device)
     captured = max((n for n in options.captured_prompts if n <= step_tokens), default=0)
     work = (step_tokens + captured) * work_bytes_a_token(runner)
+    work += PLANNED_BYTES if options.attention == "flashinfer" else 0
     return free - (1 - options.memory_share) * total - work
 
 

@@ -1,7 +1,8 @@
-"""Whether paged attention can run on the Triton kernels; they are loaded at the first call."""
+"""Whether paged attention can run on Triton or FlashInfer; both are loaded at the first call."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -42,5 +43,26 @@ def why_not_triton_attention(
 def paged_attention_triton(*tensors: Tensor, **options: Any) -> Tensor:
     """See `mogul.kernels.paged_attention`."""
     from mogul.kernels.triton.paged import paged_attention_triton as run
+
+    return run(*tensors, **options)
+
+
+FLASHINFER_WIDTHS = (64, 128, 256)
+
+
+def why_not_flashinfer(*, head_width: int, **facts: Any) -> str | None:
+    """The reason why FlashInfer's kernels cannot attend, or None; mogul's own write the pages."""
+    if reason := why_not_triton_attention(head_width=head_width, **facts):
+        return reason
+    if find_spec("flashinfer") is None:
+        return "flashinfer is not installed: pip install 'mogul[flashinfer]'"
+    if head_width not in FLASHINFER_WIDTHS:
+        return f"head width {head_width} is none of {FLASHINFER_WIDTHS}"
+    return None
+
+
+def paged_attention_flashinfer(*tensors: Tensor, **options: Any) -> Tensor:
+    """See `mogul.kernels.paged_attention`."""
+    from mogul.kernels.triton.flashinfer_paged import paged_attention_flashinfer as run
 
     return run(*tensors, **options)

@@ -295,40 +295,20 @@ def paged_attention_triton(
     kinds: int = ALL_KINDS,
 ) -> Tensor:
     """See `mogul.kernels.paged_attention`. Waits for nothing; can be captured."""
-    query, key, value = _rows(query_THC), _rows(key_TNC), _rows(value_TNC)
+    new = (_rows(query_THC), _rows(key_TNC), _rows(value_TNC))
+    query = new[0]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     check_pages(key_cache, value_cache)
     if not len(query):
         return out
     sinks = None if sinks is None else aligned(sinks)
-    num_kv_heads, width = key.shape[1:]
-    device = device_index(query)
-    is_fp8 = key_cache.dtype == FP8
-    call = Call(
-        device=device,
-        sequences=max(32, next_power_of_2(len(lengths_S))),
-        kv_heads=num_kv_heads,
-        group=query.shape[1] // num_kv_heads,
-        width=width,
-        page_size=key_cache.shape[1],
-        window=sliding_window or 0,
-        scaling=float(scaling),
-        is_fp8=is_fp8,
-        has_sinks=sinks is not None,
-        strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
-        dtypes=_dtypes(query, key_cache, sinks, *(turn or ())[:4]),
-        turns=0 if turn is None else 1 + turn.is_signed,
-        norms=turn is not None and turn.query_norm is not None,
-        eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
-        pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
-    )
+    call = _call_of(new, key_cache, len(lengths_S), scaling, sliding_window, sinks, turn)
     scales = (_scales(key_scale, call, query), _scales(value_scale, call, query))
     pages = (key_cache, value_cache)
     where = (slots_T, tables_SB, query_starts, lengths_S)
     turns = _turn_tensors(turn, query)
     most = most_few(call.group) if kinds & SEVERAL else 1
     writes = max_query_len > most or (turn is not None and len(lengths_S) > TURNED_INSIDE)
-    new = (query, key, value)
     if writes:
         call, new = _write(call, new, pages, where, scales, turns, out)
     if max_query_len > most:
@@ -338,6 +318,71 @@ def paged_attention_triton(
     queries = min(max_query_len, most)
     _run_few(call, queries, not writes, new, pages, where, scales, turns, sinks, out)
     return out
+
+
+def _call_of(
+    new: tuple[Tensor, Tensor, Tensor],
+    key_cache: Tensor,
+    sequences: int,
+    scaling: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    turn: Turn | None,
+) -> Call:
+    query, key, value = new
+    num_kv_heads, width = key.shape[1:]
+    device = device_index(query)
+    return Call(
+        device=device,
+        sequences=max(32, next_power_of_2(sequences)),
+        kv_heads=num_kv_heads,
+        group=query.shape[1] // num_kv_heads,
+        width=width,
+        page_size=key_cache.shape[1],
+        window=sliding_window or 0,
+        scaling=float(scaling),
+        is_fp8=key_cache.dtype == FP8,
+        has_sinks=sinks is not None,
+        strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
+        dtypes=_dtypes(query, key_cache, sinks, *(turn or ())[:4]),
+        turns=0 if turn is None else 1 + turn.is_signed,
+        norms=turn is not None and turn.query_norm is not None,
+        eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
+        pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
+    )
+
+
+def write_new(
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
+    turn: Turn | None,
+) -> tuple[Tensor, Tensor]:
+    """Write keys and values into their pages, for attention by other kernels.
+
+    Args:
+        new: queries, keys and values.
+        pages: of keys and of values.
+        where: slots, query starts, lengths.
+        scales: of fp8 pages, of keys and of values.
+        turn: norms and rotates queries and keys first.
+
+    Returns:
+        The queries to attend with, and the output, in which rows of padding are 0.
+    """
+    query, key, value = (_rows(one) for one in new)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    check_pages(*pages)
+    if not len(query):
+        return query, out
+    slots, starts, lengths = where
+    call = _call_of((query, key, value), pages[0], len(lengths), 1.0, None, None, turn)
+    of_heads = (_scales(scales[0], call, query), _scales(scales[1], call, query))
+    places = (slots, slots, starts, lengths)
+    turns = _turn_tensors(turn, query)
+    _, ready = _write(call, (query, key, value), pages, places, of_heads, turns, out)
+    return ready[0], out
 
 
 def _write(
