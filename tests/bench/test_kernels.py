@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
-from mogul.bench import kernels
+from mogul.bench import kernels, kernels_libraries
 from mogul.bench.kernels_layer import Forward, Layer
 from mogul.cli.main import main
-from mogul.core.errors import ConfigError
+from mogul.core import log
+from mogul.core.errors import ConfigError, MogulError
 
 TINY = kernels.LayerShape(experts=8, picks=2, width=32, inner=16, groups=2)
 
@@ -80,6 +82,30 @@ def test_the_command_writes_complete_rows(tmp_path, capsys):
     assert row["case"] == "8x2x32x16 fp32 mogul forward 3"
     assert row["ratio"] > 0
     assert "transformers eager" in row["peers"]
+
+
+def test_only_the_peers_that_are_asked_for_run(capsys):
+    words = ["--shape", "8x2x32x16", "--tokens", "3", "--format", "json"]
+    assert main(["bench", "kernels", *words, "--peers", "eager"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["variant"] for row in rows] == ["mogul", "transformers eager"]
+    assert main(["bench", "kernels", *words, "--peers", "grouped"]) == 2
+    assert "no peer 'grouped' is known" in capsys.readouterr().err
+
+
+def test_a_peer_that_compiles_is_named_while_it_does(monkeypatch, capsys):
+    def slow(_layer):
+        end, seen = time.monotonic() + 3, ""
+        while "first call of sonicmoe" not in seen and time.monotonic() < end:
+            time.sleep(0.01)
+            seen += capsys.readouterr().err
+        raise MogulError("was told of" if "first call of sonicmoe" in seen else "was hidden")
+
+    monkeypatch.setattr(kernels_libraries, "sonicmoe", slow)
+    monkeypatch.setattr(log, "SILENT_S", 0.3)
+    monkeypatch.setattr(log, "PLAIN_EVERY_S", 0.05)
+    request = kernels.Request(TINY, tokens=(1,), dtype="fp32", peers=("sonicmoe",))
+    assert kernels.measure(request).absent == {"sonicmoe": "was told of"}
 
 
 def test_a_dense_model_is_refused(capsys):

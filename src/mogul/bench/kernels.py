@@ -21,9 +21,9 @@ from torch import Tensor
 from mogul.bench import ledger
 from mogul.bench.calibrate_timing import copy_bandwidth
 from mogul.bench.kernels_layer import Forward, Layer
-from mogul.bench.kernels_peers import variants
+from mogul.bench.kernels_peers import PEERS, variants
 from mogul.core.errors import ConfigError
-from mogul.core.log import log
+from mogul.core.log import ProgressBar, progress
 from mogul.core.table import Table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -93,12 +93,17 @@ class Request:
     backend: str = "auto"
     quant: str | None = None
     """Format of a further variant with quantised experts (forward only)."""
+    peers: tuple[str, ...] = PEERS
+    """Who runs beside mogul."""
 
     def __post_init__(self) -> None:
         if self.train and self.quant:
             raise ConfigError("quantised experts have no backward", fix="drop --quant or --train")
         if any(count < 1 for count in self.tokens):
             raise ConfigError(f"{min(self.tokens)} tokens of a call", fix="use 1 or more")
+        unknown = sorted(set(self.peers) - set(PEERS))
+        if unknown:
+            raise ConfigError(f"no peer {unknown[0]!r} is known", fix=f"use {', '.join(PEERS)}")
 
     def resolved(self) -> tuple[torch.device, str, tuple[int, ...]]:
         """Device, dtype and token counts after the defaults."""
@@ -159,23 +164,35 @@ class Result:
 
 
 def measure(request: Request) -> Result:
-    """Run every cell; slow at large shapes, so it tells of each."""
+    """Run every cell; peers may compile for minutes, so it tells of each before it starts."""
     device, dtype, token_counts = request.resolved()
-    result = Result(request, device_name(device), dtype, measure_limits(device, DTYPES[dtype]))
-    layer = Layer.random(request.shape, DTYPES[dtype], device)
-    forwards, result.absent = variants(layer, request.backend, request.quant, train=request.train)
-    for tokens in token_counts:
-        log.info(f"{request.shape.name}: {tokens} tokens")
-        result.cells += _cells(request, layer, tokens, forwards, result.limits)
+    with progress(f"timing {request.shape.name}", 2 + len(token_counts)) as bar:
+        bar.update(0, "the machine's limits")
+        result = Result(request, device_name(device), dtype, measure_limits(device, DTYPES[dtype]))
+        layer = Layer.random(request.shape, DTYPES[dtype], device)
+        bar.advance()
+        forwards, result.absent = variants(
+            layer, request.backend, request.quant, train=request.train, peers=request.peers,
+            tell=lambda name: bar.update(bar.done, f"first call of {name}"),
+        )  # fmt: skip
+        for tokens in token_counts:
+            bar.advance()
+            result.cells += _cells(request, layer, tokens, forwards, result.limits, bar)
+        bar.advance()
     return result
 
 
 def _cells(
-    request: Request, layer: Layer, tokens: int, forwards: dict[str, Forward], limits: Limits
-) -> list[Cell]:
+    request: Request, layer: Layer, tokens: int, forwards: dict[str, Forward], limits: Limits,
+    bar: ProgressBar,
+) -> list[Cell]:  # fmt: skip
     inputs = [layer.tokens(tokens) for _ in range(16 if tokens <= 8 else 4 if tokens <= 456 else 1)]
-    errors = {name: layer.error(forward, inputs[0]) for name, forward in forwards.items()}
+    errors = {}
+    for name, forward in forwards.items():
+        bar.update(bar.done, f"{tokens} tokens, {name}")
+        errors[name] = layer.error(forward, inputs[0])
     calls = {name: _calls(forward, layer, inputs, request) for name, forward in forwards.items()}
+    bar.update(bar.done, f"{tokens} tokens, in turns")
     times = interleaved_s(calls, layer.device, graph=tokens <= GRAPH_TOKENS and not request.train)
     cells = []
     for name, seconds in times.items():

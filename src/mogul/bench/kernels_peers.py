@@ -6,7 +6,7 @@ before the clock starts. A peer that cannot run is told with its reason, never s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,24 @@ from mogul.bench.kernels_layer import Forward, Layer
 from mogul.core.errors import MogulError
 from mogul.kernels import moe_forward, moe_forward_quantised, quantise_experts
 
+PEERS = ("grouped_mm", "eager", "vllm", "triton_kernels", "sonicmoe")
+SHOWN = {name: f"transformers {name}" for name in PEERS[:2]}
+"""Names in tables and in the ledger, where they are longer."""
+
 
 def variants(
-    layer: Layer, backend: str, quant: str | None = None, *, train: bool = False
+    layer: Layer,
+    backend: str,
+    quant: str | None = None,
+    *,
+    train: bool = False,
+    peers: Sequence[str] = PEERS,
+    tell: Callable[[str], object] = lambda _name: None,
 ) -> tuple[dict[str, Forward], dict[str, str]]:
     """Name -> implementation, mogul first; and why the others did not come."""
     makers: dict[str, Callable[[Layer], Forward]] = {
-        "transformers grouped_mm": _transformers("grouped_mm"),
-        "transformers eager": _transformers("eager"),
+        "grouped_mm": _transformers("grouped_mm"),
+        "eager": _transformers("eager"),
         "vllm": kernels_libraries.vllm,
         "triton_kernels": kernels_libraries.triton_kernels,
         "sonicmoe": kernels_libraries.sonicmoe,
@@ -35,7 +45,9 @@ def variants(
     found, absent = {"mogul": Forward(mogul)}, {}
     if quant is not None:
         found[f"mogul {quant}"] = _quantised(layer, quant)
-    for name, make in makers.items():
+    for peer in peers:
+        make, name = makers[peer], SHOWN.get(peer, peer)
+        tell(name)
         try:
             forward = make(layer)
             if train and not forward.trains:

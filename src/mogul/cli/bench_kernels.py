@@ -42,6 +42,10 @@ class Options:
     tune: bool = False
     """First measure tile sizes for this shape; they are used here and written under `--out`."""
 
+    peers: tuple[str, ...] | None = None
+    """Only these of grouped_mm, eager, vllm, triton_kernels and sonicmoe beside mogul. Default:
+    all that are installed; SonicMoE compiles for minutes."""
+
     backend: str = "auto"
     """A backend of `moe_forward` to insist on."""
 
@@ -57,7 +61,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Measure and print one table."""
-    from mogul.bench.kernels import Request, layer_shape, measure, table
+    from mogul.bench.kernels import PEERS, Request, layer_shape, measure, table
 
     shape = layer_shape(options.shape, _model_shape)
     request = Request(
@@ -67,6 +71,7 @@ def run(options: Options) -> int:
         train=options.train,
         backend=options.backend,
         quant=None if options.quant == "none" else options.quant,
+        peers=PEERS if options.peers is None else options.peers,
     )
     if options.tune:
         from mogul.bench.kernels_tune import tune

@@ -1,13 +1,15 @@
 """Talk to the person at the terminal: everything here goes to standard error.
 
 `say` prints a visible line; `log` is the library's logger; `progress` shows a bar on a terminal
-and plain lines elsewhere, and stays silent while the work takes less than two seconds.
+and plain lines elsewhere, and stays silent while the work takes less than two seconds. A thread
+tells of a step that takes longer while it runs, so a note is best given before what it names.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,23 +43,39 @@ class ProgressBar:
         self._last_plain_s = self._start_s
         self._rich: Progress | None = None
         self._shown = False
-        self._told = 0.0
+        self._told = (0.0, "")
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="progress", daemon=True).start()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Count `amount` more units as done and show `note` beside them."""
         self.update(self.done + amount, note)
 
     def update(self, done: float, note: str = "") -> None:
-        """Set the units done so far."""
-        self.done, self.note = done, note or self.note
-        now_s = time.monotonic()
-        if now_s - self._start_s < SILENT_S:
-            return
+        """Set the units done so far, or say what comes next."""
+        with self._lock:
+            self.done, self.note = done, note or self.note
+            now_s = time.monotonic()
+            if now_s - self._start_s >= SILENT_S:
+                self._show(now_s)
+
+    def _watch(self) -> None:
+        """Tell of a step that is still running: after two seconds, then whatever is new."""
+        wait_s = SILENT_S
+        while not self._ended.wait(wait_s):
+            wait_s = PLAIN_EVERY_S
+            with self._lock:
+                is_new = not self._shown or self._told != (self.done, self.note)
+                if is_new and not self._ended.is_set():
+                    self._show(time.monotonic())
+
+    def _show(self, now_s: float) -> None:
         if sys.stderr.isatty():
             self._show_rich()
         elif not self._shown or now_s - self._last_plain_s >= PLAIN_EVERY_S:
             self._last_plain_s = now_s
-            self._shown, self._told = True, done
+            self._shown, self._told = True, (self.done, self.note)
             say(self._plain_line(now_s))
 
     def _plain_line(self, now_s: float) -> str:
@@ -85,9 +103,11 @@ class ProgressBar:
 
     def close(self) -> None:
         """Leave the last state on screen."""
+        with self._lock:
+            self._ended.set()
         if self._rich is not None:
             self._rich.stop()
-        elif self._shown and self._told != self.done:
+        elif self._shown and self._told[0] != self.done:
             say(self._plain_line(time.monotonic()))
 
 
