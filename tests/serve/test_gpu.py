@@ -100,14 +100,15 @@ def test_experts_are_counted_in_captured_steps(tiny, compiled):
     assert ((late >= 0) & (late <= 2 * len(prompts))).all(), "steps launched ahead of an end count"
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["compiled", "plain", "guesses"])
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-def test_flashinfer_says_what_our_kernels_say(tiny, compiled, kv_dtype):
+def test_flashinfer_says_what_our_kernels_say(tiny, kind, kv_dtype):
     pytest.importorskip("flashinfer")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mogul.serve.engine import Engine
     from mogul.serve.options import EngineOptions
+    from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -118,14 +119,21 @@ def test_flashinfer_says_what_our_kernels_say(tiny, compiled, kv_dtype):
     model = model.to("cuda", torch.bfloat16)
     sizes = {"max_sequences": 6, "step_tokens": 128, "cache_tokens": 1600, "seed": 0}
     prompts = tiny.prompts(3, 30, 11, 100, 64, 7, 90)
+    if kind == "guesses":
+        prompts = [2 * prompt for prompt in prompts]
     params = SamplingParams(max_tokens=8, temperature=0, logprobs=0)
     answers = []
     for attention in ("auto", "flashinfer"):
-        options = {"attention": attention, "compile": compiled, "kv_dtype": kv_dtype}
-        engine = Engine(copy.deepcopy(model), None, EngineOptions(**sizes, **options))
+        options = {"attention": attention, "compile": kind == "compiled", "kv_dtype": kv_dtype}
+        guesser = None
+        if kind == "guesses":
+            guesser = Speculator(NgramProposer(shortest=1), DraftLength(3, fixed=True))
+        settled = EngineOptions(**sizes, **options)
+        engine = Engine(copy.deepcopy(model), None, settled, speculator=guesser)
         assert engine.runner.ladder is not None
         assert engine.runner.ladder.mixed, "steps with prompts are captured, too"
         answers.append(engine.generate(prompts, params))
+        assert guesser is None or guesser.stats.drafted[0] > 0
         engine.check()
         engine.close()
     assert not any(answer.error for answer in answers[1])
