@@ -129,8 +129,10 @@ def test_whole_model_compiles_in_one_graph(family: str) -> None:
 
 
 def test_a_whole_model_is_exported_for_any_length(exported: Any) -> None:
+    """Attention is the eager one, as above."""
     model, ids = build("Qwen3Moe", torch.bfloat16, layers=2).eval(), tokens()
     model.set_experts_implementation("mogul")
+    model.set_attn_implementation("eager")
     program = exported(model, ids[:, :40], 512)
     with torch.no_grad():
         assert program.graph_module.code.count("torch.ops.mogul.moe.default") == 2
