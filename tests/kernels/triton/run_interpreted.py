@@ -98,8 +98,8 @@ def main() -> None:
             "few": (SMALL, "null", False),
         }[name]
         layer.plan_for = lambda shape, tokens, plan=plan: plan
-        sorter._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 8192
-        sorter._BLOCK = 32  # several blocks
+        sorter._ONE_LAUNCH_SLOTS = 0 if name == "three_launch_sort" else 4096
+        sorter._BLOCKS = ((1 << 62, 32),)  # several blocks
         tokens, experts = (2, 16) if name == "few" else (21, 4)
         print(
             json.dumps({"case": name, **errors(make(tokens, 64, 40, experts, 2, kind), grad=grad)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from scripts import rows_of
@@ -13,12 +15,10 @@ from test_compiles import compiled
 
 from mogul.kernels.triton import sort_kernels, sorter
 
-INT = "*i32"
-
 
 def test_tables_in_one_launch_and_in_three() -> None:
     rows = rows_of("run_sort.py")
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert [row for row in rows if row["wrong"]] == []
 
 
@@ -28,24 +28,33 @@ def test_faults_are_seen() -> None:
     assert faults(nothing, ids, 4, 16) == ["order", "head", "tiles"]
 
 
+def built(kernel: Any, arch: int, experts: int, block: int, warps: int) -> Any:
+    """One kernel of the sort, for sm_`arch`."""
+    pointers = ("before_ptr", "total_ptr", "order_ptr", "head_ptr", "tiles_ptr")
+    types = {**dict.fromkeys(pointers, "*i32"), "ids_ptr": "*i64", "num_slots": "i32"}
+    bins = sorter.Sorter(experts, -1, pdl=False)._bins
+    sizes = {"E": experts, "BINS": bins, "BLOCK_S": block, "BLOCK_T": 128}
+    return compiled(kernel, types, {**sizes, "PDL": arch >= 90}, arch, num_warps=warps)
+
+
 @pytest.mark.parametrize(("arch", "experts"), [(80, 64), (89, 64), (90, 64), (100, 64), (90, 384)])
 def test_slots_are_sorted_in_registers(arch: int, experts: int) -> None:
-    """No stack, and shared memory of a few blocks: several programs fit a multiprocessor."""
-    pointers = ("before_ptr", "total_ptr", "order_ptr", "head_ptr", "tiles_ptr")
-    types = {**dict.fromkeys(pointers, INT), "ids_ptr": "*i64", "num_slots": "i32"}
-    bins = sorter.Sorter(experts, -1, pdl=False)._bins
-    sizes = {"E": experts, "BINS": bins, "BLOCK_S": sorter._BLOCK, "BLOCK_T": 128}
-    constants = {**sizes, "PDL": arch >= 90}
-    done = compiled(sort_kernels.place_slots, types, constants, arch, num_warps=4)
+    """No stack, and little shared memory: several programs fit a multiprocessor."""
+    done = built(sort_kernels.place_slots, arch, experts, 256, 4)
     assert done.metadata.shared <= 8192
     assert ".local" not in done.asm["ptx"]
-    waits = done.asm["ptx"].count("griddepcontrol.wait")
-    assert waits == (arch >= 90)
+    assert done.asm["ptx"].count("griddepcontrol.wait") == (arch >= 90)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_most_slots_of_one_launch_fit_registers(arch: int) -> None:
+    done = built(sort_kernels.sort_in_one, arch, 128, sorter._ONE_LAUNCH_SLOTS, 16)
+    assert ".local" not in done.asm["ptx"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("experts", [64, 128, 200])
-@pytest.mark.parametrize("tokens", [456, 1025, 4096, 65536])
+@pytest.mark.parametrize("tokens", [40, 456, 700, 4096, 65536])
 def test_tables_on_a_device(experts: int, tokens: int) -> None:
     """Twice, as an order must not depend on timing; memory is dirtied in between."""
     pdl = torch.cuda.get_device_capability()[0] >= 9

@@ -5,7 +5,7 @@ Slot `t * K + k` is pick k of token t.  The result is
 `head` [E + 10] the first row of each expert, the number of rows, the number of row tiles,
 8 zeros (counters),
 `tiles` [n, 4] per row tile: expert, first row, end row of the expert, 0.
-One launch up to a few thousand slots (every program counts all ids itself), three above.
+One launch up to some thousand slots (every program counts all ids itself), three above.
 No atomics: the order never depends on timing.
 """
 
@@ -19,6 +19,13 @@ def _bins(ids_ptr, slots, num_slots, E: tl.constexpr):
     """Expert of each slot; E for a null pick or a slot past the end."""
     ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1)
     return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+
+
+@triton.jit
+def _count(bin_S, E: tl.constexpr, BINS: tl.constexpr):
+    """Slots of each expert; null picks have no bin."""
+    count_E = tl.histogram(bin_S, BINS, mask=bin_S < E)
+    return tl.where(tl.arange(0, BINS) < E, count_E, 0)
 
 
 @triton.jit
@@ -58,23 +65,17 @@ def sort_in_one(
     E: tl.constexpr, BINS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program e counts every slot, then writes the rows of expert e."""
+    """Program e reads every slot, all within one block, and writes the rows of expert e."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     e = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    count_E = tl.zeros((BINS,), tl.int32)
-    for base in range(0, num_slots, BLOCK_S):
-        count_E += tl.histogram(_bins(ids_ptr, base + tl.arange(0, BLOCK_S), num_slots, E), BINS)
-    count_E = tl.where(bins < E, count_E, 0)
+    slots = tl.arange(0, BLOCK_S)
+    bin_S = _bins(ids_ptr, slots, num_slots, E)
+    place = tl.cumsum((bin_S == e).to(tl.int32), 0)
+    count_E = _count(bin_S, E, BINS)
     row = _write_expert(e, count_E, tiles_ptr, head_ptr, E, BINS, BLOCK_T)
-    for base in range(0, num_slots, BLOCK_S):
-        slots = base + tl.arange(0, BLOCK_S)
-        mine = (_bins(ids_ptr, slots, num_slots, E) == e).to(tl.int32)
-        place = tl.cumsum(mine, 0)
-        tl.store(order_ptr + row + place - 1, slots, mask=mine > 0)
-        row += tl.sum(mine)
+    tl.store(order_ptr + row + place - 1, slots, mask=bin_S == e)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -87,10 +88,8 @@ def count_blocks(
         gdc_wait()
         gdc_launch_dependents()
     block = tl.program_id(0)
-    count_E = tl.histogram(
-        _bins(ids_ptr, block * BLOCK_S + tl.arange(0, BLOCK_S), num_slots, E), BINS
-    )
-    tl.store(count_ptr + block * BINS + tl.arange(0, BINS), count_E)
+    bin_S = _bins(ids_ptr, block * BLOCK_S + tl.arange(0, BLOCK_S), num_slots, E)
+    tl.store(count_ptr + block * BINS + tl.arange(0, BINS), _count(bin_S, E, BINS))
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -130,7 +129,7 @@ def place_slots(
     bin_S = _bins(ids_ptr, block * BLOCK_S + lane, num_slots, E)
     key_S = tl.sort(bin_S * BLOCK_S + lane)  # all differ, so the order is the stable one
     bin_S = key_S // BLOCK_S
-    count_E = tl.histogram(bin_S, BINS)
+    count_E = _count(bin_S, E, BINS)
     start_E = tl.cumsum(count_E, 0) - count_E
     if PDL:
         gdc_wait()
@@ -139,5 +138,5 @@ def place_slots(
     for e in range(block, E, tl.num_programs(0)):
         _write_expert(e, total_E, tiles_ptr, head_ptr, E, BINS, BLOCK_T)
     first_E = tl.cumsum(total_E, 0) - total_E + tl.load(before_ptr + block * BINS + bins)
-    row = lane + tl.gather(first_E - start_E, bin_S, 0)
+    row = lane + tl.gather(first_E - start_E, tl.minimum(bin_S, BINS - 1), 0)
     tl.store(order_ptr + row, block * BLOCK_S + key_S % BLOCK_S, mask=bin_S < E)

@@ -11,9 +11,10 @@ from mogul.kernels.triton import sort_kernels
 from mogul.kernels.triton.launch import Launch, cdiv, next_power_of_2
 from mogul.kernels.triton.sorting import Sorted, sorted_size, sorted_views
 
-_ONE_LAUNCH_SLOTS = 8192
+_ONE_LAUNCH_SLOTS = 4096
 """Above this the sort takes three launches (in the one-launch sort every program reads all ids)."""
-_BLOCK = 256
+_BLOCKS = ((8192, 128), (1 << 62, 256))
+"""Slots of a block of the sort in three launches, by the most slots that it is for."""
 
 
 class Sorter:
@@ -21,7 +22,7 @@ class Sorter:
 
     def __init__(self, experts: int, device: int, *, pdl: bool) -> None:
         self.experts, self.device, self.pdl = experts, device, pdl
-        self._bins = max(32, next_power_of_2(experts + 1))
+        self._bins = max(32, next_power_of_2(experts))
         self._launches: dict[Any, Launch] = {}
 
     def __call__(self, ids: Tensor, rows: int) -> Sorted:
@@ -33,7 +34,7 @@ class Sorter:
         if slots > _ONE_LAUNCH_SLOTS:
             self._in_three(ids, result, rows)
             return result
-        block = min(4096, max(64, next_power_of_2(slots)))
+        block = max(64, next_power_of_2(slots))
         warps = 4 if block <= 512 else 8 if block <= 2048 else 16
         launch = self._launch(sort_kernels.sort_in_one, block, warps, BLOCK_T=rows)
         tables = (result.order, result.head, result.tiles)
@@ -59,12 +60,13 @@ class Sorter:
 
     def _in_three(self, ids: Tensor, result: Sorted, rows: int) -> None:
         slots = ids.numel()
-        blocks = cdiv(slots, _BLOCK)
+        block = next(block for most, block in _BLOCKS if slots <= most)
+        blocks = cdiv(slots, block)
         scratch = torch.empty((2 * blocks + 1, self._bins), dtype=torch.int32, device=ids.device)
         count, before, total = scratch, scratch[blocks:], scratch[2 * blocks :]
         tables = (result.order, result.head, result.tiles)
-        first = self._launch(sort_kernels.count_blocks, _BLOCK)
+        first = self._launch(sort_kernels.count_blocks, block)
         first((blocks, 1), self.device, ids, count, slots)
         self._scan()((self.experts, 1), self.device, count, before, total, blocks)
-        place = self._launch(sort_kernels.place_slots, _BLOCK, BLOCK_T=rows)
+        place = self._launch(sort_kernels.place_slots, block, BLOCK_T=rows)
         place((blocks, 1), self.device, ids, before, total, *tables, slots)
