@@ -1,14 +1,14 @@
 """Does an engine lose anything in minutes of random adds and aborts, and does it grow?
 
 nano on this machine's accelerator or processor, a cache too small for everybody, greedy and drawn
-requests mixed; --guess mtp or ngram adds guesses. Any failed request or lost page ends the run.
-
+requests X
     python benchmarks/bench_soak.py [CHECKPOINT] [--seconds 600] [--guess mtp] [--record]
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 from pathlib import Path
 
 import torch
@@ -39,7 +39,9 @@ def main() -> None:
         max_sequences=16, max_length=200, cache_tokens=1200, step_tokens=512, seed=0
     )
     engine = Engine(model, None, options, speculator=speculator)
+    faulthandler.dump_traceback_later(1.5 * args.seconds + 60, exit=True)  # compiling included
     found = soak(engine, args.seconds, prompt_tokens=120, answer_tokens=60)
+    faulthandler.cancel_dump_traceback_later()
     stats = speculator.stats if speculator is not None else None
     engine.close()
     say(f"{found}")

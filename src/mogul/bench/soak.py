@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import resource
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mogul.core.errors import MogulError
+from mogul.core.log import progress
 
 if TYPE_CHECKING:
-    from mogul.serve import Engine
+    from mogul.serve import Chunk, Engine
 
 LOOKS = 500
 """Times that memory is looked at: what a look keeps must not be what grows."""
@@ -59,52 +61,84 @@ def soak(
         MogulError: a request ended otherwise than by its length, or pages are missing in the end.
         AssertionError: the books do not add up after a step.
     """
-    from mogul.serve import SamplingParams
-
-    chance = random.Random(seed)
-    vocab_size, most = engine.runner.vocab_size, int(MOST_WAITING * engine.sizes.max_sequences)
-    running: list[int] = []
-    steps = finished = aborted = 0
+    guests = _Guests(engine, random.Random(seed), prompt_tokens, answer_tokens)
+    steps = 0
     sizes: list[tuple[float, float, float]] = []
     start_s = time.perf_counter()
-    while (now_s := time.perf_counter() - start_s) < seconds:
-        if len(running) < most and chance.random() < 0.3:
-            count = chance.randrange(1, prompt_tokens + 1)
-            prompt = [chance.randrange(vocab_size) for _ in range(count)]
-            temperature = chance.choice((0.0, 1.0))
-            params = SamplingParams(
-                max_tokens=chance.randrange(1, answer_tokens + 1),
-                temperature=temperature,
-                logprobs=chance.choice((None, 2)),
-                ignore_eos=True,
-            )
-            running.append(engine.add(prompt, params, priority=chance.randrange(2)))
-        if running and chance.random() < 0.02:
-            number = running.pop(chance.randrange(len(running)))
-            aborted += engine.abort(number)
-            engine.take(number)
-        for chunk in engine.step():
-            if chunk.answer is not None and chunk.id in running:
-                if chunk.answer.finish != "length":
-                    raise MogulError(f"request {chunk.id} ended by {chunk.answer.error}")
-                engine.take(chunk.id)
-                running.remove(chunk.id)
-                finished += 1
-        engine.check()
-        steps += 1
-        if now_s >= len(sizes) * seconds / LOOKS:
-            sizes.append((now_s / 60, resident_mb(), device_mb(engine)))
-    for number in running:
-        engine.abort(number)
-    while engine.has_work:
-        engine.step()
-    engine.check()
-    stats = engine.stats
-    if stats.free_pages + stats.cached_pages != stats.num_pages:
-        raise MogulError(f"{stats.num_pages} pages became {stats.free_pages + stats.cached_pages}")
+    with progress("adding and aborting", seconds) as bar:
+        while (now_s := time.perf_counter() - start_s) < seconds:
+            guests.come_and_go()
+            guests.see_out(engine.step())
+            engine.check()
+            steps += 1
+            if now_s >= len(sizes) * seconds / LOOKS:
+                sizes.append((now_s / 60, resident_mb(), device_mb(engine)))
+                bar.update(now_s, f"{guests.finished} answered")
+    guests.end()
     late = sizes[len(sizes) // 3 :]
     slopes = (slope([(t, size[at]) for t, *size in late]) for at in (0, 1))
-    return Soak(seconds, steps, finished, aborted, stats.num_preemptions, *slopes)
+    preemptions = engine.stats.num_preemptions
+    return Soak(seconds, steps, guests.finished, guests.aborted, preemptions, *slopes)
+
+
+class _Guests:
+    """Requests that come and go as the dice say."""
+
+    def __init__(
+        self, engine: Engine, chance: random.Random, prompt_tokens: int, answer_tokens: int
+    ) -> None:
+        self.engine, self.chance = engine, chance
+        self.prompt_tokens, self.answer_tokens = prompt_tokens, answer_tokens
+        self.most = int(MOST_WAITING * engine.sizes.max_sequences)
+        self.running: list[int] = []
+        self.finished = self.aborted = 0
+
+    def come_and_go(self) -> None:
+        """Perhaps add one, perhaps abort one."""
+        chance, running = self.chance, self.running
+        if len(running) < self.most and chance.random() < 0.3:
+            running.append(self._add())
+        if running and chance.random() < 0.02:
+            number = running.pop(chance.randrange(len(running)))
+            self.aborted += self.engine.abort(number)
+            self.engine.take(number)
+
+    def _add(self) -> int:
+        from mogul.serve import SamplingParams
+
+        chance, vocab_size = self.chance, self.engine.runner.vocab_size
+        count = chance.randrange(1, self.prompt_tokens + 1)
+        prompt = [chance.randrange(vocab_size) for _ in range(count)]
+        params = SamplingParams(
+            temperature=chance.choice((0.0, 1.0)),
+            max_tokens=chance.randrange(1, self.answer_tokens + 1),
+            logprobs=chance.choice((None, 2)),
+            ignore_eos=True,
+        )
+        return self.engine.add(prompt, params, priority=chance.randrange(2))
+
+    def see_out(self, chunks: Iterable[Chunk]) -> None:
+        """Take the answers of those that ended; each must have ended by its length."""
+        for chunk in chunks:
+            if chunk.answer is None or chunk.id not in self.running:
+                continue
+            if chunk.answer.finish != "length":
+                raise MogulError(f"request {chunk.id} ended by {chunk.answer.error}")
+            self.engine.take(chunk.id)
+            self.running.remove(chunk.id)
+            self.finished += 1
+
+    def end(self) -> None:
+        """Abort the rest; every page must be free or cached then."""
+        for number in self.running:
+            self.engine.abort(number)
+        while self.engine.has_work:
+            self.engine.step()
+        self.engine.check()
+        stats = self.engine.stats
+        found = stats.free_pages + stats.cached_pages
+        if found != stats.num_pages:
+            raise MogulError(f"{stats.num_pages} pages became {found}")
 
 
 def slope(points: list[tuple[float, float]]) -> float:
