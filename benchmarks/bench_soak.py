@@ -1,7 +1,9 @@
 """Does an engine lose anything in minutes of random adds and aborts, and does it grow?
 
 nano on this machine's accelerator or processor, a cache too small for everybody, greedy and drawn
-requests X
+requests mixed; --guess mtp or ngram adds guesses. Any failed request or lost page ends the run; a
+run that hangs prints where every thread is and ends.
+
     python benchmarks/bench_soak.py [CHECKPOINT] [--seconds 600] [--guess mtp] [--record]
 """
 
