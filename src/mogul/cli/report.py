@@ -61,8 +61,18 @@ def run(options: Options) -> int:
     return _report(options, traces[0])
 
 
-def _report(options: Options, trace: Trace) -> int:
+def _check_devices(options: Options, trace: Trace) -> None:
     from mogul.core.errors import ConfigError
+
+    most = trace.meta.model.num_experts
+    for count in options.devices:
+        if not 1 <= count <= most:
+            raise ConfigError(
+                f"{most} experts do not stand on {count} devices", fix=f"use 1 to {most} devices"
+            )
+
+
+def _report(options: Options, trace: Trace) -> int:
     from mogul.observe.numbers import summary
     from mogul.observe.report_devices import (
         default_devices,
@@ -72,12 +82,7 @@ def _report(options: Options, trace: Trace) -> int:
     )
     from mogul.spec.placement import load_placement
 
-    most = trace.meta.model.num_experts
-    for count in options.devices:
-        if not 1 <= count <= most:
-            raise ConfigError(
-                f"{most} experts do not stand on {count} devices", fix=f"use 1 to {most} devices"
-            )
+    _check_devices(options, trace)
     given = [load_placement(path) for path in options.placement]
     devices = options.devices or (() if given else default_devices(trace))
     found = with_given(trace, devices, given)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mogul.cli.simulate_options import Deployment
+
+if TYPE_CHECKING:
+    from mogul.core.table import Table
+    from mogul.simulate.serve import Served
 
 EXAMPLES = """
 examples:
@@ -44,12 +48,36 @@ class Options(Deployment):
     """How to print; json in base units."""
 
 
+NAMES = (("TTFT ms", "ttft_s"), ("TPOT ms", "tpot_s"), ("latency ms", "latency_s"))
+
+
+def table_of(served: Served, title: str) -> Table:
+    """What came of it: percentiles, and in the data all that is not a line of the table."""
+    from mogul.core.table import Table
+
+    rows = [
+        (label, *(round(1e3 * value, 2) for value in served.percentiles(name)))
+        for label, name in NAMES
+    ]
+    running = f"at most {served.most_running} running, {served.num_preemptions} preempted"
+    notes = (
+        f"{len(served.latency_s)} requests in {served.end_s:.1f} s, {served.num_steps} steps",
+        f"{served.tokens_per_s:.0f} output tokens/s, {running}",
+    )
+    data = {
+        name: dict(zip(("p50", "p90", "p99"), served.percentiles(name), strict=True))
+        for _, name in NAMES
+    }
+    data |= {"tokens_per_s": served.tokens_per_s, "steps": served.num_steps}
+    data |= {"preemptions": served.num_preemptions, "end_s": served.end_s}
+    return Table(title, ("", "p50", "p90", "p99"), rows, notes, data=data)
+
+
 def run(options: Options) -> int:
     """Serve and print."""
     from dataclasses import replace
 
     from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
-    from mogul.core.table import Table
     from mogul.simulate.serve import default_limits, poisson, read_arrivals, serve
 
     load = ("batch", "together", "prefix_hit", "drafts", "max_ttft_ms", "max_tpot_ms")
@@ -67,24 +95,8 @@ def run(options: Options) -> int:
         sequences=options.sequences,
     )
     served = serve(setting, arrivals, limits)
-    names = (("TTFT ms", "ttft_s"), ("TPOT ms", "tpot_s"), ("latency ms", "latency_s"))
-    rows = [
-        (label, *(round(1e3 * value, 2) for value in served.percentiles(name)))
-        for label, name in names
-    ]
-    running = f"at most {served.most_running} running, {served.num_preemptions} preempted"
-    notes = (
-        f"{len(served.latency_s)} requests in {served.end_s:.1f} s, {served.num_steps} steps",
-        f"{served.tokens_per_s:.0f} output tokens/s, {running}",
-    )
-    data = {
-        name: dict(zip(("p50", "p90", "p99"), served.percentiles(name), strict=True))
-        for _, name in names
-    }
-    data |= {"tokens_per_s": served.tokens_per_s, "steps": served.num_steps}
-    data |= {"preemptions": served.num_preemptions, "end_s": served.end_s}
     title = f"{setting.title} served on {setting.parallel.devices} x {setting.device.title}"
-    table = Table(title, ("", "p50", "p90", "p99"), rows, notes, data=data)
+    table = table_of(served, title)
     table.show(options.format)
     write_page(options.html, title, [table])
     return 0

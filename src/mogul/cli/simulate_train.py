@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mogul.cli.simulate_options import Deployment
+
+if TYPE_CHECKING:
+    from mogul.simulate.engines import Overlap
+    from mogul.simulate.train_plan import TrainPlan
 
 EXAMPLES = """
 examples:
@@ -68,21 +72,11 @@ class Options(Deployment):
     """How to print; json in base units."""
 
 
-def run(options: Options) -> int:
-    """Print the step."""
-    from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
-    from mogul.core.errors import ConfigError
-    from mogul.core.table import Table
-    from mogul.simulate.tables import train_data, train_tables
-    from mogul.simulate.train import predict_training
+def plan_of(options: Options, overlap: Overlap) -> TrainPlan:
+    """How the options train."""
     from mogul.simulate.train_plan import TrainPlan
 
-    serving = ("input", "output", "batch", "together", "prefix_hit", "drafts", "engine")
-    refuse_unused(options, "train", *serving, "max_ttft_ms", "max_tpot_ms", "shared_tp")
-    if options.tokens is not None and not 0 < options.tokens < float("inf"):
-        raise ConfigError(f"--tokens {options.tokens:g} take no time", fix="give more than 0")
-    setting = setting_of(options)
-    plan = TrainPlan(
+    return TrainPlan(
         sequence_tokens=options.sequence,
         global_batch=options.global_batch,
         micro_batch=options.micro_batch,
@@ -95,13 +89,28 @@ def run(options: Options) -> int:
         is_balanced=options.balanced,
         recompute=options.recompute,
         shards_weights=options.fsdp,
-        overlap=setting.engine.overlap,
+        overlap=overlap,
     )
+
+
+def run(options: Options) -> int:
+    """Print the step."""
+    from mogul.cli.simulate_options import refuse_unused, setting_of, write_page
+    from mogul.core.errors import ConfigError
+    from mogul.core.table import Table
+    from mogul.simulate.tables import train_data, train_tables
+    from mogul.simulate.train import predict_training
+
+    serving = ("input", "output", "batch", "together", "prefix_hit", "drafts", "engine")
+    refuse_unused(options, "train", *serving, "max_ttft_ms", "max_tpot_ms", "shared_tp")
+    if options.tokens is not None and not 0 < options.tokens < float("inf"):
+        raise ConfigError(f"--tokens {options.tokens:g} take no time", fix="give more than 0")
+    setting = setting_of(options)
     found = predict_training(
         setting.model,
         setting.device,
         setting.parallel,
-        plan,
+        plan_of(options, setting.engine.overlap),
         quant=setting.quant,
         routing=setting.routing,
         calibration=setting.calibration,

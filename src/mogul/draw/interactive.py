@@ -111,8 +111,24 @@ def _trace(series: Series, color: str) -> go.Bar | go.Scatter:
     return go.Scatter(**common, mode="lines", line=line, error_y=error, offsetgroup="lines")
 
 
-def _heat_map(heat: HeatMap) -> go.Figure:
+def _heat_colours(heat: HeatMap, bar_y: float) -> dict[str, Any]:
+    """The common scale of all panels, its bar below them at a share of the plot's height."""
     low, high = heat.limits
+    return {
+        "colorscale": [list(stop) for stop in HEAT],
+        "cmin": low,
+        "cmax": high,
+        "colorbar": {
+            "title": {"text": heat.value_label, "side": "top"},
+            "orientation": "h",
+            "thickness": 10,
+            "y": bar_y,
+            "yanchor": "top",
+        },
+    }
+
+
+def _heat_map(heat: HeatMap) -> go.Figure:
     names = [name for name, _ in heat.panels]
     height = 150 + sum(60 + min(28 * len(values), 260) for _, values in heat.panels)
     figure = make_subplots(
@@ -134,21 +150,8 @@ def _heat_map(heat: HeatMap) -> go.Figure:
         figure.update_yaxes(row=row, col=1, title_text=heat.y_label, autorange="reversed")
         if np.shape(values)[1] <= 8:
             figure.update_xaxes(row=row, col=1, dtick=1)
-    figure.update_layout(
-        **_layout(height),
-        coloraxis={
-            "colorscale": [list(stop) for stop in HEAT],
-            "cmin": low,
-            "cmax": high,
-            "colorbar": {
-                "title": {"text": heat.value_label, "side": "top"},
-                "orientation": "h",
-                "thickness": 10,
-                "y": -66 / (height - 130),  # of the plot, without its margins
-                "yanchor": "top",
-            },
-        },
-    )
+    below = -66 / (height - 130)  # of the plot, without its margins
+    figure.update_layout(**_layout(height), coloraxis=_heat_colours(heat, below))
     figure.update_xaxes(**{**_AXIS, "showgrid": False})
     figure.update_yaxes(**{**_AXIS, "showgrid": False}, dtick=_tick(heat))
     figure.update_xaxes(title_text=heat.x_label, row=len(names), col=1)

@@ -605,19 +605,15 @@ class MogeForCausalLM(MtpHead, MogePreTrainedModel, GenerationMixin):
         )
         assert outputs.last_hidden_state is not None
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = aux_loss = mtp_loss = None
+        loss = mtp_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
             if outputs.mtp_hidden_state is not None:
                 mtp_loss = self.mtp_loss(outputs.mtp_hidden_state, labels, **kwargs)
                 loss = loss + self.config.mtp_loss_coef * mtp_loss
-        if output_router_logits:
-            aux_loss = self._balance_loss(outputs, attention_mask)
-            if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        if loss is not None and wants_z_loss:
-            z = z_loss(outputs.router_logits or (), attention_mask)
-            loss = loss + self.config.router_z_loss_coef * z.to(loss.device)
+        aux_loss = self._balance_loss(outputs, attention_mask) if output_router_logits else None
+        if loss is not None:
+            loss = self._with_router_losses(loss, outputs, aux_loss, attention_mask)
         return MogeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,  # pyright: ignore[reportArgumentType]
@@ -630,6 +626,21 @@ class MogeForCausalLM(MtpHead, MogePreTrainedModel, GenerationMixin):
             router_weights=outputs.router_weights,
             router_ids=outputs.router_ids,
         )
+
+    def _with_router_losses(
+        self,
+        loss: Tensor,
+        outputs: MogeModelOutput,
+        aux_loss: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """The loss with the balance loss, where it is known, and with the z-loss."""
+        if aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        if self.config.router_z_loss_coef > 0:
+            z = z_loss(outputs.router_logits or (), attention_mask)
+            loss = loss + self.config.router_z_loss_coef * z.to(loss.device)
+        return loss
 
     def _balance_loss(self, outputs: MogeModelOutput, attention_mask: Tensor | None) -> Tensor:
         if (
