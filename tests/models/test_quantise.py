@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from mogul.kernels import dequantise_experts
 from mogul.models import MogeConfig, MogeForCausalLM, load_model
 from mogul.models.expert_inputs import expert_inputs
 from mogul.models.quantise import PackedExperts, experts_modules, quantise_model
+from mogul.models.quantise_head import quantise_head
+from mogul.models.quantise_linears import quantise_linears
 from mogul.models.quantise_load import _settle, load_quantised
 
 SMALL = {
@@ -133,6 +136,21 @@ def test_a_missing_expert_is_named(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match="1 tensors of the experts are missing"):
         load_quantised(tmp_path, "fp8")
+
+
+@pytest.mark.parametrize("way", ["in place", "linears", "head", "loaded"])
+def test_packed_weights_are_not_saved_as_a_checkpoint(way, tmp_path):
+    model = build("Qwen3Moe")
+    model.save_pretrained(tmp_path / "whole")
+    if way == "loaded":
+        model = load_quantised(tmp_path / "whole", "fp8")
+    else:
+        pack = {"in place": partial(quantise_model, format="fp8"), "linears": quantise_linears}
+        pack.get(way, quantise_head)(model)
+    with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM holds packed weights") as caught:
+        model.save_pretrained(tmp_path / "packed")
+    assert "save the model before it is quantised" in caught.value.__notes__[0]
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_dense_model_is_refused(tmp_path):

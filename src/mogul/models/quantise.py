@@ -50,6 +50,20 @@ class Packed(nn.Module):
         return self
 
 
+def refuse_saving(model: nn.Module) -> None:
+    """From now on `save_pretrained` says that packed weights have no file format."""
+
+    def save_pretrained(*_args: Any, **_options: Any) -> None:
+        raise ConfigError(
+            f"{type(model).__name__} holds packed weights, which no checkpoint describes",
+            fix="save the model before it is quantised; load_quantised and "
+            "Engine.from_pretrained(quantise=...) quantise it while loading",
+        )
+
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
 _JOINED = ("auto", "triton")
 """Backends that may run a shared expert in the call of the routed ones."""
 
@@ -154,6 +168,7 @@ def quantise_model(
             model.set_submodule(name, quantised)
             bar.advance()
     say(f"experts in {chosen.name}: {show_bytes(before)} became {show_bytes(after)}")
+    refuse_saving(model)
     return model
 
 

@@ -16,7 +16,7 @@ from mogul.core.errors import ConfigError
 from mogul.core.log import say
 from mogul.core.units import show_bytes
 from mogul.kernels.triton.byte_linear import linear_bytes, pack_bytes
-from mogul.models.quantise import Packed
+from mogul.models.quantise import Packed, refuse_saving
 
 
 class PackedHead(Packed):
@@ -61,4 +61,5 @@ def quantise_head(model: Any) -> PackedHead:
     after = packed.words.nbytes + packed.scale.nbytes
     say(f"output head in 8 bits: {show_bytes(head.weight.nbytes)} became {show_bytes(after)}")
     model.set_output_embeddings(packed)
+    refuse_saving(model)
     return packed

@@ -19,7 +19,7 @@ from mogul.core.units import show_bytes
 from mogul.kernels.quant_format import quantise_fp8_weight, quantise_rows
 from mogul.kernels.triton.linear import linear_fp8
 from mogul.models.expert_inputs import run_watched
-from mogul.models.quantise import Packed
+from mogul.models.quantise import Packed, refuse_saving
 
 _STEP = 16
 _ROUTERS = ("gate", "router")
@@ -116,4 +116,5 @@ def quantise_linears(model: nn.Module, importance: Mapping[str, Tensor] | None =
         model.set_submodule(name, packed)
         module.weight = None  # type: ignore[assignment]  # let it go
     say(f"{len(found)} linear layers in fp8: {show_bytes(before)} became {show_bytes(after)}")
+    refuse_saving(model)
     return len(found)

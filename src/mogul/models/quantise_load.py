@@ -26,7 +26,13 @@ from mogul.kernels.quant_format import FORMATS
 from mogul.models.check_tensors import check_names
 from mogul.models.input_stats import InputStats
 from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
-from mogul.models.quantise import Importance, experts_modules, no_experts, quantise_module
+from mogul.models.quantise import (
+    Importance,
+    experts_modules,
+    no_experts,
+    quantise_module,
+    refuse_saving,
+)
 from mogul.models.quantise_head import quantise_head
 from mogul.models.quantise_linears import (
     PackedLinear,
@@ -118,6 +124,7 @@ def load_quantised(
             bar.advance()
     if head:
         quantise_head(model)
+    refuse_saving(model)
     return model.eval()
 
 
