@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -151,6 +153,20 @@ def test_packed_weights_are_not_saved_as_a_checkpoint(way, tmp_path):
         model.save_pretrained(tmp_path / "packed")
     assert "save the model before it is quantised" in caught.value.__notes__[0]
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_quantised_model_is_freed_at_once():
+    model = build("Qwen3Moe")
+    quantise_model(model, "fp8")
+    quantise_head(model)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_dense_model_is_refused(tmp_path):

@@ -52,10 +52,11 @@ class Packed(nn.Module):
 
 def refuse_saving(model: nn.Module) -> None:
     """From now on `save_pretrained` says that packed weights have no file format."""
+    kind = type(model).__name__  # a reference to the model itself would keep it from being freed
 
     def save_pretrained(*_args: Any, **_options: Any) -> None:
         raise ConfigError(
-            f"{type(model).__name__} holds packed weights, which no checkpoint describes",
+            f"{kind} holds packed weights, which no checkpoint describes",
             fix="save the model before it is quantised; load_quantised and "
             "Engine.from_pretrained(quantise=...) quantise it while loading",
         )
