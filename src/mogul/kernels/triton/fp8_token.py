@@ -54,7 +54,7 @@ class OneTile(NamedTuple):
     """Blocks of the shared down weight that are read before the launch before has ended."""
 
 
-linear_tile, up_tile, down_tile = OneTile(8, 1024), OneTile(8, 1024), OneTile(8, 1024)
+linear_tile, up_tile, down_tile = OneTile(8, 1024), OneTile(8, 1024), OneTile(8, 1024, held=2)
 
 Norm = tuple[Tensor, float]
 """Weight and eps."""
