@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_calls import make, run
 
 from mogul.kernels import PAGED_ATTENTION
 from mogul.kernels.paged_attention import TURNS
@@ -23,13 +22,6 @@ from mogul.kernels.triton import paged
 from mogul.kernels.turn import CHUNKS, FEW, FRESH, Turn
 
 FP8 = torch.float8_e4m3fn
-_spec = spec_from_file_location(
-    "paged_calls", Path(__file__).parents[1] / "test_paged_attention.py"
-)
-assert _spec
-assert _spec.loader
-calls = module_from_spec(_spec)
-_spec.loader.exec_module(calls)
 
 PAGED_ATTENTION.add("interpreted", paged.paged_attention_triton)
 TURNS.append("interpreted")
@@ -41,7 +33,7 @@ EXAMPLES = settings(
 
 def compare(name: str, call: dict, **more: object) -> None:
     """Keep the largest difference of output and caches."""
-    got, want = calls.run(call, "interpreted", **more), calls.run(call, "reference", **more)
+    got, want = run(call, "interpreted", **more), run(call, "reference", **more)
     for what, mine, its in zip(("out", "keys", "values"), got, want, strict=True):
         error = (mine.float() - its.float()).abs().max().item() if mine.numel() else 0.0
         key = f"{name} {what}"
@@ -74,7 +66,7 @@ def few(name: str) -> None:
         if not any(queries for queries, _ in sequences):
             sequences[0] = (1, 5)
         dtype = torch.float16 if name == "few16" else torch.float32
-        call = calls.make(
+        call = make(
             sequences, page_size=page_size, group=group, padding=padding, width=width, dtype=dtype
         )
         sinks = torch.randn(2 * group) if has_sinks else None
@@ -106,7 +98,7 @@ def many(name: str) -> None:
         paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
         sequences = [*sequences, (18, 18)]
         dtype = torch.float16 if name == "many16" else torch.float32
-        call = calls.make(
+        call = make(
             sequences, page_size=page_size, group=group, padding=padding, width=16, dtype=dtype
         )
         sinks = torch.randn(2 * group) if has_sinks else None
@@ -126,7 +118,7 @@ def fp8(name: str) -> None:
     decode, chunks, prompts = [(1, 40), (2, 9)], [(20, 33), (1, 17)], [(40, 40), (20, 33), (18, 18)]
     scales = [(decode, None), (decode, one), (decode, each), (chunks, one), (prompts, each)]
     for sequences, scale in scales:
-        call = calls.make(sequences, width=16, cache_dtype=FP8, page_size=16)
+        call = make(sequences, width=16, cache_dtype=FP8, page_size=16)
         for new in ("key_TNC", "value_TNC"):
             call[new] = (call[new] * 2).round() / 2
         compare(name, call, key_scale=scale, value_scale=scale)
@@ -135,7 +127,7 @@ def fp8(name: str) -> None:
 def views(name: str) -> None:
     """Queries, keys and values that are views of one projection, as models give them; sinks too."""
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
-    call = calls.make([(1, 30), (2, 31)], width=16, page_size=16)
+    call = make([(1, 30), (2, 31)], width=16, page_size=16)
     joined = torch.randn(3, 8, 16)
     call["query_THC"], call["key_TNC"] = joined[:, :4], joined[:, 4:6]
     call["value_TNC"] = joined.transpose(0, 1).contiguous().transpose(0, 1)[:, 6:]
@@ -156,14 +148,14 @@ def turns(name: str) -> None:
         *((many, *kind) for kind in kinds[1:]),
         (both, *kinds[0]),
     ):
-        call = calls.make(sequences, width=width, group=3, padding=1, page_size=16)
+        call = make(sequences, width=width, group=3, padding=1, page_size=16)
         angles = torch.randn(len(call["query_THC"]), width // 2).repeat(1, 2)
         weights = (1 + torch.randn(2, width) / 4).unbind() if norms else (None, None)
         turn = Turn(angles.cos(), angles.sin(), *weights, 1e-6, 1e-2)
         compare(name, call, turn=turn)
     signs = torch.ones(width).index_fill(0, torch.arange(width // 2), -1.0)
     compare(name, call, turn=turn._replace(sin_TC=turn.sin_TC * signs, is_signed=True))
-    call = calls.make(few, width=16, group=3, padding=1, page_size=16)
+    call = make(few, width=16, group=3, padding=1, page_size=16)
     angles = torch.randn(len(call["query_THC"]), 16)
     compare(name, call, turn=Turn(angles.cos(), angles.sin(), is_signed=True))
 
@@ -173,21 +165,21 @@ def alone(name: str) -> None:
     paged.few_tile = paged.FewTile(block=16, per_sm=2, min_blocks=1, merge=4)
     paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
     for sequences in ([(18, 18), (1, 40)], [(1, 5), (3, 30), (20, 20)]):
-        call = calls.make(sequences, width=16, group=3, padding=1, page_size=16)
+        call = make(sequences, width=16, group=3, padding=1, page_size=16)
         compare(name, call, kinds=FEW | FRESH | CHUNKS)
     captured = [(1, 5), (3, 3), (2, 30), (20, 20), (0, 0), (0, 0)]
-    call = calls.make(captured, width=16, group=3, padding=22, page_size=16)
+    call = make(captured, width=16, group=3, padding=22, page_size=16)
     compare(name, call | {"max_query_len": 48}, kinds=FEW | FRESH | CHUNKS)
 
 
 def neighbours(name: str) -> None:
     """Prompts beside one whose keys and values are no numbers: only that one is spoilt."""
     paged.many_tile = paged.fresh_tile = paged.ManyTile(rows=32, block=16)
-    call = calls.make([(20, 20), (18, 18), (19, 25)], width=16, page_size=16)
-    want = calls.run(call, "reference")
+    call = make([(20, 20), (18, 18), (19, 25)], width=16, page_size=16)
+    want = run(call, "reference")
     for new in ("key_TNC", "value_TNC"):
         call[new][20:38] = float("nan")
-    got = calls.run(call, "interpreted")
+    got = run(call, "interpreted")
     apart = torch.tensor([*range(20), *range(38, 57)])
     error = (got[0][apart] - want[0][apart]).abs().max().item()
     WORST[f"{name} out"] = error if error == error else float("inf")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from paged_calls import make, run
 
 pytest.importorskip("triton")
 
@@ -19,19 +18,6 @@ from mogul.kernels.triton.flashinfer_paged import Plans, fullest, listed
 from mogul.kernels.turn import Turn
 from mogul.serve.options import EngineOptions
 
-
-def paged_calls() -> ModuleType:
-    """The calls that the reference is tested with."""
-    path = Path(__file__).parents[1] / "test_paged_attention.py"
-    spec = spec_from_file_location("paged_calls", path)
-    assert spec
-    assert spec.loader
-    calls = module_from_spec(spec)
-    spec.loader.exec_module(calls)
-    return calls
-
-
-make, run = paged_calls().make, paged_calls().run
 FP8 = torch.float8_e4m3fn
 MIXED = [(1, 9), (5, 5), (3, 20), (0, 7), (1, 1), (200, 333), (40, 40)]
 DECODE = [(1, 1), (1, 17), (1, 64), (1, 1000), (0, 0), (1, 33)]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from paged_calls import make, run
 from scripts import lines_of
 
 triton = pytest.importorskip("triton")
@@ -54,18 +53,12 @@ def test_kernels_equal_the_reference_on_many_shapes() -> None:
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn])
 def test_kernels_equal_the_reference_on_a_device(page_size: int, cache: torch.dtype) -> None:
-    path = Path(__file__).parents[1] / "test_paged_attention.py"
-    spec = spec_from_file_location("paged_calls", path)
-    assert spec
-    assert spec.loader
-    calls = module_from_spec(spec)
-    spec.loader.exec_module(calls)
     sizes = {"page_size": page_size, "width": 128, "group": 8, "padding": 2}
     for sequences in ([(1, 9), (1, 700), (3, 64)], [(40, 300), (1, 77), (0, 5), (129, 129)]):
-        made = calls.make(sequences, dtype=torch.bfloat16, cache_dtype=cache, **sizes)
+        made = make(sequences, dtype=torch.bfloat16, cache_dtype=cache, **sizes)
         call = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
         call["tables_SB"].clamp_(max=len(call["key_cache"]) - 1)
-        (got, *pages), (want, *wanted) = calls.run(call, "triton"), calls.run(call, "reference")
+        (got, *pages), (want, *wanted) = run(call, "triton"), run(call, "reference")
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
         for mine, its in zip(pages, wanted, strict=True):
             assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
@@ -78,19 +71,13 @@ def test_kernels_equal_the_reference_on_a_device(page_size: int, cache: torch.dt
     ids=["inside", "before many sequences", "before prompts"],
 )
 def test_turns_equal_the_reference_on_a_device(sequences: list[tuple[int, int]]) -> None:
-    path = Path(__file__).parents[1] / "test_paged_attention.py"
-    spec = spec_from_file_location("paged_calls", path)
-    assert spec
-    assert spec.loader
-    calls = module_from_spec(spec)
-    spec.loader.exec_module(calls)
-    made = calls.make(sequences, dtype=torch.bfloat16, page_size=16, width=128, group=8, padding=2)
+    made = make(sequences, dtype=torch.bfloat16, page_size=16, width=128, group=8, padding=2)
     call = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
     call["tables_SB"].clamp_(max=len(call["key_cache"]) - 1)
     angle = torch.randn(len(call["query_THC"]), 64, device="cuda").repeat(1, 2)
     norms = (1 + torch.randn(2, 128, device="cuda") / 4).bfloat16().unbind()
     turn = Turn(angle.cos().bfloat16(), angle.sin().bfloat16(), *norms, 1e-6, 1e-3)
-    got, want = calls.run(call, "triton", turn=turn), calls.run(call, "reference", turn=turn)
+    got, want = run(call, "triton", turn=turn), run(call, "reference", turn=turn)
     for mine, its in zip(got, want, strict=True):
         torch.testing.assert_close(mine, its, rtol=2e-2, atol=3e-2)
 
