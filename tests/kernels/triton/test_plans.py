@@ -127,6 +127,7 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch, facts: dict, 
 
 def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     why = mogul.kernels.triton._reason_of_device.__wrapped__
+    monkeypatch.setattr("mogul.kernels.triton.find_spec", lambda _name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (7, 5))
     assert why(0) == "the GPU has compute capability 7.5, below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (8, 0))
