@@ -29,6 +29,7 @@ from mogul.kernels.triton import (
     normed,
     normed_kernels,
     paged,
+    paged_write,
     row_kernels,
     sort_kernels,
     token_kernels,
@@ -153,7 +154,7 @@ def put(names: tuple[str, ...], number: int, folder: Path) -> dict[tuple[Any, st
 
 def forget_launches() -> None:
     """Let every launch be made anew."""
-    kept = (paged._few, paged._writer, normed._norm, linear._launch, layer.layer_of)
+    kept = (paged._few, paged_write._writer, normed._norm, linear._launch, layer.layer_of)
     for one in kept:
         one.cache_clear()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
-from mogul.kernels.triton.paged import write_new
+from mogul.kernels.triton.paged_write import write_new
 from mogul.kernels.turn import ALL_KINDS, FEW_QUERIES, Turn
 
 WORKSPACE_BYTES = 256 << 20

@@ -3,10 +3,7 @@
 The loader fills a ring of shared-memory stages: weights by TMA, rows by TMA or, where rows are
 fetched by token, by asynchronous copies.  Each multiplier owns one half of the tile's rows and
 skips it when no row of it is live, so a tile of 128 rows costs 64 where no more are needed.
-The loader runs ahead across tiles: epilogues never starve the next tile of data.  It takes tiles
-in order from a counter of the sort, or by fixed turns, and writes for the multipliers what they
-must know of each.  With a counter programs that got shorter tiles take more of them, and none can
-run far ahead of the others, which would read everything from memory again.
+The loader runs ahead across tiles (hopper_tile_kernels): epilogues never starve the next one.
 
 Same results and arguments as row_kernels; used where capability is 9.0.
 """
@@ -23,16 +20,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mogul.kernels.triton import plans
+from mogul.kernels.triton.hopper_tile_kernels import (
+    TURNS,
+    take_tile,
+    tell,
+    tile_at,
+    told,
+    wait_for_wave,
+)
 
 UP = gl.constexpr(0)
 PRODUCT = gl.constexpr(1)
 DOWN_GRAD = gl.constexpr(2)
 AHEAD = gl.constexpr(6)
 """Steps before the end of a tile at which the loader takes its next one."""
-TURNS = gl.constexpr(8)
-"""Tiles that the loader may have told of at once."""
-
-
 last_width = gluon.constexpr_function(plans.last_width)
 
 
@@ -46,72 +47,6 @@ def follow_the_last_launch():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents" + for_no_one, "=r", [], gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def _tile_at(
-    tile, num_tiles, num_m, tiles_ptr, NUM_N: gl.constexpr, BLOCK_GROUP: gl.constexpr
-):  # fmt: skip
-    """Expert, first row, end row, column tile.
-
-    Asked for ahead of time: past the end, the answer is that of the last tile.
-    """
-    tile = gl.maximum(gl.minimum(tile, num_tiles - 1), 0)
-    span: gl.constexpr = BLOCK_GROUP * NUM_N
-    first = (tile // span) * BLOCK_GROUP
-    height = gl.maximum(gl.minimum(num_m - first, BLOCK_GROUP), 1)
-    inside = tile % span
-    entry_ptr = tiles_ptr + (first + inside % height) * 4
-    return gl.load(entry_ptr), gl.load(entry_ptr + 1), gl.load(entry_ptr + 2), inside // height
-
-
-@gluon.jit
-def _take_tile(counter_ptr, num_tiles):
-    """The next tile that no program has; who takes the last leaves the counter at 0."""
-    taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    if taken == num_tiles - 1:
-        gl.store(counter_ptr, 0)
-    return taken + gl.num_programs(0)
-
-
-@gluon.jit
-def wait_for_wave(counter_ptr, wave, total, SLACK: gl.constexpr, PATIENCE: gl.constexpr):
-    """Hold the loader until all programs but SLACK have begun their tile of this wave.
-
-    Tiles that start together read the same columns together, so the cache serves all but the first.
-    Only a hint: the wait is bounded, because nothing guarantees that all programs are resident.
-    """
-    gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    goal = gl.minimum((wave + 1) * gl.num_programs(0), total) - SLACK
-    tries = 0
-    while (gl.load(counter_ptr, volatile=True) < goal) & (tries < PATIENCE):
-        tries += 1
-
-
-@gluon.jit
-def _tell(entries, turn, start, end, n):
-    """Leave a tile's rows and columns for the multipliers, who look when its first step is full.
-
-    The ring is shorter than TURNS steps, so the entry written over has been read.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    at = gl.arange(0, 4, layout)
-    entry = gl.where(at == 0, start, gl.where(at == 1, end, n))
-    entries.index(turn % TURNS).store(entry)
-    gl.thread_barrier()
-
-
-@gluon.jit
-def _told(entries, turn, full, step, STAGES: gl.constexpr):
-    """First row, end row and column tile of a multiplier's next tile; no column: there is none."""
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-    at = gl.arange(0, 4, layout)
-    entry = entries.index(turn % TURNS).load(layout)
-    start = gl.sum(gl.where(at == 0, entry, 0), 0)
-    end = gl.sum(gl.where(at == 1, entry, 0), 0)
-    n = gl.sum(gl.where(at == 2, entry, 0), 0)
-    return start, end, n
 
 
 @gluon.jit
@@ -170,10 +105,10 @@ def _load(
     turn = 0
     num_tiles = num_m * NUM_N
     tile = gl.program_id(0)
-    e, start, end, n = _tile_at(tile, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
+    e, start, end, n = tile_at(tile, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP)
     next_tile, next_e, next_start, next_end, next_n = tile, e, start, end, n
     while tile < num_tiles:
-        _tell(entries, turn, start, end, n)
+        tell(entries, turn, start, end, n)
         if COUNTER > 0 and not COUNTED:
             wait_for_wave(head_ptr + E + 1 + COUNTER, turn, num_tiles, SLACK, PATIENCE)
         if GATHER:
@@ -187,8 +122,8 @@ def _load(
             if k == take_at:
                 next_tile = tile + gl.num_programs(0)
                 if COUNTED:
-                    next_tile = _take_tile(head_ptr + E + 1 + COUNTER, num_tiles)
-                next_e, next_start, next_end, next_n = _tile_at(
+                    next_tile = take_tile(head_ptr + E + 1 + COUNTER, num_tiles)
+                next_e, next_start, next_end, next_n = tile_at(
                     next_tile, num_tiles, num_m, tiles_ptr, NUM_N, BLOCK_GROUP
                 )
             if GATHER and C % BLOCK_K != 0:
@@ -217,7 +152,7 @@ def _load(
         turn += 1
     s = step % STAGES
     mbarrier.wait(free.index(s), (step // STAGES + 1) & 1)
-    _tell(entries, turn, 0, 0, -1)
+    tell(entries, turn, 0, 0, -1)
     arrivals: gl.constexpr = 1 + (gl.num_warps() * 32 if GATHER else 0)
     mbarrier.arrive(full.index(s), count=arrivals)
 
@@ -441,7 +376,7 @@ def _multiply(
             _clear_after(gl.load(head_ptr + E), num_slots, out_ptr, dpre_ptr, N)
     step = 0
     turn = 0
-    start, end, n = _told(entries, turn, full, step, STAGES)
+    start, end, n = told(entries, turn, full, step, STAGES)
     while n >= 0:
         if start + OFFSET >= end:
             _skip(step, full, free, C, BLOCK_K, STAGES)
@@ -461,7 +396,7 @@ def _multiply(
             )  # fmt: skip
         step += num_k
         turn += 1
-        start, end, n = _told(entries, turn, full, step, STAGES)
+        start, end, n = told(entries, turn, full, step, STAGES)
 
 
 @gluon.jit(do_not_specialize=["num_slots"])

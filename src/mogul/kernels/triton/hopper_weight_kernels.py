@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mogul.kernels.triton.hopper_kernels import last_width, store_columns, wait_for_wave
+from mogul.kernels.triton.hopper_kernels import last_width, store_columns
+from mogul.kernels.triton.hopper_tile_kernels import wait_for_wave
 
 
 @gluon.jit

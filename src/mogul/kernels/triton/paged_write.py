@@ -1,0 +1,269 @@
+"""A call of paged attention in a kernel's terms, and the launch that writes its keys and values.
+
+Decides what a compiled kernel depends on, how tensors are brought into its form, and the launch
+that norms, rotates and writes: before attention by these kernels or by others (`write_new`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogul.core.errors import BackendError
+from mogul.kernels.reference.attention import FP8
+from mogul.kernels.triton import attention_kernels as kernels
+from mogul.kernels.triton.launch import (
+    INTERPRETED,
+    Launch,
+    aligned,
+    cdiv,
+    device_index,
+    next_power_of_2,
+)
+from mogul.kernels.turn import Turn
+
+TURNED_HEADS = 16
+"""Query heads that one program of the launch that writes norms and rotates."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """All of a call that a compiled kernel depends on."""
+
+    device: int
+    sequences: int
+    """Rounded up to a power of two, so that few numbers of sequences share a compiled kernel."""
+
+    kv_heads: int
+    group: int
+    width: int
+    page_size: int
+    window: int
+    scaling: float
+    is_fp8: bool
+    has_sinks: bool
+    strides: tuple[int, ...]
+    """Token and head strides of query, key, value."""
+
+    dtypes: tuple[torch.dtype | None, ...]
+    turns: int
+    """0 for no rotation, 1 where the kernel negates sines, 2 where they are negated."""
+
+    norms: bool
+    eps: tuple[float, float]
+    pdl: bool
+
+    @property
+    def width_pow2(self) -> int:
+        """Columns of a tile."""
+        return max(16, next_power_of_2(self.width))
+
+    def shape(self) -> dict[str, Any]:
+        """Constants that every kernel of this call takes."""
+        return {"N": self.kv_heads, "C": self.width, "FP8": self.is_fp8, "PDL": self.pdl}
+
+    def sizes(self) -> dict[str, Any]:
+        """Constants of the two attention kernels and the merge."""
+        return {
+            **self.shape(),
+            "S": self.sequences,
+            "G": self.group,
+            "C_POW2": self.width_pow2,
+            "WINDOW": self.window,
+        }
+
+    def query_strides(self) -> dict[str, int]:
+        """Strides of the queries."""
+        return dict(zip(("Q_T", "Q_H"), self.strides, strict=False))
+
+    def of_queries(self) -> dict[str, Any]:
+        """Strides of the queries, and what is done to them."""
+        return {**self.query_strides(), **self._turn(), "Q_EPS": self.eps[0]}
+
+    def of_new(self) -> dict[str, Any]:
+        """Strides of new keys and values, and what is done to the keys."""
+        strides = dict(zip(("K_T", "K_N", "V_T", "V_N"), self.strides[2:], strict=True))
+        return {**strides, **self._turn(), "K_EPS": self.eps[1]}
+
+    def _turn(self) -> dict[str, int]:
+        return {"TURN": self.turns, "NORM": self.norms}
+
+
+def call_of(
+    new: tuple[Tensor, Tensor, Tensor],
+    key_cache: Tensor,
+    sequences: int,
+    scaling: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    turn: Turn | None,
+) -> Call:
+    """The call of these queries, keys and values."""
+    query, key, value = new
+    num_kv_heads, width = key.shape[1:]
+    device = device_index(query)
+    return Call(
+        device=device,
+        sequences=max(32, next_power_of_2(sequences)),
+        kv_heads=num_kv_heads,
+        group=query.shape[1] // num_kv_heads,
+        width=width,
+        page_size=key_cache.shape[1],
+        window=sliding_window or 0,
+        scaling=float(scaling),
+        is_fp8=key_cache.dtype == FP8,
+        has_sinks=sinks is not None,
+        strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
+        dtypes=_dtypes(query, key_cache, sinks, *(turn or ())[:4]),
+        turns=0 if turn is None else 1 + turn.is_signed,
+        norms=turn is not None and turn.query_norm is not None,
+        eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
+        pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
+    )
+
+
+def write_new(
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
+    turn: Turn | None,
+) -> tuple[Tensor, Tensor]:
+    """Write keys and values into their pages, for attention by other kernels.
+
+    Args:
+        new: queries, keys and values.
+        pages: of keys and of values.
+        where: slots, query starts, lengths.
+        scales: of fp8 pages, of keys and of values.
+        turn: norms and rotates queries and keys first.
+
+    Returns:
+        The queries to attend with, and the output, in which rows of padding are 0.
+    """
+    query, key, value = (with_even_rows(one) for one in new)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    check_pages(*pages)
+    if not len(query):
+        return query, out
+    call = call_of((query, key, value), pages[0], len(where[-1]), 1.0, None, None, turn)
+    of_heads, turns = scales_of(scales, call, query), turn_tensors(turn, query)
+    _, ready = write_before(call, (query, key, value), pages, where, of_heads, turns, out)
+    return ready[0], out
+
+
+def write_before(
+    call: Call,
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+    turns: Turns,
+    out: Tensor,
+) -> tuple[Call, tuple[Tensor, Tensor, Tensor]]:
+    """Write keys and values; the call that is left to do, and its queries, keys and values."""
+    (query, key, value), (slots, starts, lengths) = new, where
+    tokens, heads, width = out.shape
+    ready = out.new_empty((tokens, heads + call.kv_heads, width)) if call.turns else query
+    grid = (tokens, 1 + (cdiv(heads, TURNED_HEADS) if call.turns else 0))
+    _writer(call)(
+        grid, call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
+        len(lengths),
+    )  # fmt: skip
+    if not call.turns:
+        return call, new
+    query, key = ready[:, :heads], ready[:, heads:]
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    call = replace(call, strides=strides, turns=0, norms=False, eps=(0.0, 0.0))
+    return call, (query, key, value)
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+Turns = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Cosines, sines, weights of the queries' and keys' norms."""
+
+
+def turn_tensors(turn: Turn | None, like: Tensor) -> Turns:
+    """Contiguous; anything stands for what is not read."""
+    some = (None,) * 4 if turn is None else turn[:4]
+    cos, sin, query_norm, key_norm = (like if x is None else aligned(x) for x in some)
+    return cos, sin, query_norm, key_norm
+
+
+def scales_of(
+    scales: tuple[Tensor | None, Tensor | None], call: Call, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A number a key head, of keys and of values; ones where there is none (they are not read)."""
+    of_keys, of_values = (
+        _ones(like.device, call.kv_heads) if scale is None else scale.contiguous()
+        for scale in scales
+    )
+    return of_keys, of_values
+
+
+@cache
+def _writer(call: Call) -> Launch:
+    """The launch that writes pages, and norms and rotates where that is asked for."""
+    heads = call.kv_heads * call.group
+    constants = {
+        **call.shape(),
+        **call.of_queries(),
+        **call.of_new(),
+        "N_POW2": next_power_of_2(call.kv_heads),
+        "C_POW2": call.width_pow2,
+        "H": heads,
+        "BLOCK_H": min(TURNED_HEADS, next_power_of_2(heads)),
+        "BLOCK_OUT": next_power_of_2(heads * call.width),
+    }
+    return Launch(kernels.write_pages, constants, warps=4, stages=1, pdl=call.pdl)
+
+
+def with_even_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous and rows on 16-byte addresses."""
+    size = tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in tensor.stride()[:-1])
+    return tensor if tensor.stride(-1) == 1 and aligned else tensor.contiguous()
+
+
+def check_pages(key_cache: Tensor, value_cache: Tensor) -> None:
+    """Pages are written in place, so they cannot be copied into shape."""
+    for name, pages in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if not pages.is_contiguous() or pages.data_ptr() % 16:
+            raise BackendError(
+                f"{name} with strides {pages.stride()} at address {pages.data_ptr():#x} is not "
+                "contiguous on a 16-byte boundary, as the Triton kernels need",
+                fix="keep the pages of one layer in one piece",
+            )
+
+
+@cache
+def _ones(device: torch.device, heads: int) -> Tensor:
+    return torch.ones(heads, device=device)
+
+
+def rounded_new(
+    call: Call,
+    new: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """New keys and values as their fp8 pages give them back, in the dtype of the queries."""
+    key, value = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in new[1:])
+    _rounder(call)((len(key), 1), call.device, *new[1:], *pages, *scales, key, value)
+    return key, value
+
+
+@cache
+def _rounder(call: Call) -> Launch:
+    columns = call.kv_heads * call.width
+    strides = dict(zip(("K_T", "K_N", "V_T", "V_N"), call.strides[2:], strict=True))
+    constants = {"N": call.kv_heads, "C": call.width, "BLOCK": next_power_of_2(columns), **strides}
+    constants["PDL"] = call.pdl
+    return Launch(kernels.round_new, constants, warps=4, stages=1, pdl=call.pdl)
