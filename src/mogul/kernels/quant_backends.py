@@ -72,13 +72,14 @@ def _product(
     if experts.format.kind == "int4":
         matrix_NC = weight.dequantise(experts.format, rows_RC.dtype, expert)
         return (rows_RC @ matrix_NC.T).float()
-    matrix_NC = weight.value[expert].float()
     if experts.format.weight_only:
-        value_RC, scale_R = split_rows(rows_RC)
-        matrix_NC = matrix_NC.repeat(1, 2)
+        both_RC, scale_R = split_rows(rows_RC)
+        first_RC, rest_RC = both_RC.float().chunk(2, -1)
+        wide_RC = first_RC + rest_RC  # exact
     else:
         value_RC, scale_R = quantise_rows(rows_RC)
-    out_RN = value_RC.float() @ matrix_NC.T
+        wide_RC = value_RC.float()
+    out_RN = wide_RC @ weight.value[expert].float().T
     return out_RN * scale_R[:, None] * weight.scale[expert]
 
 

@@ -88,9 +88,15 @@ def expert_format(name: str | ExpertFormat) -> ExpertFormat:
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """E4m3 values and one fp32 scale a row: how fp8 treats both activations and weights."""
+    wide, scale = _over_scale(x)
+    return wide.to(FP8), scale
+
+
+def _over_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in fp32 over a scale each, which takes the largest number of a row to e4m3's."""
     wide = x.float()
     scale = wide.abs().amax(-1).clamp(min=_TINY) / FP8_MAX
-    return (wide / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return (wide / scale[..., None]).clamp(-FP8_MAX, FP8_MAX), scale
 
 
 def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,9 +104,9 @@ def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Their sum keeps 8 significant bits, as bf16 does, of all that is above 2^-11 of a row's largest.
     """
-    first, scale = quantise_rows(x)
-    rest = (x.float() / scale[..., None]).clamp(-FP8_MAX, FP8_MAX) - first.float()
-    return torch.cat((first, rest.to(FP8)), -1), scale
+    wide, scale = _over_scale(x)
+    first = wide.to(FP8)
+    return torch.cat((first, (wide - first.float()).to(FP8)), -1), scale
 
 
 def quantise_fp8_weight(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
