@@ -39,9 +39,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mogul.models
-from mogul.models.moge import modeling_moge
-from mogul.models.moge.modeling_moge import MogeAttention, MogeRouter
+from mogul.models.moge.attention import MogeAttention, eager_attention_forward
 from mogul.models.moge.rotary import rotate
+from mogul.models.moge.router import MogeRouter
 from mogul.train import objective
 from mogul.train.routers import TrainedRouter
 
@@ -130,7 +130,7 @@ def joint_attention(
         for x in (query, key)
     )
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
-        self.config._attn_implementation, modeling_moge.eager_attention_forward
+        self.config._attn_implementation, eager_attention_forward
     )
     kwargs.pop("past_key_values", None)
     out, chances = attend(

@@ -36,7 +36,7 @@ def test_taken_only_without_autograd_and_in_one_dtype():
 
 
 def test_the_model_gives_the_same_with_and_without_it():
-    from mogul.models.moge.modeling_moge import MogeRMSNorm
+    from mogul.models.moge.norm import MogeRMSNorm
 
     norm = MogeRMSNorm(8, 1e-6)
     torch.nn.init.normal_(norm.weight)

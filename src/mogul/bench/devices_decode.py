@@ -60,7 +60,9 @@ def build(world: World, request: DecodeRequest) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from mogul.models import MogeConfig, MogeForCausalLM
-    from mogul.models.moge.modeling_moge import MogeMLP, MogeRMSNorm, MogeRotaryEmbedding
+    from mogul.models.moge.modeling_moge import MogeMLP
+    from mogul.models.moge.norm import MogeRMSNorm
+    from mogul.models.moge.rotary import MogeRotaryEmbedding
 
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, lambda *_args, **_kwargs: None)

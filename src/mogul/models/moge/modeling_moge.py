@@ -1,10 +1,11 @@
 """The grouped-expert decoder as a Transformers model: general (Moge*) and Pangu Pro MoE.
 
-One file, because Transformers finds support for experts implementations by reading the source of
-the file that defines the model class. Attention, masks, caches, recorders and parallel plans go
-through Transformers' interfaces; routing and the fast experts come from `mogul.kernels`. The
-forward pass is that of Pangu Pro MoE (arXiv 2505.21411, section 2) with the options of
-`MogeConfig`. Letters: T tokens, D hidden, E experts, M groups, K picks, B batch, L positions.
+The experts stand beside the models, because Transformers finds support for experts implementations
+by reading the source of the file that defines the model class. Attention, masks, caches, recorders
+and parallel plans go through Transformers' interfaces; routing and the fast experts come from
+`mogul.kernels`. The forward pass is that of Pangu Pro MoE (arXiv 2505.21411, section 2) with the
+options of `MogeConfig`. Letters: T tokens, D hidden, E experts, M groups, K picks, B batch, L
+positions.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import (
     can_return_tuple,
-    maybe_autocast,
     merge_with_config_defaults,
 )
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mogul.core.errors import BackendError
-from mogul.kernels import RouterSpec, Routing, route, side_by_side
-from mogul.kernels.cpu.norm import rms_norm_cpu, takes_rms_norm
+from mogul.kernels import side_by_side
 from mogul.models.balance_loss import balance_loss, z_loss
+from mogul.models.moge.attention import MogeAttention
 from mogul.models.moge.configuration_moge import MogeConfig, PanguProMoEConfig
 from mogul.models.moge.mtp import MtpHead, next_embeddings
-from mogul.models.moge.rotary import MogeRotaryEmbedding, rotate
+from mogul.models.moge.norm import MogeRMSNorm
+from mogul.models.moge.rotary import MogeRotaryEmbedding
+from mogul.models.moge.router import MogeRouter
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -74,100 +76,6 @@ class MogeCausalLMOutput(MoeCausalLMOutputWithPast):
 
 
 # ---------------------------------------------------------------------------------- experts
-
-
-def router_spec(config: MogeConfig) -> RouterSpec:
-    """The routing of one layer in the words of the kernels."""
-    return RouterSpec(
-        num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        num_groups=config.router_n_groups,
-        score=config.router_score,
-        weighting=config.router_weighting,
-        scaling_factor=config.routed_scaling_factor,
-        num_null_experts=config.num_null_experts,
-    )
-
-
-class MogeRouter(nn.Module):
-    """Choose the experts of every token, in float32: returns (logits, weights, ids).
-
-    `group_of_expert` is a buffer on purpose: servers that replace a router whose only state is
-    `weight` and a bias by their own global top-k then leave this one alone.
-    """
-
-    group_of_expert: Tensor
-    e_score_correction_bias: Tensor | None
-    router_scale: nn.Parameter | None
-
-    def __init__(self, config: MogeConfig) -> None:
-        super().__init__()
-        self.spec = router_spec(config)
-        self.num_experts = config.num_experts  # read by expert parallelism of Transformers 5.17
-        self.straight_through = config.router_gradient == "straight_through"
-        num_rows = config.num_experts + config.num_null_experts
-        self.weight = nn.Parameter(torch.zeros(num_rows, config.hidden_size))
-        wants_bias = config.router_selection_bias  # float32 in a model of any dtype
-        bias = torch.zeros(num_rows, dtype=torch.float32) if wants_bias else None
-        self.register_buffer("e_score_correction_bias", bias)
-        scale = nn.Parameter(torch.ones(config.num_experts)) if config.router_scale else None
-        self.register_parameter("router_scale", scale)
-        self.register_buffer("group_of_expert", self._groups(), persistent=False)
-
-    def _groups(self) -> Tensor:
-        group_size = self.spec.num_experts // self.spec.num_groups
-        return torch.arange(self.spec.num_experts) // group_size
-
-    def reset_buffers(self) -> None:
-        """Fill the buffers; Transformers calls this after building on the meta device."""
-        init.copy_(self.group_of_expert, self._groups())
-        if self.e_score_correction_bias is not None:
-            init.zeros_(self.e_score_correction_bias)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route [..., D]: logits [T, E], weights [T, K] (both float32), ids [T, K] (int64)."""
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        with maybe_autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = self.adjust(self.product(x_TD))
-            bias, scale = self.e_score_correction_bias, self.router_scale
-            if not (self.straight_through and self.training):
-                routing = route(logits_TE, self.spec, bias=bias, scale=scale)
-                return logits_TE, routing.weights, routing.ids
-            routing = route(logits_TE, self.spec, bias=bias)
-            weights_TK = self._with_straight_gradient(logits_TE, routing)
-            if scale is not None:
-                weights_TK = weights_TK * F.pad(scale.float(), (0, 1))[routing.ids]
-        return logits_TE, weights_TK, routing.ids
-
-    def product(self, x_TD: Tensor) -> Tensor:
-        """Logits in float32 or wider; training makes them without wide copies."""
-        weight_ED = self.weight
-        if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            x_TD, weight_ED = x_TD.to(wide), weight_ED.to(wide)
-        return F.linear(x_TD, weight_ED)
-
-    def adjust(self, logits_TE: Tensor) -> Tensor:
-        """Change the logits before they choose; a routing warm-up replaces this in training."""
-        return logits_TE
-
-    def _with_straight_gradient(self, logits_TE: Tensor, routing: Routing) -> Tensor:
-        """Weights whose gradient is that of the share among all candidates, not among the picks.
-
-        Candidates are the experts of the pick's group for `renormalised_in_group`, all experts for
-        `renormalised`. With one pick a group the weight is the constant 1 and this is
-        w = 1 + p - stop(p), where p is the softmax within the group.
-        """
-        in_groups = self.spec.weighting == "renormalised_in_group"
-        num_pools = self.spec.num_groups if in_groups else 1
-        pools_TME = logits_TE[:, : self.spec.num_experts].unflatten(-1, (num_pools, -1))
-        if self.spec.score == "softmax":
-            share_TE = pools_TME.softmax(-1).flatten(1)
-        else:
-            scores_TME = pools_TME.sigmoid()
-            share_TE = (scores_TME / (scores_TME.sum(-1, keepdim=True) + 1e-20)).flatten(1)
-        share_TK = F.pad(share_TE, (0, 1)).gather(1, routing.ids) * self.spec.scaling_factor
-        return routing.weights.detach() + share_TK - share_TK.detach()
 
 
 @use_experts_implementation
@@ -242,140 +150,6 @@ class MogeSparseMoeBlock(nn.Module):
 
 
 # -------------------------------------------------------------------------------- attention
-
-
-class MogeRMSNorm(nn.Module):
-    """Root-mean-square norm with float32 statistics."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
-        if takes_rms_norm(x, self.weight):
-            return rms_norm_cpu(x, self.weight, self.variance_epsilon)
-        at_least_32 = torch.promote_types(x.dtype, torch.float32)
-        wide = F.rms_norm(x.to(at_least_32), self.weight.shape, eps=self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, [B, H, L, C] to [B, L, H, C], with its weights [B, H, L, L]."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    chances = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    chances = F.dropout(chances, p=dropout, training=module.training)
-    return (chances @ value).transpose(1, 2).contiguous(), chances
-
-
-class MogeAttention(nn.Module):
-    """Grouped-query attention through Transformers' attention interface."""
-
-    sink_key: nn.Parameter
-    sink_value: nn.Parameter
-
-    def __init__(self, config: MogeConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.head_dim is not None  # these three are filled by the configuration
-        assert config.value_head_dim is not None
-        assert config.num_key_value_heads is not None
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.value_head_dim = config.value_head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.sliding_window = config.sliding_window
-        hidden, bias = config.hidden_size, config.attention_bias
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.value_head_dim, bias=bias)
-        output_bias = config.attention_output_bias
-        self.o_proj = nn.Linear(heads * self.value_head_dim, hidden, bias=output_bias)
-        eps = config.rms_norm_eps
-        self.q_norm = MogeRMSNorm(self.head_dim, eps) if config.use_qk_norm else None
-        norms_keys = config.use_qk_norm or config.use_k_norm_only
-        self.k_norm = MogeRMSNorm(self.head_dim, eps) if norms_keys else None
-        if config.num_sink_keys:
-            sinks = (config.num_sink_keys, kv_heads)
-            self.sink_key = nn.Parameter(torch.empty(*sinks, self.head_dim))
-            if config.use_sink_values:
-                self.sink_value = nn.Parameter(torch.empty(*sinks, self.value_head_dim))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, D] to [B, L, D], and the attention weights where the implementation has them."""
-        batch_length = hidden_states.shape[:-1]
-        by_head = (*batch_length, -1, self.head_dim)
-        query, key = (
-            self.q_proj(hidden_states).view(by_head),
-            self.k_proj(hidden_states).view(by_head),
-        )
-        query = query if self.q_norm is None else self.q_norm(query)
-        key = key if self.k_norm is None else self.k_norm(key)
-        interleaved = self.config.rope_interleaved
-        query, key = (
-            rotate(x, *position_embeddings, interleaved=interleaved).transpose(1, 2)
-            for x in (query, key)
-        )
-        value = self.v_proj(hidden_states).view(*batch_length, -1, self.value_head_dim)
-        value = value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config.num_sink_keys:
-            key, value, attention_mask = self._with_sinks(key, value, attention_mask)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention_forward
-        )
-        out, chances = attend(
-            self, query, key, value, attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
-        )  # fmt: skip
-        return self.o_proj(out.reshape(*batch_length, -1).contiguous()), chances
-
-    def _with_sinks(
-        self, key: Tensor, value: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the sinks before the keys [B, N, L, C] and values, visible to every query."""
-        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
-            raise BackendError(
-                f"attention implementation {self.config._attn_implementation!r} cannot show the "
-                f"{self.config.num_sink_keys} sink keys to every query",
-                fix='use attn_implementation="sdpa" or "eager"',
-            )
-        sinks = self.sink_key if self.k_norm is None else self.k_norm(self.sink_key)
-        values = value.new_zeros(*sinks.shape[:2], self.value_head_dim)
-        if self.config.use_sink_values:
-            values = self.sink_value
-        sinks, values = (
-            x.transpose(0, 1).expand(len(key), -1, -1, -1).to(key.dtype) for x in (sinks, values)
-        )
-        visible = True if attention_mask.dtype == torch.bool else 0.0
-        mask = F.pad(attention_mask, (self.config.num_sink_keys, 0), value=visible)
-        return torch.cat((sinks, key), dim=2), torch.cat((values, value), dim=2), mask
 
 
 # ------------------------------------------------------------------------------------ model
