@@ -18,6 +18,7 @@ from mogul.kernels import ExpertFormat, ExpertLayout  # noqa: E402
 from mogul.kernels.triton import quant_kernels, quant_token_kernels  # noqa: E402
 from mogul.kernels.triton.plans import Shape  # noqa: E402
 from mogul.kernels.triton.quant import why_not_triton_quantised  # noqa: E402
+from mogul.kernels.triton.quant_layer import JOINED_ROWS  # noqa: E402
 from mogul.kernels.triton.quant_plans import INT4_FEW, quant_plan_for  # noqa: E402
 
 CASES = {
@@ -116,7 +117,13 @@ def test_split_rows_compile(arch: int, tokens: int) -> None:
     plan = quant_plan_for(shape, tokens, 0, split=True)
     tile = plan.up
     done = compiled(
-        0, arch, SPLIT=True, BLOCK_T=plan.rows, BLOCK_N=tile.n, BLOCK_K=tile.k, SWAP=tile.swap
+        0,
+        arch,
+        SPLIT=2 if plan.rows <= JOINED_ROWS else 1,
+        BLOCK_T=plan.rows,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        SWAP=tile.swap,
     )
     assert done.metadata.shared < 200_000
 

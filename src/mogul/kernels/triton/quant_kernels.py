@@ -3,8 +3,9 @@
 
 GROUP = 0 is fp8: e4m3 rows times e4m3 weights, fp32 sums, scaled once at the end by row and by
 column.  SPLIT: a row is its rounded numbers, then what rounding left of them, and both halves meet
-the same weights.  GROUP > 0 is int4: packed pairs become weights of the rows' dtype in registers,
-q * scale + offset in fp32 with one rounding, and lie on the matrix unit's left side.
+the same weights (2: in one product of twice the rows).  GROUP > 0 is int4: packed pairs become
+weights of the rows' dtype in registers, q * scale + offset in fp32 with one rounding, and lie on
+the matrix unit's left side.
 Layouts of scales: fp8 [E, N] fp32; int4 [E, groups, N] of two bf16, read as one 32-bit word.
 
 Legend: D model width, F expert width, K picks a token, E experts; `rows` are sorted positions.
@@ -174,6 +175,30 @@ def _across(values, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _both_halves(ptr, order_ptr, start, end, C: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
+    """Pointers to the first halves of T rows, then to their second ones; which rows live.
+
+    Rows are sorted positions, or with K > 0 the tokens there.
+    """
+    half = tl.arange(0, 2 * T)
+    rows = start + half % T
+    live = rows < end
+    if K > 0:
+        rows = tl.load(order_ptr + rows, mask=live, other=0) // K
+    return ptr + (rows.to(tl.int64) * (2 * C) + half // T * C)[:, None], live
+
+
+@triton.jit
+def _folded(acc, SWAP: tl.constexpr):
+    """First and second halves of the rows summed."""
+    if SWAP:
+        out = tl.sum(acc.reshape(acc.shape[0], 2, acc.shape[1] // 2), 1)
+    else:
+        out = tl.sum(acc.reshape(2, acc.shape[0] // 2, acc.shape[1]), 0)
+    return out
+
+
+@triton.jit
 def _joined(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The activation between both products; ACT 1 is gpt-oss's clamped SwiGLU."""
     if ACT == 1:
@@ -210,12 +235,16 @@ def up_quantised(
         near = cols % F
         e64 = e.to(tl.int64)
         token = tl.load(order_ptr + rows, mask=live, other=0) // K
-        row_ptr = x_ptr + token.to(tl.int64)[:, None] * (D + D * SPLIT)
-        row_ptr += tl.arange(0, BLOCK_K)[None, :]
-        if SWAP:
-            gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        if SPLIT == 2:  # both halves of all rows side by side
+            row_ptr, some = _both_halves(x_ptr, order_ptr, start, end, D, K, BLOCK_T)
         else:
-            gate = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            row_ptr, some = x_ptr + token.to(tl.int64)[:, None] * (D + D * SPLIT), live
+        row_ptr += tl.arange(0, BLOCK_K)[None, :]
+        SIDE: tl.constexpr = BLOCK_T * 2 if SPLIT == 2 else BLOCK_T
+        if SWAP:
+            gate = tl.zeros((BLOCK_N, SIDE), tl.float32)
+        else:
+            gate = tl.zeros((SIDE, BLOCK_N), tl.float32)
         up = gate
         if GROUP > 0:
             w_at = w_ptr + e64 * (2 * F * (D // 2))
@@ -229,7 +258,7 @@ def up_quantised(
         else:
             w_at = w_ptr + e64 * (2 * F * D)
             for k in tl.range(0, D, BLOCK_K):
-                block = _load_rows(row_ptr, live, k, D, BLOCK_K)
+                block = _load_rows(row_ptr, some, k, D, BLOCK_K)
                 if TMA:
                     gate_w = w_desc.load([e * (2 * F) + n * BLOCK_N, k])
                     up_w = w_desc.load([e * (2 * F) + F + n * BLOCK_N, k])
@@ -238,10 +267,12 @@ def up_quantised(
                     up_w = _fp8_tile(w_at, F + near, k, D, BLOCK_K, STREAM)
                 gate = _dot(block, gate_w, gate, SWAP)
                 up = _dot(block, up_w, up, SWAP)
-                if SPLIT:
+                if SPLIT == 1:
                     block = _load_rows(row_ptr + D, live, k, D, BLOCK_K)
                     gate = _dot(block, gate_w, gate, SWAP)
                     up = _dot(block, up_w, up, SWAP)
+            if SPLIT == 2:
+                gate, up = _folded(gate, SWAP), _folded(up, SWAP)
             row_scale = _across(tl.load(x_scale_ptr + token, mask=live, other=0.0), SWAP)
             col_at = w_scale_ptr + e64 * (2 * F) + near
             gate = gate * row_scale * _across(tl.load(col_at), not SWAP)
@@ -278,12 +309,16 @@ def down_quantised(
         cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
         near = cols % D
         e64 = e.to(tl.int64)
-        row_ptr = a_ptr + rows.to(tl.int64)[:, None] * (F + F * SPLIT)
-        row_ptr += tl.arange(0, BLOCK_K)[None, :]
-        if SWAP:
-            acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        if SPLIT == 2:
+            row_ptr, some = _both_halves(a_ptr, order_ptr, start, end, F, 0, BLOCK_T)
         else:
-            acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            row_ptr, some = a_ptr + rows.to(tl.int64)[:, None] * (F + F * SPLIT), live
+        row_ptr += tl.arange(0, BLOCK_K)[None, :]
+        SIDE: tl.constexpr = BLOCK_T * 2 if SPLIT == 2 else BLOCK_T
+        if SWAP:
+            acc = tl.zeros((BLOCK_N, SIDE), tl.float32)
+        else:
+            acc = tl.zeros((SIDE, BLOCK_N), tl.float32)
         if GROUP > 0:
             w_at = w_ptr + e64 * (D * (F // 2))
             s_at = w_scale_ptr + e64 * (D * ((F + GROUP - 1) // GROUP))
@@ -298,15 +333,17 @@ def down_quantised(
                     block = a_desc.load([start, k])
                     weight = w_desc.load([e * D + n * BLOCK_N, k])
                 else:
-                    block = _load_rows(row_ptr, live, k, F, BLOCK_K)
+                    block = _load_rows(row_ptr, some, k, F, BLOCK_K)
                     weight = _fp8_tile(w_at, near, k, F, BLOCK_K, STREAM)
                 acc = _dot(block, weight, acc, SWAP)
-                if SPLIT:
+                if SPLIT == 1:
                     if TMA:
                         block = a_desc.load([start, F + k])
                     else:
                         block = _load_rows(row_ptr + F, live, k, F, BLOCK_K)
                     acc = _dot(block, weight, acc, SWAP)
+            if SPLIT == 2:
+                acc = _folded(acc, SWAP)
             acc = acc * _across(tl.load(a_scale_ptr + rows, mask=live, other=0.0), SWAP)
             acc = acc * _across(tl.load(w_scale_ptr + e64 * D + near), not SWAP)
         if BIAS:

@@ -34,6 +34,8 @@ from mogul.kernels.triton.sorting import Sorted, max_tiles
 SILU, CLAMPED = 0, 1
 """ACT of the kernels."""
 _ROUND_COLUMNS = 8192
+JOINED_ROWS = 64
+"""Row tiles up to which both numbers of a row meet a weight tile in one product."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class QuantLayer:
         return {
             "E": self.layer.shape.experts,
             "GROUP": self.group,
-            "SPLIT": self.split,
+            "SPLIT": (2 if plan.rows <= JOINED_ROWS else 1) if self.split else 0,
             "BLOCK_T": plan.rows,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
