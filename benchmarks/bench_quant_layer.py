@@ -285,6 +285,7 @@ def ledger_rows(name: str, tokens: int, rows: dict[str, Any], peak: Any) -> list
             floor=round(row["floor"], 5), ratio=round(row["ratio"], 4),
             peers={"mogul bf16": round(rows["bf16"]["ms"], 5)}, to_bf16=round(row["to_bf16"], 4),
             relative_error=float(f"{row['error']:.2e}"), ceilings=peak,
+            **{k: float(f"{row[k]:.2e}") for k in ("error_dequantised",) if k in row},
         )
         for kind, row in rows.items() if kind != "bf16"
     ]  # fmt: skip
