@@ -35,7 +35,7 @@ SILU, CLAMPED = 0, 1
 """ACT of the kernels."""
 _ROUND_COLUMNS = 8192
 JOINED_ROWS = 64
-"""Row tiles up to which both numbers of a row meet a weight tile in one product."""
+"""Row tiles up to which both numbers of a row meet a weight tile in one product (none by TMA)."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class QuantLayer:
         return {
             "E": self.layer.shape.experts,
             "GROUP": self.group,
-            "SPLIT": (2 if plan.rows <= JOINED_ROWS else 1) if self.split else 0,
+            "SPLIT": self.split * (2 if plan.rows <= JOINED_ROWS and not tile.tma else 1),
             "BLOCK_T": plan.rows,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
