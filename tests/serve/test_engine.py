@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,14 @@ def test_logprobs_are_those_of_one_plain_forward(tiny, family):
         assert {len(r.top) for r in answer.prompt_logprobs[1:]} == {2}
 
 
+def test_a_prompt_of_one_token_has_one_entry_of_log_probabilities(tiny):
+    asked = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=0)
+    short, long = tiny.engine("llama").generate([[3], [3, 4, 5]], asked)
+    assert short.prompt_logprobs == (None,)
+    assert len(long.prompt_logprobs) == 3
+    assert tiny.engine("llama").generate([[3]], asked)[0].prompt_logprobs == (None,)
+
+
 def test_routed_experts_are_the_routers_picks(tiny):
     engine = tiny.engine("moge")
     prompts = tiny.prompts(30, 8)
@@ -194,6 +203,9 @@ def test_abort_frees_at_once_and_twice_is_harmless(tiny):
         ([], {}, "the prompt is empty"),
         ([1] * 300, {}, "exceed the length of 256"),
         ([5000], {}, "holds token 5000"),
+        ([119, -5], {}, "holds token -5"),
+        ([1.5], {}, "neither text nor token ids"),
+        (None, {}, "neither text nor token ids"),
         ("text", {}, "no tokenizer"),
         ([1], {"stop": ("x",)}, "stop strings need a tokenizer"),
     ],
@@ -201,6 +213,30 @@ def test_abort_frees_at_once_and_twice_is_harmless(tiny):
 def test_what_cannot_be_asked_is_refused(tiny, prompt, params, words):
     with pytest.raises(ConfigError, match=words):
         tiny.engine("llama").add(prompt, SamplingParams(**params))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"params": {"max_tokens": 3}}, "are no SamplingParams"),
+        ({"priority": "first"}, "priority 'first' is no whole number"),
+    ],
+)
+def test_a_request_of_another_kind_is_refused_and_leaves_the_engine_whole(tiny, asked, words):
+    engine = tiny.engine("llama")
+    with pytest.raises(ConfigError, match=words):
+        engine.add([1, 2], **asked)
+    engine.check()
+    assert not engine.has_work
+    assert len(engine.generate([[1, 2]], GREEDY)[0].token_ids) == 20
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_prompts_of_other_libraries_are_prompts(tiny, kind):
+    engine = tiny.engine("llama")
+    want = engine.generate([[5, 6, 7]], GREEDY)[0].token_ids
+    for prompts in (kind([5, 6, 7]), [kind([5, 6, 7])]):
+        assert [answer.token_ids for answer in engine.generate(prompts, GREEDY)] == [want]
 
 
 @pytest.mark.parametrize("has_device", [False, True])

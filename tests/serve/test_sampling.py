@@ -200,3 +200,12 @@ def test_a_broken_row_harms_no_other(temperature: float) -> None:
     assert done.is_valid.tolist() == [True, False, True]
     assert done.ids[[0, 2]].tolist() == want.ids[[0, 2]].tolist()
     assert 0 <= done.ids[1] < VOCAB
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-300])
+def test_however_cold_the_likeliest_is_drawn(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 50.0, -7.0, 49.0]])
+    row = SamplingRow(SamplingParams(temperature=temperature), seed=3)
+    sampled = Sampler().sample(logits, SamplingBatch.build([row]))
+    assert sampled.ids.tolist() == [1]
+    assert sampled.is_valid.all()

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mogul.serve.params import SamplingParams
+from mogul.serve.requests import Live
+from mogul.serve.results import _advance
 from mogul.serve.stops import StopFinder, TextStream
 
 
@@ -85,3 +87,13 @@ def test_bytes_that_never_become_a_character_are_shown(tokenizer: PreTrainedToke
     lone = tokenizer("é")["input_ids"][0]
     shown = "".join(stream.push(lone) for _ in range(20)) + stream.close()
     assert shown == "\ufffd" * 20
+
+
+def test_a_stop_in_the_last_half_character_is_a_stop(tokenizer: PreTrainedTokenizerFast) -> None:
+    params = SamplingParams(max_tokens=1, stop=("\ufffd",))
+    live = Live(0, 1, 1, params=params, prompt_ids=(1,), seed=0, root=b"")
+    live.stream = TextStream(tokenizer, params)
+    lone = tokenizer("é")["input_ids"][0]
+    live.output_ids.append(lone)
+    assert _advance(live, lone) == ""
+    assert live.finish == "stop"

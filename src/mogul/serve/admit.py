@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from mogul.core.errors import BackendError, ConfigError
@@ -17,19 +19,26 @@ PROMPT_ROWS = 256
 """Prompt tokens a step of a request that wants their log-probabilities: [256, V] logits."""
 
 
-def check_request(ids: tuple[int, ...], params: SamplingParams, engine: Engine) -> None:
+def check_request(
+    ids: tuple[int, ...], params: SamplingParams, priority: int, engine: Engine
+) -> None:
     """Refuse what this engine cannot answer.
 
     Raises:
         ConfigError: no tokens, unknown ones, too many, or no tokenizer where one is needed.
         BackendError: routed experts of a model that has none.
     """
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"{params!r} are no SamplingParams", fix="SamplingParams(max_tokens=64)")
+    if not isinstance(priority, Integral):
+        raise ConfigError(f"priority {priority!r} is no whole number", fix="lower goes first")
     if not ids:
         raise ConfigError("the prompt is empty", fix="give some text to continue")
     vocab_size, most = engine.runner.vocab_size, engine.sizes.max_length
     if max(ids) >= vocab_size or min(ids) < 0:
+        unknown = next(token for token in ids if not 0 <= token < vocab_size)
         raise ConfigError(
-            f"the prompt holds token {max(ids, key=abs)}, the model knows 0..{vocab_size - 1}",
+            f"the prompt holds token {unknown}, the model knows 0..{vocab_size - 1}",
             fix="use the model's own tokenizer",
         )
     for field in ("logit_bias", "stop_token_ids"):
@@ -55,9 +64,31 @@ def check_request(ids: tuple[int, ...], params: SamplingParams, engine: Engine) 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Prompts as a list, where one alone may be given."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportReturnType,reportArgumentType]
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and _is_token(prompts[0]))
+    return [prompts] if is_one else list(prompts)  # pyright: ignore[reportReturnType]
+
+
+def _is_token(value: Any) -> bool:
+    """Whether this is one token id, as a number or as an array's or a tensor's element."""
+    return isinstance(value, Integral) or getattr(value, "ndim", None) == 0
+
+
+def as_ids(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a prompt, as they stand or through the tokenizer.
+
+    Raises:
+        ConfigError: it is neither text nor token ids, or text without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ConfigError("this engine has no tokenizer", fix="give token ids as prompt")
+        return tuple(tokenizer(prompt)["input_ids"])
+    try:
+        return tuple(map(index, prompt))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"a prompt is neither text nor token ids: {error}", fix="give a text or whole numbers"
+        ) from error
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

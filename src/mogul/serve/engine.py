@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from mogul.core.errors import ConfigError
 from mogul.models.load import named_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
-from mogul.serve.admit import PROMPT_ROWS, Prompt, as_prompts, check_request, end_ids
+from mogul.serve.admit import PROMPT_ROWS, Prompt, as_ids, as_prompts, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
+from mogul.serve.door import Door
 from mogul.serve.kv_scales import KvScales
 from mogul.serve.loading import Load, open_tokenizer, open_with_scales
 from mogul.serve.options import EngineOptions
@@ -129,7 +129,7 @@ class Engine:
         self._flight: Flight | None = None
         self._ids = itertools.count()
         self._seeds = random.Random(self.options.seed)
-        self._lock = threading.RLock()
+        self._lock = Door()
         self._is_closed = False
         self._num_steps = self._prompt_tokens = self._output_tokens = 0
         if self.options.record_experts:
@@ -224,7 +224,7 @@ class Engine:
         ids = self.encode(prompt)
         with self._lock:
             self._check_open()
-            check_request(ids, params, self)
+            check_request(ids, params, priority, self)
             number = next(self._ids)
             live = Live(
                 number,
@@ -248,12 +248,7 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, as they stand or through the tokenizer."""
-        if not isinstance(prompt, str):
-            return tuple(int(token) for token in prompt)
-        if self.tokenizer is None:
-            raise ConfigError("this engine has no tokenizer", fix="give token ids as prompt")
-        tokenizer: Any = self.tokenizer
-        return tuple(tokenizer(prompt)["input_ids"])
+        return as_ids(prompt, self.tokenizer)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -97,7 +97,9 @@ class Live(Request):
     stream: TextStream | None = None
     matcher: Matcher | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    """Nothing predicts the first token."""
+
     routed: list[np.ndarray] = field(default_factory=list)
     """Picked experts, one array a token."""
 

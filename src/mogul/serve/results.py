@@ -84,10 +84,10 @@ def _advance(live: Live, token: int) -> str:
     if live.stream is not None:
         if not is_end:
             text = live.stream.push(token)
+        if finish is not None:
+            text += live.stream.close()
         if live.stream.is_stopped:
             finish = "stop"
-        elif finish is not None:
-            text += live.stream.close()
     if live.matcher is not None and finish is None:
         live.matcher.advance(token)
         if live.matcher.is_done:
@@ -115,8 +115,6 @@ def _take_prompts(piece: Piece) -> None:
         live = entry.request
         for row in range(at, at + entry.rows - entry.draws):
             position = entry.first + 1 + row - at
-            if not live.prompt_logprobs:
-                live.prompt_logprobs.append(None)
             if position == len(live.prompt_logprobs):
                 count = live.params.prompt_logprobs or 0
                 live.prompt_logprobs.append(logprob(piece.prompt, row, count))

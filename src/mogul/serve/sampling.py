@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 BLOCK = 1024
 """Tokens of the vocabulary summed at once when drawing."""
 
+COLDEST = 1e-6
+"""Scores divided by less may overflow; at this heat only equal scores share a draw."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -236,7 +239,11 @@ def _heat(score_SV: Tensor, params: list[SamplingParams]) -> Tensor:
     """Divide by the temperatures."""
     if all(one.is_greedy or one.temperature == 1 for one in params):
         return score_SV
-    return score_SV / _column(params, lambda p: p.temperature or 1.0, score_SV.device)
+    return score_SV / _column(params, _temperature, score_SV.device)
+
+
+def _temperature(params: SamplingParams) -> float:
+    return 1.0 if params.is_greedy else max(params.temperature, COLDEST)
 
 
 def filter_scores(score_SV: Tensor, params: list[SamplingParams]) -> Tensor:
