@@ -175,7 +175,7 @@ def write(device: str, kind: str, dtype: str, rows: list[tuple[Dims, float, Any]
     text.writelines(f"# {key} = {value}\n" for key, value in head.items())
     names = list(rows[0][0])
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, "seconds", "group"])
+    writer.writerow([*names, "seconds", "case"])
     for dims, seconds, row in sorted(rows, key=lambda one: list(reversed(one[0].values()))):
         values = [f"{value:.6g}" for value in (*dims.values(), seconds)]
         writer.writerow([*values, f"{row['bench']} {row['case']} @{row['commit']}"])

@@ -4,7 +4,14 @@ import pytest
 from mogul.simulate import curves, physics
 from mogul.simulate.calibration import Calibration, many_rows_s, shipped
 from mogul.simulate.machine import read_machine
-from mogul.simulate.measurements import SHIPPED_DIR, KernelTable, load_shipped, read_table
+from mogul.simulate.measurements import (
+    NEWER,
+    SHIPPED_DIR,
+    KernelTable,
+    load_shipped,
+    read_table,
+    without_repeated,
+)
 from mogul.spec.hardware import hardware
 
 H100 = hardware("h100")
@@ -57,7 +64,9 @@ def test_shipped_tables_say_who_measured():
 
 def test_reference_tables_count_only_for_their_engine():
     dims = {"m": 4096.0, "n": 5120.0, "k": 5120.0, "weight_bytes": 1.0, "input_bytes": 1.0}
-    table = next(t for t in load_shipped() if (t.kind, t.dtype) == ("gemm", "fp8"))
+    table = next(
+        t for t in load_shipped() if (t.kind, t.dtype, t.engine) == ("gemm", "fp8", "torch")
+    )
     assert table.is_reference
     assert table.device == "h100"
     plain = shipped("vllm").estimate("gemm", dims, H100, "fp8")
@@ -94,7 +103,8 @@ def test_another_machine_borrows_from_the_engine_asked_for():
 def test_both_machines_are_shipped_whole():
     """The grid of `calibrate`: products, experts in two formats, decode, prompts; links beside."""
     for device in ("h100", "h200"):
-        own = [t for t in load_shipped() if t.device == device and "without multicast" in t.source]
+        tables = (read_table(path) for path in SHIPPED_DIR.glob(f"{device}-*.csv"))
+        own = [t for t in tables if "without multicast" in t.source]
         sizes = {(t.kind, t.engine, t.dtype): len(t) for t in own}
         assert sizes == {
             ("gemm", "torch", "bf16"): 56, ("gemm", "torch", "fp8"): 56,
@@ -109,6 +119,46 @@ def test_both_machines_are_shipped_whole():
         assert {(one.name, one.ranks) for one in machine.collectives} >= {
             (name, 2) for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
         }
+
+
+def made(factor, *, engine="x", m=(64.0, 4096.0), **head):
+    """A table of square products that take `factor` times what the curve says."""
+    dims = {name: np.array(m) for name in ("m", "n", "k")}
+    dims |= {"weight_bytes": np.full(len(m), 2.0), "input_bytes": np.full(len(m), 2.0)}
+    base = curves.curve("hopper", "gemm").seconds(physics.demand("gemm", dims), H100, "bf16")
+    return KernelTable("gemm", "h100", engine, "bf16", f"of {engine}", dims, base * factor, **head)
+
+
+def ratio_at(size, *tables, engine=""):
+    """What the tables make of the curve at a square product."""
+    asked = dict.fromkeys(("m", "n", "k"), size) | {"weight_bytes": 2.0, "input_bytes": 2.0}
+    plain = curves.curve("hopper", "gemm").seconds(physics.demand("gemm", asked), H100, "bf16")
+    return Calibration(tables, engine).estimate("gemm", asked, H100, "bf16").seconds / plain
+
+
+def test_a_call_measured_again_counts_by_its_newest_time():
+    older, newer = made(3.0), made(2.0, m=(64.0,))
+    left = without_repeated(older, [newer, made(9.0, engine="y"), made(9.0, is_reference=True)])
+    assert left.dims["m"].tolist() == [4096.0]
+    assert ratio_at(64.0, left, newer) == pytest.approx(2.0)
+    assert ratio_at(4096.0, left, newer) == pytest.approx(3.0, rel=0.02)
+
+
+def test_an_engine_s_own_table_counts_only_beside_its_calls():
+    own, other = made(0.5, engine="own", m=(64.0,)), made(2.0)
+    assert ratio_at(64.0, own, other, engine="own") == pytest.approx(0.5)
+    assert ratio_at(80.0, own, other, engine="own") == pytest.approx(0.5)
+    assert ratio_at(3000.0, own, other, engine="own") == pytest.approx(2.0, rel=0.02)
+
+
+def test_newer_tables_say_which_row_of_the_ledger_each_time_is():
+    paths = sorted(SHIPPED_DIR.glob(f"*{NEWER}.csv"))
+    assert paths
+    for path in paths:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert lines[0].endswith(",seconds,case")
+        commits = read_table(path).source.partition("commits ")[2].split(", ")
+        assert {line.rstrip('"').rpartition("@")[2] for line in lines[1:]} == set(commits)
 
 
 def test_a_table_needs_its_head(tmp_path):

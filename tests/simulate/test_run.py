@@ -70,6 +70,28 @@ def test_joined_launches_cost_nothing_while_decoding():
     assert joined.prefill.seconds == apart.prefill.seconds
 
 
+def test_an_fp8_shared_expert_runs_in_the_routed_ones_call():
+    """Where mogul joins launches: four more experts that every token picks, and no router."""
+    model, fp8 = model_spec(config("pangu-pro-moe-72b")), QuantScheme(weights="fp8")
+
+    def names(step, **given):
+        layout = Layout(model, given.pop("parallel", Parallel()), quant=given.pop("quant", fp8),
+                        engine=engine(given.pop("engine", "mogul")))  # fmt: skip
+        return {one.name: one for one in step_operators(layout, step, Routing())[0]}
+
+    decode, prompt = Step(8, 1, 1000.0), Step(1, 512, 0.0, is_prefill=True)
+    together = names(decode)
+    assert not {"router", "shared gate, up", "shared down"} & set(together)
+    apart = names(decode, quant=QuantScheme())
+    assert together["experts"].dims["distinct"] == pytest.approx(
+        apart["experts"].dims["distinct"] + 4
+    )
+    assert together["experts"].dims["rows"] == pytest.approx(8 * 8 + 8 * 4)
+    for others in (apart, names(prompt), names(decode, engine="vllm"),
+                   names(decode, parallel=Parallel(tp=2))):  # fmt: skip
+        assert {"router", "shared gate, up", "shared down"} <= set(others)
+
+
 def test_grouped_routing_is_not_slower_than_free_routing_over_eight_ranks():
     free = PANGU.replace(moe=PANGU.moe.replace(grouping=PANGU.moe.grouping.replace(num_groups=1)))
     layout = Parallel(tp=8, ep=8)

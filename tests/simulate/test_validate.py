@@ -1,4 +1,6 @@
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,7 +119,8 @@ def test_the_own_engine_is_predicted_from_kernels_alone(monkeypatch):
     plain = own.steps()
     (score,) = scores(("own",))
     assert score.bars[0].holds
-    assert [one.name.split(", ")[-1] for one in plain if one.note] == ["decode 1"]
+    unscored = [one.name.split(", ")[-1] for one in plain if one.note]
+    assert unscored == ["decode 1", "prompts 100", "prompts 512", "decode 1"]
     data = own.load("own")
     for run in data["run"]:
         run["step_ms"] = [3 * value for value in run["step_ms"]]
@@ -125,6 +128,37 @@ def test_the_own_engine_is_predicted_from_kernels_alone(monkeypatch):
     spoiled = own.steps()
     assert [one.predicted_s for one in spoiled] == [one.predicted_s for one in plain]
     assert spoiled[0].measured_s == pytest.approx(3 * plain[0].measured_s)
+
+
+LEDGER = Path(__file__).parents[2] / "benchmarks" / "ledger.jsonl"
+
+
+@pytest.mark.skipif(not LEDGER.exists(), reason="the ledger is not part of an installed package")
+def test_own_measured_steps_are_rows_of_the_ledger():
+    rows = [json.loads(line) for line in LEDGER.read_text().splitlines()]
+    known = {(row["commit"], row["bench"], row["value"]) for row in rows}
+    steps = {(r["commit"], r["batch"], r["step_ms"]) for r in rows if r["bench"] == "engine_most"}
+    for run in published.load("own")["run"]:
+        commit = run["source"].partition("commit ")[2].partition(":")[0]
+        if "bench_engine.py" not in run["source"]:
+            continue
+        for batch, ms in zip(run["batch"], run["step_ms"], strict=True):
+            assert (commit, "engine", ms) in known or (commit, batch, ms) in steps, run["name"]
+        for one in run.get("prompts", ()):
+            value = one.get("ms", one.get("tokens_per_s"))
+            assert (commit, "engine", value) in known, run["name"]
+    for run in published.load("own")["training"]:
+        step_s = {row.get("step_s") for row in rows if row["bench"] == "train"}
+        assert run["step_ms"] / 1e3 in step_s
+
+
+def test_own_training_is_predicted_and_shown():
+    fixed, pangu = own.training_steps()
+    assert 0.5 < fixed.predicted_s / fixed.measured_s < 2
+    assert 0.8 < pangu.predicted_s / pangu.measured_s < 1.2
+    told = " ".join(scores(("own",))[0].table.notes)
+    assert "1,111 ms measured" in told
+    assert "72 GiB, predicted" in told
 
 
 def test_vllm_points_hold_their_bar():

@@ -29,6 +29,9 @@ NEIGHBOURS = 4
 NEAR = 0.35
 """Feature distance within which a neighbour counts as measured."""
 
+ASIDE = 1.0
+"""Feature distance within which a table is asked before tables of other engines or devices."""
+
 REACH = 2.5
 """Feature distance at which a neighbour says nothing any more."""
 
@@ -55,6 +58,11 @@ class _Slice:
     features: np.ndarray
     log_ratio: np.ndarray
     """log(measured / curve on its own device)."""
+
+    def distances(self, demand: Demand) -> np.ndarray:
+        """How far every call is from another."""
+        point = np.asarray(demand.features, dtype=float)
+        return np.sqrt(((self.features - point) ** 2).sum(axis=1))
 
 
 def _slice(table: KernelTable) -> _Slice:
@@ -100,7 +108,7 @@ class Calibration:
         unmeasured = Estimate(
             base_s, curve.sigma, "guess" if curve.is_generic else "curve", (curve.source,)
         )
-        found = self._rung(kind, device, dtype)
+        found = self._rung(kind, device, dtype, demand)
         plain_s = many_rows_s(dims, device, dtype) if kind == "moe" else float("inf")
         if found is None:
             return replace(unmeasured, seconds=min(base_s, plain_s))
@@ -115,7 +123,10 @@ class Calibration:
             return best
         return replace(best, seconds=min(best.seconds, plain_s))
 
-    def _rung(self, kind: str, device: Hardware, dtype: str) -> tuple[str, list[_Slice]] | None:
+    def _rung(
+        self, kind: str, device: Hardware, dtype: str, demand: Demand
+    ) -> tuple[str, list[_Slice]] | None:
+        """The first rung with a call beside this one, else the first with any call."""
         same_dtype = self._slices.get((kind, dtype), [])
         kin = [s for other in _KIN.get(dtype, ()) for s in self._slices.get((kind, other), [])]
         home = [s for s in same_dtype if s.table.device == device.name]
@@ -127,6 +138,10 @@ class Calibration:
             ("transferred", siblings),
             ("transferred", [s for s in kin if s.table.device == device.name]),
         )
+        for rung, slices in ladder:
+            near = {s.table.engine for s in slices if s.distances(demand).min() < ASIDE}
+            if near:  # a table that is far from the call knows no better than the curve
+                return rung, [one for one in slices if one.table.engine in near]
         return next((step for step in ladder if step[1]), None)
 
 
@@ -143,10 +158,9 @@ def _is_sibling(candidate: _Slice, device: Hardware) -> bool:
 
 
 def _corrected(plain: Estimate, demand: Demand, slices: Iterable[_Slice], rung: str) -> Estimate:
-    point = np.asarray(demand.features, dtype=float)
     near: list[tuple[float, float, str]] = []
     for one in slices:
-        distance = np.sqrt(((one.features - point) ** 2).sum(axis=1))
+        distance = one.distances(demand)
         count = min(NEIGHBOURS, len(distance))
         nearest = np.argpartition(distance, count - 1)[:count]
         near += [(float(distance[i]), float(one.log_ratio[i]), one.table.source) for i in nearest]

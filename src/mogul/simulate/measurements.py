@@ -8,7 +8,7 @@ wheel.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,9 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from mogul.core.errors import ArtifactError
+from mogul.simulate import physics
 from mogul.spec.quant import bytes_of
 
 SHIPPED_DIR = Path(__file__).parent / "measured"
+NEWER = "-newer"
+"""Ends the name of a table that was measured after the calibration of its machine."""
+
+SAME = 0.12
+"""Distance of two calls (`Demand.features`) up to which they are one, measured twice."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,28 @@ class KernelTable:
 
 @cache
 def load_shipped() -> tuple[KernelTable, ...]:
-    """Mogul's own measurements (`measured/*.csv`, one file a table)."""
-    return tuple(read_table(path) for path in sorted(SHIPPED_DIR.glob("*.csv")))
+    """Mogul's own measurements (`measured/*.csv`, one file a table), each call's newest."""
+    paths = sorted(SHIPPED_DIR.glob("*.csv"))
+    newer = [read_table(path) for path in paths if path.stem.endswith(NEWER)]
+    older = (read_table(path) for path in paths if not path.stem.endswith(NEWER))
+    kept = (without_repeated(table, newer) for table in older)
+    return (*(table for table in kept if len(table)), *newer)
+
+
+def without_repeated(table: KernelTable, newer: Iterable[KernelTable]) -> KernelTable:
+    """The rows of a table that no newer one of the same kernels measured again."""
+    keep = np.ones(len(table), dtype=bool)
+    features = np.asarray(physics.demand(table.kind, table.dims).features)
+    for other in newer:
+        if _whose(other) == _whose(table):
+            again = np.asarray(physics.demand(other.kind, other.dims).features)
+            apart = np.sqrt(((features[:, None] - again) ** 2).sum(axis=2)).min(axis=1)
+            keep &= apart > SAME
+    return table.only(keep)
+
+
+def _whose(table: KernelTable) -> tuple[str, str, str, str, bool]:
+    return table.kind, table.device, table.engine, table.dtype, table.is_reference
 
 
 def read_table(path: Path) -> KernelTable:
@@ -65,7 +91,7 @@ def read_table(path: Path) -> KernelTable:
     `role = reference` is for calls no server makes like this.
 
     Columns are the dimensions of the kind (`physics.py`) and `seconds`; a column `group` labels
-    rows.
+    rows, a column `case` says where each comes from.
 
     Raises:
         ArtifactError: a key or column is missing.
@@ -79,7 +105,7 @@ def read_table(path: Path) -> KernelTable:
             f"{path} lacks {', '.join(sorted(missing)) or 'rows or the column seconds'}",
             fix="write it with `mogul simulate calibrate`",
         )
-    names = [name for name in rows[0] if name not in ("seconds", "group")]
+    names = [name for name in rows[0] if name not in ("seconds", "group", "case")]
     dims = {name: np.array([float(row[name]) for row in rows]) for name in names}
     width = np.full(len(rows), bytes_of(head["dtype"]))
     dims.setdefault("weight_bytes", width)

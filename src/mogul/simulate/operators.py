@@ -216,27 +216,43 @@ def _dense(
         yield _reduce(layout, "dense all-reduce", shards, tokens, layers)
 
 
+def _runs_beside(layout: Layout, step: Step) -> bool:
+    """Whether one call picks, runs the routed experts and the shared one beside them."""
+    quant, moe = layout.quant, layout.model.moe
+    is_fp8 = quant.expert_format == quant.weights == "fp8"
+    is_alone = layout.parallel.stage_devices == 1
+    return bool(_is_joined(layout, step) and moe and moe.shared_width and is_fp8 and is_alone)
+
+
+def _router(layout: Layout, step: Step) -> Iterator[Operator]:
+    model, layers = layout.model, len(layout.model.moe_layers)
+    assert model.moe is not None
+    outputs = model.moe.grouping.num_experts + model.moe.router.num_null_experts
+    yield _gemm(layout, "router", "router", step.tokens, outputs, model.hidden_size, layers, "bf16")
+    if not _is_joined(layout, step):
+        dims = {"moved_bytes": step.tokens * outputs * 6.0}
+        yield Operator("top-k", "router", "elementwise", dims, layers)
+
+
 def _experts(layout: Layout, step: Step, loads: list[tuple[int, LayerLoad]]) -> Iterator[Operator]:
     model, parallel = layout.model, layout.parallel
     moe = model.moe
     assert moe is not None
-    layers = len(model.moe_layers)
-    router_m = step.tokens
-    outputs = moe.grouping.num_experts + moe.router.num_null_experts
-    yield _gemm(layout, "router", "router", router_m, outputs, model.hidden_size, layers, "bf16")
-    if not _is_joined(layout, step):
-        dims = {"moved_bytes": step.tokens * outputs * 6.0}
-        yield Operator("top-k", "router", "elementwise", dims, layers)
+    beside = _runs_beside(layout, step)
+    if not beside:
+        yield from _router(layout, step)
+    always = moe.shared_width / moe.expert_width if beside else 0.0  # picked by every token
     fmt = layout.quant.expert_format
     arithmetic = layout.quant.arithmetic(fmt)
     for count, load in loads:
-        dims = {"rows": load.max_rows, "distinct": load.max_distinct}
+        dims = {"rows": load.max_rows + always * step.tokens}
+        dims["distinct"] = load.max_distinct + always
         dims |= {"hidden": model.hidden_size, "width": moe.expert_width / parallel.expert_tp}
         dims |= {"weight_bytes": bytes_of(fmt), "input_bytes": bytes_of(arithmetic)}
         yield Operator("experts", "experts", "moe", dims, count, fmt)
         yield from _exchange(layout, step, load, count)
-    if moe.shared_width:
-        shards = parallel.shared_ranks
+    if moe.shared_width and not beside:
+        layers, shards = len(model.moe_layers), parallel.shared_ranks
         yield from _dense(layout, step, moe.shared_width, layers, "shared", shards)
 
 

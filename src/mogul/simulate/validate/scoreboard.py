@@ -87,7 +87,14 @@ def _own() -> Score:
     columns = ("step", "measured ms", "predicted ms", "error", "known by", "note")
     bar = Bar("own", "median error", _median(scored), 0.15)
     pairs = tuple((one.measured_s, one.predicted_s) for one in steps if not one.note)
-    return Score(Table("mogul's own engine", columns, rows), (bar,), pairs=pairs)
+    notes = [
+        f"{one.name}: {1e3 * one.measured_s:,.0f} ms measured, {1e3 * one.predicted_s:,.0f} "
+        f"predicted ({_percent(one.predicted_s / one.measured_s - 1)}); memory "
+        f"{one.measured_bytes / 2**30:.0f} GiB, predicted {one.predicted_bytes / 2**30:.0f} "
+        "(not scored: no framework's training was fitted on these)"
+        for one in own.training_steps()
+    ]
+    return Score(Table("mogul's own engine", columns, rows, notes), (bar,), pairs=pairs)
 
 
 def _vllm() -> Score:
