@@ -78,7 +78,7 @@ def product(match: re.Match[str]) -> Found | None:
 
 def decode(match: re.Match[str]) -> Found:
     """Decode over pages; the call writes the new token too."""
-    dims = {"batch": int(match["batch"]), "context": int(match["context"])}
+    dims: Dims = {"batch": int(match["batch"]), "context": int(match["context"])}
     dims |= {"heads": int(match["heads"]), "kv_heads": int(match["kv_heads"])}
     dims |= {"key_dim": 128, "value_dim": 128, "kv_bytes": 1 if match["format"] == "fp8" else 2}
     return "attention_decode", match["format"], dims
@@ -91,7 +91,7 @@ def decode_trial(match: re.Match[str]) -> Found | None:
     tried = tuple(int(match[name]) for name in ("block", "per_sm", "warps", "stages"))
     if tried != (tile.block, tile.per_sm, tile.warps, tile.stages):
         return None
-    dims = {"batch": batch, "context": int(match["context"].replace(",", ""))}
+    dims: Dims = {"batch": batch, "context": int(match["context"].replace(",", ""))}
     dims |= {"heads": 40, "kv_heads": 8, "key_dim": 128, "value_dim": 128, "kv_bytes": 1}
     return "attention_decode", "fp8", dims
 
@@ -103,8 +103,10 @@ FORMAT, TOKENS, LAYER = (
 )
 TILE = ("block", "per_sm", "warps", "stages")
 TRIAL = r"{}: .*; {} keys, {} programs a multiprocessor, {} warps, {} stages"
+BLOCKS = r"{}: blocks of {} keys, {} programs a multiprocessor, \d+ .*, {} warps, {} stages"
 LISTED = r"{}, \[keys, workers, least blocks, warps, stages\] \[{}, {}, \d+, {}, {}\]"
 OVER = r"fp8 pages, (?P<batch>\d+) sequences of (?P<context>[\d,]+)"
+EACH = r"pangu, (?P<batch>\d+) x (?P<context>\d+) keys, fp8 pages of 16"
 CALL = r"\((?P<heads>\d+), (?P<kv_heads>\d+), 128\), cache (?P<format>bf16|fp8)"
 
 
@@ -124,6 +126,7 @@ RULES: tuple[tuple[str, str, Callable[[re.Match[str]], Found | None]], ...] = (
     ("paged_attention", rf"decode, \w+ {CALL}, batch {{}}, context {{}}, page \d+".format(
         r"(?P<batch>\d+)", r"(?P<context>\d+)"), decode),
     ("paged_attention_ideas", numbered(TRIAL, rf"pangu, {OVER} keys"), decode_trial),
+    ("paged_attention_ideas", numbered(BLOCKS, EACH), decode_trial),
     ("paged_attention_ideas", numbered(LISTED, f"pangu-pro decode attention, {OVER}"),
      decode_trial),
 )  # fmt: skip

@@ -50,6 +50,14 @@ def test_picks_rotate_through_more_than_a_cache():
     assert case.dims["distinct"] == 8
 
 
+def test_decode_runs_over_fp8_pages_too():
+    """A cache in 8 bits holds half the bytes and rounds the same answer."""
+    plain, rounded = (cases.decode_on_pages(2, 32, 4, 2, CPU, "fp32", fp8) for fp8 in (False, True))
+    assert (plain.dtype, rounded.dtype) == ("fp32", "fp8")
+    assert (plain.dims["kv_bytes"], rounded.dims["kv_bytes"]) == (4, 1)
+    assert rounded.call(0).isfinite().all()
+
+
 def test_groups_of_links():
     assert [group_sizes(n) for n in (2, 3, 4, 6, 8)] == [[2], [3], [2, 4], [2, 6], [2, 4, 8]]
 

@@ -99,6 +99,8 @@ def builders(grid: Grid, device: torch.device, dtype: str) -> Iterator[Callable[
                     where = (batch, context, heads, kv_heads)
                     yield lambda where=where: decode(*where, device, dtype)
                     yield lambda where=where: decode_on_pages(*where, device, dtype)
+                    if has_fp8:
+                        yield lambda where=where: decode_on_pages(*where, device, dtype, True)
 
 
 def torch_type(dtype: str) -> torch.dtype:
@@ -246,14 +248,22 @@ def _cache(size: tuple[int, ...], device: torch.device, kind: torch.dtype) -> tu
 
 
 def decode_on_pages(
-    batch: int, context: int, heads: int, kv_heads: int, device: torch.device, dtype: str
+    batch: int,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    device: torch.device,
+    dtype: str,
+    is_fp8: bool = False,
 ) -> Case:
     """One query a sequence by mogul's paged attention, the new key and value written too."""
     kind = torch_type(dtype)
+    stored = FP8 if is_fp8 else kind
     pages = -(-context // PAGE_TOKENS)
     size = (batch * pages, PAGE_TOKENS, kv_heads, HEAD_WIDTH)
-    copies = _copies(2 * prod(size) * kind.itemsize)
-    caches = [_cache(size, device, kind) for _ in range(copies)]
+    copies = _copies(2 * prod(size) * stored.itemsize)
+    caches = [[x.to(stored) for x in _cache(size, device, kind)] for _ in range(copies)]
+    scale = torch.ones((), device=device) if is_fp8 else None
     query = torch.randn(batch, heads, HEAD_WIDTH, device=device, dtype=kind)
     new = torch.randn(batch, kv_heads, HEAD_WIDTH, device=device, dtype=kind)
     tables = torch.arange(batch * pages, device=device, dtype=torch.int32).view(batch, pages)
@@ -261,15 +271,16 @@ def decode_on_pages(
     starts = torch.arange(batch + 1, device=device, dtype=torch.int32)
     lengths = torch.full((batch,), context, device=device, dtype=torch.int32)
     dims = {"batch": batch, "context": context, **_attention_dims(heads, kv_heads)}
-    dims |= {"kv_bytes": kind.itemsize}
+    dims |= {"kv_bytes": stored.itemsize}
 
     def call(i: int) -> Tensor:
         return paged_attention(
             query, new, new, *caches[i], slots_T=slots, tables_SB=tables, query_starts=starts,
             lengths_S=lengths, max_query_len=1, scaling=HEAD_WIDTH**-0.5,
+            key_scale=scale, value_scale=scale,
         )  # fmt: skip
 
-    return Case("attention_decode", "mogul", dtype, dims, call, copies)
+    return Case("attention_decode", "mogul", "fp8" if is_fp8 else dtype, dims, call, copies)
 
 
 def prefill(tokens: int, heads: int, kv_heads: int, device: torch.device, dtype: str) -> Case:
