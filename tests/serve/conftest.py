@@ -61,6 +61,15 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
             "sliding_window": 9,
         },
     ),
+    "phimoe": (
+        "phimoe",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 16,
+            "sliding_window": 9,
+        },
+    ),
     "minimax_m2": (
         "minimax_m2",
         {

@@ -26,6 +26,13 @@ from mogul.kernels.turn import ALL_KINDS, Turn
 
 NAME = "mogul_paged"
 
+PLAIN = {"full_attention", "sliding_attention", "sparse", "dense"}
+"""Kinds of layers, as configs name them, that keep keys and values alone; the last two are kinds of
+a layer's other half."""
+
+UNSAID = -1
+"""A window that a layer's call does not name."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -115,8 +122,17 @@ def find_layers(model: nn.Module, device: torch.device) -> list[LayerShape]:
     """Number the attention layers of a model set to `mogul_paged`.
 
     Raises:
-        BackendError: its attention does not go through the interface, so pages cannot be used.
+        BackendError: its attention does not go through the interface, so pages cannot be used, or
+            it keeps more of a text than keys and values.
     """
+    config: Any = model.config
+    config = config.get_text_config()
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - PLAIN):
+        raise BackendError(
+            f"{type(model).__name__} has layers of {', '.join(others)}, which keep or mask other "
+            "things than the keys and values of pages",
+            fix="use Transformers' generate for this family",
+        )
     found = run_one_token(model, device)
     expected = getattr(model.config, "num_hidden_layers", len(found))
     if not found or len(found) != expected:
@@ -138,16 +154,18 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend for one flat row: query [1, H, T, C], key and value [1, N, T, C] -> [1, T, H, C]."""
-    if options.get("softcap") is not None or options.get("position_bias") is not None:
+    if reason := _why_not_pages(module, attention_mask, options):
         raise BackendError(
-            f"{type(module).__name__} caps or biases its attention scores, which pages do not know",
+            f"{type(module).__name__} {reason}, which pages do not know",
             fix="use Transformers' generate for this family",
         )
+    if sliding_window == UNSAID:
+        sliding_window = _window_of_mask(module)
     query_THC, key_TNC, value_TNC = (x[0].transpose(0, 1) for x in (query, key, value))
     width, value_width = query_THC.shape[-1], value_TNC.shape[-1]
     if _seen is not None:
@@ -166,6 +184,28 @@ def attention_forward(
     attend: Any = torch.ops.mogul.attend if torch.compiler.is_compiling() else _attend
     out_THC = attend(query_THC, key_TNC, value_TNC, layer, factor, sliding_window, s_aux)
     return out_THC[None, ..., :value_width], None
+
+
+def _why_not_pages(
+    module: nn.Module, attention_mask: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    """What a layer asks for besides causal attention in a window; None where that is all."""
+    if options.get("softcap") is not None or options.get("position_bias") is not None:
+        return "caps or biases its attention scores"
+    if attention_mask is not None:
+        return "makes a mask of its own"
+    if not options.get("is_causal", getattr(module, "is_causal", True)):
+        return "attends to what stands behind a token, too"
+    return None
+
+
+def _window_of_mask(module: nn.Module) -> int | None:
+    """The window of a layer that leaves it to its mask, which is not made here."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[getattr(module, "layer_idx", 0)] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None) or None
 
 
 def _attend(

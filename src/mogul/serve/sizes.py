@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from mogul.core.errors import HardwareError
+from mogul.core.errors import BackendError, HardwareError
+from mogul.core.log import log, say
 from mogul.core.units import GIB, show_bytes
 from mogul.serve.inputs import Layout
 from mogul.serve.options import EngineOptions
@@ -52,13 +54,13 @@ def choose_sizes(runner: Runner, options: EngineOptions, guess_bytes: int = 0) -
         guess_bytes: a token in pages that a guesser keeps beside the engine's.
 
     Raises:
+        BackendError: texts so long change how others beside them are rotated.
         HardwareError: the weights leave no room for a cache.
     """
     on_cpu = runner.device.type == "cpu"
     if not on_cpu:
         torch.accelerator.empty_cache()  # what loading and quantising left behind is free again
-    context = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
-    length = options.max_length or context or DEFAULT_LENGTH
+    length = longest(runner.model.config.get_text_config(), options.max_length)
     # beside a device's whole share of prompts all others decode: else their tokens push the end of
     # the last prompt into a step of its own
     own_tokens = CPU_STEP_TOKENS if on_cpu else STEP_TOKENS + options.max_sequences
@@ -77,6 +79,42 @@ def choose_sizes(runner: Runner, options: EngineOptions, guess_bytes: int = 0) -
             fix="use a larger memory_share, fewer bits, or another device",
         )
     return Sizes(min(length, num_pages * page), options.max_sequences, step_tokens, page, num_pages)
+
+
+def longest(config: Any, asked: int | None) -> int:
+    """Tokens of one request at most.
+
+    Raises:
+        BackendError: as `choose_sizes`.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    length, steady = asked or context or DEFAULT_LENGTH, _steady_length(config)
+    if steady is not None and length > steady:
+        if asked is not None:
+            raise BackendError(
+                f"max_length {asked:,}: a text of more than {steady:,} tokens would rotate those "
+                "that run beside it differently, too, as this model counts the longest of a step",
+                fix=f"max_length={steady}, or Transformers' generate for longer texts",
+            )
+        say(f"requests of up to {steady:,} tokens: longer ones rotate what runs beside them")
+        return steady
+    if context is not None and length > context:
+        log.warning(f"max_length {length:,} is more than the {context:,} the model was made for")
+    return length
+
+
+def _steady_length(config: Any) -> int | None:
+    """Tokens up to which a rotation is the same for every text of a step; None for all."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [one for one in rope.values() if isinstance(one, dict)] or [rope]
+    found = []
+    for one in each:
+        kind = one.get("rope_type") or ""
+        if "dynamic" in kind:
+            found.append(config.max_position_embeddings)
+        elif kind == "longrope":
+            found.append(one["original_max_position_embeddings"])
+    return min(found, default=None)
 
 
 def _free_bytes(runner: Runner, options: EngineOptions, step_tokens: int) -> float:
