@@ -33,6 +33,9 @@ a layer's other half."""
 UNSAID = -1
 """A window that a layer's call does not name."""
 
+NOBODY = 0
+"""Owner of what is no runner's step: a token run to watch, a guesser's layer."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -78,6 +81,9 @@ class StepState:
     backend: str = "auto"
     """Of `kernels.paged_attention`."""
 
+    owner: int = NOBODY
+    """Number of the runner whose step it is; others may run the same model."""
+
 
 _turn = threading.RLock()
 """Held while a model is called, so that engines in other threads wait. A plain global and a lock,
@@ -99,9 +105,9 @@ def running(state: StepState) -> Iterator[None]:
             _state = previous
 
 
-def running_slots() -> Tensor | None:
-    """Slots of the running step's tokens, -1 for padding; None outside of steps."""
-    return None if _state is None else _state.slots_T
+def running_slots(owner: int) -> Tensor | None:
+    """Slots of the running step's tokens, -1 for padding; None outside of this owner's steps."""
+    return None if _state is None or _state.owner != owner else _state.slots_T
 
 
 def run_one_token(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:

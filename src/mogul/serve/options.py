@@ -68,8 +68,7 @@ class EngineOptions:
     """Keep the picks of every step in `Engine.last_picks`."""
 
     count_experts: bool = False
-    """Count the tokens of every expert on the device, for `Engine.expert_counts`; steps of other
-    engines that run the same model may be counted, too."""
+    """Count the tokens of every expert on the device, for `Engine.expert_counts`."""
 
     seed: int | None = None
     """Seed of the seeds of requests that name none; None draws one."""

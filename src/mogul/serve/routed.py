@@ -1,7 +1,7 @@
 """Which experts the tokens of a step were sent to, read where every family shows it.
 
-The experts module of each layer is called with the picked ids; a hook keeps them. Off until asked
-for: without a reader nothing is hooked and nothing is copied.
+The experts module of each layer is called with the picked ids; a hook keeps them, of one runner's
+steps. Off until asked for: without a reader nothing is hooked and nothing is copied.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from mogul.core.errors import BackendError
 from mogul.observe.hooks import Picks, moe_blocks, watch
+from mogul.serve import attention
 
 
 class ExpertTap:
     """Keeps the picks of the last step, layer by layer."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, owner: int) -> None:
         self.model = model
+        self.owner = owner
         self._open: ExitStack | None = None
         self._picks: list[Tensor] = []
         try:
@@ -53,7 +55,8 @@ class ExpertTap:
         self._picks = []
 
     def _see(self, picks: Picks) -> None:
-        self._picks.append(picks.ids)
+        if attention.running_slots(self.owner) is not None:
+            self._picks.append(picks.ids)
 
     def start(self) -> None:
         """Forget the last step."""

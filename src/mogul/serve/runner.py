@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from mogul.core.errors import BackendError, ConfigError
 from mogul.core.log import say
 from mogul.kernels.paged_attention import PAGED_ATTENTION, AttentionFacts
+from mogul.serve import attention
 from mogul.serve.attention import LayerCache, LayerShape, StepState, find_layers, running
 from mogul.serve.beside import join_shared
 from mogul.serve.borrow import borrow, give_back
@@ -32,6 +34,7 @@ from mogul.serve.routed import ExpertTap
 if TYPE_CHECKING:
     from mogul.kernels.triton.flashinfer_paged import Plans
 
+_numbers = itertools.count(attention.NOBODY + 1)
 KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 
 
@@ -59,7 +62,8 @@ class Runner:
         self.plans: Plans | None = None
         self.caches: list[LayerCache] = []
         self.page_size = 0
-        self.tap = ExpertTap(model)
+        self.number = next(_numbers)
+        self.tap = ExpertTap(model, self.number)
         self.ladder: Ladder | None = None
         self.counts: ExpertCounts | None = None
         self.is_compiled = False
@@ -71,7 +75,7 @@ class Runner:
                 fuse_linears(model, self.device)
                 join_shared(model, self.device)
             if count_experts:
-                self.counts = ExpertCounts(model, self.device)
+                self.counts = ExpertCounts(model, self.device, self.number)
             self.shapes: list[LayerShape] = find_layers(model, self.device)
         except BaseException:
             self.close()
@@ -232,6 +236,7 @@ class Runner:
             caches=self.caches,
             kinds=inputs.layout.kinds,
             backend=self.attention,
+            owner=self.number,
         )
 
     def close(self) -> None:
