@@ -106,8 +106,7 @@ class Engine:
         speculator: Speculator | None,
         scales: KvScales | None,
     ) -> None:
-        guess_bytes = speculator.token_bytes(self.runner) if speculator is not None else 0
-        self.sizes = sizes = choose_sizes(self.runner, self.options, guess_bytes)
+        self.sizes = sizes = choose_sizes(self.runner, self.options, speculator)
         if self.parallel is not None:
             self.sizes = sizes = settle_sizes(sizes, model.device)
         self.runner.make_room(sizes.largest_step, sizes.num_pages, sizes.page_size, scales)

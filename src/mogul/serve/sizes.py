@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from mogul.core.units import GIB, show_bytes
 from mogul.serve.inputs import Layout
 from mogul.serve.options import EngineOptions
 from mogul.serve.runner import Runner
+
+if TYPE_CHECKING:
+    from mogul.serve.speculate import Speculator
 
 CPU_CACHE_BYTES = 2 * GIB
 CPU_STEP_TOKENS, STEP_TOKENS = 512, 8192
@@ -45,13 +48,15 @@ class Sizes:
         return Layout(tokens, self.max_sequences, tokens, self.pages_a_table, tokens)
 
 
-def choose_sizes(runner: Runner, options: EngineOptions, guess_bytes: int = 0) -> Sizes:
+def choose_sizes(
+    runner: Runner, options: EngineOptions, speculator: Speculator | None = None
+) -> Sizes:
     """Settle every size that the options leave open.
 
     Args:
         runner: whose model and device are known.
         options: what was asked for.
-        guess_bytes: a token in pages that a guesser keeps beside the engine's.
+        speculator: may keep pages and work of its own beside the engine's.
 
     Raises:
         BackendError: texts so long change how others beside them are rotated.
@@ -67,9 +72,11 @@ def choose_sizes(runner: Runner, options: EngineOptions, guess_bytes: int = 0) -
     step_tokens = options.step_tokens or own_tokens
     tokens = options.cache_tokens
     page = options.page_size or (CPU_PAGE if on_cpu else PAGE)
-    token_bytes = runner.token_bytes + guess_bytes
+    token_bytes = runner.token_bytes
+    if speculator is not None:
+        token_bytes += speculator.token_bytes(runner)
     if tokens is None:
-        room = CPU_CACHE_BYTES if on_cpu else _free_bytes(runner, options, step_tokens)
+        room = CPU_CACHE_BYTES if on_cpu else _free_bytes(runner, options, step_tokens, speculator)
         whole = -(-length // page) * page  # a request takes whole pages
         tokens = min(int(room // token_bytes), options.max_sequences * whole)
     num_pages = -(-tokens // page) if options.cache_tokens else tokens // page
@@ -117,12 +124,16 @@ def _steady_length(config: Any) -> int | None:
     return min(found, default=None)
 
 
-def _free_bytes(runner: Runner, options: EngineOptions, step_tokens: int) -> float:
+def _free_bytes(
+    runner: Runner, options: EngineOptions, step_tokens: int, speculator: Speculator | None
+) -> float:
     """What an accelerator has left for the cache beside weights and the work of a step."""
     free, total = torch.accelerator.get_memory_info(runner.device)
     captured = max((n for n in options.captured_prompts if n <= step_tokens), default=0)
     work = (step_tokens + captured) * work_bytes_a_token(runner)
     work += PLANNED_BYTES if options.attention == "flashinfer" else 0
+    if speculator is not None:
+        work += speculator.work_bytes(runner, step_tokens, captured)
     return free - (1 - options.memory_share) * total - work
 
 

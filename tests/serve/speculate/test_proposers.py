@@ -16,7 +16,7 @@ from mogul.core.errors import ConfigError
 from mogul.serve import Engine, SamplingParams
 from mogul.serve.options import EngineOptions
 from mogul.serve.runner import Runner
-from mogul.serve.sizes import choose_sizes
+from mogul.serve.sizes import _free_bytes, choose_sizes, work_bytes_a_token
 from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
 from mogul.serve.speculate.draft_model import DraftModelProposer
 from mogul.serve.speculate.mtp import MtpProposer
@@ -287,15 +287,48 @@ def test_a_guessers_pages_are_counted_where_memory_is_shared_out(model: Any, kin
         "draft": lambda: (DraftModelProposer(draft), layer),
         "ngram": lambda: (NgramProposer(), 0),
     }[kind]()
-    guess_bytes = Speculator(proposer, DraftLength(3)).token_bytes(runner)
-    assert guess_bytes == own
+    speculator = Speculator(proposer, DraftLength(3))
+    assert speculator.token_bytes(runner) == own
     options = EngineOptions(max_length=2**24, max_sequences=64)
-    alone, beside = (choose_sizes(runner, options, more) for more in (0, guess_bytes))
+    alone, beside = (choose_sizes(runner, options, one) for one in (None, speculator))
     room = 2 * 2**30
     for sizes, bytes_a_token in ((alone, 2 * layer), (beside, 2 * layer + own)):
         used = sizes.num_pages * sizes.page_size * bytes_a_token
         assert room - sizes.page_size * bytes_a_token < used <= room
     proposer.close()
+    runner.close()
+
+
+@pytest.mark.parametrize("prompt_sizes", [(), (64, 2048)])
+def test_a_guessers_work_is_counted_where_memory_is_shared_out(
+    model: Any, monkeypatch: pytest.MonkeyPatch, prompt_sizes: tuple[int, ...]
+) -> None:
+    """On an accelerator: a draft model captures steps with prompts, too, in memory of its own."""
+    runner = Runner(copy.deepcopy(model))
+    proposers = {
+        "mtp": MtpProposer(),
+        "small": DraftModelProposer(make_model(num_hidden_layers=1, hidden_size=32)),
+        "draft": DraftModelProposer(make_model(num_hidden_layers=1)),
+        "wide": DraftModelProposer(make_model(num_hidden_layers=1, intermediate_size=4096)),
+        "ngram": NgramProposer(),
+    }
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda _: (8 << 30, 10 << 30))
+    options = EngineOptions(max_sequences=64, prompt_sizes=prompt_sizes)
+    steps, captured = 4096, max(prompt_sizes, default=0)
+    own = work_bytes_a_token(runner)
+    free = _free_bytes(runner, options, steps, None)
+    assert free == (8 << 30) - (1 - options.memory_share) * (10 << 30) - (steps + captured) * own
+    taken = {}
+    for name, proposer in proposers.items():
+        speculator = Speculator(proposer, DraftLength(3))
+        taken[name] = free - _free_bytes(runner, options, steps, speculator)
+        if isinstance(proposer, DraftModelProposer):
+            a_token = work_bytes_a_token(proposer.runner)
+            assert taken[name] == captured * a_token + steps * max(0, a_token - own)
+        proposer.close()
+    assert taken["ngram"] == 0
+    assert taken["mtp"] == steps * runner.model.config.hidden_size * 4
+    assert taken["wide"] > taken["draft"] >= taken["small"]
     runner.close()
 
 

@@ -44,6 +44,14 @@ class DraftModelProposer(Proposer):
         del runner
         return self.runner.token_bytes
 
+    def work_bytes(self, runner: Runner, step_tokens: int, captured_tokens: int) -> int:
+        """What a step takes beyond what the engine's leave free again, and captured ones."""
+        from mogul.serve.sizes import work_bytes_a_token
+
+        own = work_bytes_a_token(self.runner)
+        more = max(0, own - work_bytes_a_token(runner))
+        return step_tokens * more + captured_tokens * own
+
     def attach(self, engine: Engine) -> None:
         """Allocate pages like the engine's and warm up.
 

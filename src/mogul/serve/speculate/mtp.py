@@ -69,6 +69,11 @@ class MtpProposer(Proposer):
         shape = runner.shapes[-1]
         return shape.elements * shape.dtype.itemsize
 
+    def work_bytes(self, runner: Runner, step_tokens: int, captured_tokens: int) -> int:
+        """The hidden states of a step; captured calls hold a few hundred tokens of one layer."""
+        del captured_tokens
+        return step_tokens * runner.model.config.hidden_size * runner.model.dtype.itemsize
+
     def attach(self, engine: Engine) -> None:
         """Find the layer, allocate its pages, hook the final norm.
 

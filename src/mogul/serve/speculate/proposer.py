@@ -39,6 +39,11 @@ class Proposer:
         del runner
         return 0
 
+    def work_bytes(self, runner: Runner, step_tokens: int, captured_tokens: int) -> int:
+        """Bytes on an accelerator besides pages, of its largest step and its largest captured one."""
+        del runner, step_tokens, captured_tokens
+        return 0
+
     def attach(self, engine: Engine) -> None:
         """Make ready for an engine, before its first step."""
 

@@ -65,6 +65,10 @@ class Speculator:
         """Bytes of one token in pages that the proposer keeps beside the engine's."""
         return self.proposer.token_bytes(runner)
 
+    def work_bytes(self, runner: Runner, step_tokens: int, captured_tokens: int) -> int:
+        """Bytes of the proposer's work beside the engine's."""
+        return self.proposer.work_bytes(runner, step_tokens, captured_tokens)
+
     def attach(self, engine: Engine) -> None:
         """Make ready for an engine whose cache is allocated, before its first step."""
         self.proposer.attach(engine)
