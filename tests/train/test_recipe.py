@@ -59,6 +59,13 @@ def test_resolved_recipe_says_everything(files):
         ("optimizer.rl=1", r"\[optimizer\]: unknown key 'rl'"),
         ("otimizer.lr=1", "unknown key 'otimizer'"),
         ("optimizer.lr=-1", r"\[optimizer\]: lr: Input should be greater than 0"),
+        ("optimizer.betas=[1.0, 0.95]", r"\[optimizer\]: betas.0: Input should be less than 1"),
+        ("optimizer.betas=[0.9, 1.0]", r"\[optimizer\]: betas.1: Input should be less than 1"),
+        ("optimizer.betas=[-0.1, 0.95]", "betas.0: Input should be greater than or equal to 0"),
+        (
+            "run.activation_checkpointing=-3",
+            "activation_checkpointing.* greater than or equal to 0",
+        ),
         ("run.tokens=100", "one of steps and tokens"),
         ("run.steps=none", "one of steps and tokens"),
         ("model.preset=pangu-pro-moe-72b", "config and preset"),

@@ -362,6 +362,22 @@ def _spoil(monkeypatch, *, at):
     monkeypatch.setattr(Stepper, "gradients", spoiled)
 
 
+def test_fewer_steps_than_were_taken_are_refused(recipe, tmp_path):
+    _run(recipe(), tmp_path)
+    with pytest.raises(ConfigError, match=r"has 6 steps behind it, more than the 3 of the recipe"):
+        Session(recipe(run__steps=3), tmp_path, resume=True)
+    assert _run(recipe(run__steps=7), tmp_path, resume=True).step == 7
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_in_float64_keeps_its_state_so_wide(recipe, tmp_path, kind):
+    session = _run(recipe(run__precision="float64", optimizer__kind=kind), tmp_path)
+    kinds = {t.dtype for n, t in _files(session).items() if n.startswith(("model", "optimizer"))}
+    assert kinds == {torch.float64, torch.float32}
+    assert all(t.dtype == torch.float64 for p, t in session.optimizer.tensors(session.names))
+    assert load_trace(tmp_path / "trace").meta.num_tokens == 6 * 64
+
+
 def test_folders_are_not_mixed(recipe, tmp_path):
     _run(recipe(), tmp_path)
     with pytest.raises(ConfigError, match="holds checkpoints of another run") as caught:

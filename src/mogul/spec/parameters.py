@@ -13,9 +13,10 @@ from mogul.core.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from mogul.spec.model import AttentionShape, ModelSpec, MoeShape
 
-DTYPE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
+DTYPE_BITS = {"fp64": 64, "fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 
 _LONG_NAMES = {
+    "float64": "fp64",
     "float32": "fp32",
     "bfloat16": "bf16",
     "float16": "fp16",

@@ -8,7 +8,7 @@ vectors stay with AdamW.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,10 @@ from mogul.train.muon_adamw import MuonAdamW
 from mogul.train.schedule import ScheduleSpec
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a running mean: 1 would never take anything in."""
+
+
 class OptimizerSpec(Spec):
     """How parameters are stepped."""
 
@@ -30,7 +34,7 @@ class OptimizerSpec(Spec):
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate; Muon's steps are scaled to AdamW's, so one rate serves both."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's first and second moments."""
 
     eps: float = Field(default=1e-8, gt=0)
@@ -55,7 +59,7 @@ class TrainSettings(Spec):
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's first and second moments."""
 
     eps: float = Field(default=1e-8, gt=0)

@@ -95,7 +95,7 @@ class RunSection(Spec):
     """Compile each decoder layer; auto: on accelerators (where the update of large bf16 weights is
     compiled in any case)."""
 
-    activation_checkpointing: bool | int = False
+    activation_checkpointing: bool | int = Field(default=False, ge=0)
     """Compute layers again in the backward pass; a number n: every n-th layer."""
 
     experts: str = "mogul"

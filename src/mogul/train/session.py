@@ -131,6 +131,12 @@ class Session:
         """Put back the newest whole checkpoint; begin where none was ever written."""
         root = self.folder / CHECKPOINTS
         if (snapshot := read_newest(root)) is not None:
+            if snapshot.step > self.num_steps:
+                raise ConfigError(
+                    f"{root} has {snapshot.step} steps behind it, more than the {self.num_steps} "
+                    "of the recipe",
+                    fix="give run.steps (or run.tokens) at least as many",
+                )
             state.put(self, snapshot)
             say(f"resumed at step {self.step} of {self.num_steps}")
         elif steps := steps_in(root):

@@ -211,6 +211,22 @@ def test_the_name_of_a_special_token_is_text(tmp_path):
     assert tokenizer(END_OF_TEXT)["input_ids"] == [0]  # the saved tokenizer is as it was
 
 
+def test_a_source_that_holds_out_nothing_leaves_the_others_theirs(tmp_path):
+    text = "\n".join(f"Line {i} of a text." for i in range(600))
+    for name, share in (("all", 0.0), ("some", 0.3)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        spec = BuildSpec(
+            sources=(str(tmp_path / f"{name}.txt"),), vocab_size=300, held_out=share,
+            held_out_by="position", tokenizer=None if share == 0 else str(tmp_path / "all/tokenizer"),
+        )  # fmt: skip
+        build(spec, tmp_path / name)
+    both = DataSpec(sources=(str(tmp_path / "all"), str(tmp_path / "some")))
+    alone = held_out_windows(DataSpec(sources=str(tmp_path / "some")), 16)
+    assert (held_out_windows(both, 16).ids == alone.ids).all()
+    with pytest.raises(ConfigError, match="all has no tokens in its part 'held_out'"):
+        held_out_windows(DataSpec(sources=str(tmp_path / "all")), 16)
+
+
 def test_what_holds_out_nothing_says_how_to(tmp_path, capsys):
     (tmp_path / "one.txt").write_text("Only one document, and nothing beside it. " * 20)
     out = tmp_path / "tokens"

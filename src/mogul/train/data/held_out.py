@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.train.data.shards import TOKEN_BYTES, TokenManifest
+from mogul.train.data.shards import TOKEN_BYTES, TokenManifest, read_manifest
 from mogul.train.data.spec import DataSpec
 from mogul.train.data.stream import Ring
 from mogul.train.data.windows import Windows
 
 
 def held_out_windows(spec: DataSpec, length: int, *, count: int | None = None) -> Windows:
-    """Windows of the held-out part of every source, one after another in their order.
+    """Windows of the held-out part of every source that has one, in the order of the sources.
 
     Args:
         spec: the folders; its `part` and weights are not looked at.
@@ -28,7 +28,9 @@ def held_out_windows(spec: DataSpec, length: int, *, count: int | None = None) -
     Raises:
         ConfigError: no folder has a held-out part that fills one window.
     """
-    parts = [_windows_of(Path(source.path), length, check=spec.verify) for source in spec.sources]
+    folders = [Path(source.path) for source in spec.sources]
+    holding = [folder for folder in folders if read_manifest(folder).of("held_out")]
+    parts = [_windows_of(one, length, check=spec.verify) for one in holding or folders[:1]]
     windows = Windows(
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.bytes_per_token for part in parts]),
