@@ -7,6 +7,7 @@ import pytest
 
 from mogul.core.errors import ConfigError
 from mogul.place.coactivation import gather, swap_for_affinity
+from mogul.place.nodes import by_node
 from mogul.place.predict import balance_of, draw_counts
 from mogul.place.problem import Problem, contiguous, device_load
 from mogul.place.search import solve_for_load
@@ -166,6 +167,22 @@ def test_groups_of_limited_routing_stay_on_a_node():
         node_E = result.device_of_expert(one.layer) // 2
         assert (node_E.reshape(8, 4) == node_E.reshape(8, 4)[:, :1]).all()
         assert one.rho <= one.rho_before
+
+
+def test_gathering_leaves_every_group_on_its_node():
+    """Affinities across nodes would pull experts over; limited routing forbids it."""
+    rng = np.random.default_rng(0)
+    affinity = rng.integers(0, 100, (16, 16))
+    problem = Problem(
+        rng.pareto(1.5, 16) + 1, num_devices=4, slots=4, num_nodes=2,
+        coactivation_EE=affinity + affinity.T, node_groups=4,
+    )  # fmt: skip
+    found = by_node(problem)
+    gathered = gather(found, problem, slack=10.0)
+    assert (np.sort(gathered, axis=1) != np.sort(found, axis=1)).any()
+    for slots_DS in (found, gathered):
+        nodes = [set(slots_DS[first : first + 2].ravel() // 4) for first in (0, 2)]
+        assert not nodes[0] & nodes[1]
 
 
 def test_nodes_gather_who_is_picked_together():

@@ -78,18 +78,22 @@ def _too_heavy(
 def gather(slots_DS: np.ndarray, problem: Problem, *, slack: float = 0.03) -> np.ndarray:
     """Bring co-activated experts of a solution without replicas together, within a load cap.
 
-    The busiest device may take up to `slack` more rows than in the solution given.
+    The busiest device may take up to `slack` more rows than in the solution given. Nobody leaves
+    his node.
     """
     if problem.coactivation_EE is None or problem.num_spare:
         return slots_DS
     part_E = np.empty(problem.num_experts, dtype=np.int64)
     part_E[slots_DS] = np.arange(problem.num_devices)[:, None]
     cap = float(device_load(slots_DS, problem.load_E).max()) * (1 + slack)
-    part_E = swap_for_affinity(
-        problem.coactivation_EE,
-        part_E,
-        num_parts=problem.num_devices,
-        load_E=problem.load_E,
-        cap=cap,
-    )
+    per_node = problem.num_devices // problem.num_nodes
+    for first in range(0, problem.num_devices, per_node):
+        own = np.flatnonzero(part_E // per_node == first // per_node)
+        part_E[own] = first + swap_for_affinity(
+            problem.coactivation_EE[np.ix_(own, own)],
+            part_E[own] - first,
+            num_parts=per_node,
+            load_E=problem.load_E[own],
+            cap=cap,
+        )
     return np.argsort(part_E, kind="stable").reshape(slots_DS.shape)
