@@ -26,9 +26,10 @@ from transformers import (
 
 from mogul.cli.upcycle import Options, run
 from mogul.core.errors import ArtifactError, ConfigError
+from mogul.models import tensor_file
 from mogul.models.upcycle import checkpoint as checkpoint_module
 from mogul.models.upcycle import jobs as jobs_module
-from mogul.models.upcycle import tensor_file, upcycle, upcycle_checkpoint
+from mogul.models.upcycle import upcycle, upcycle_checkpoint
 from mogul.spec.checkpoint import read_checkpoint
 
 SIZES = {
@@ -228,7 +229,7 @@ def test_a_source_that_cannot_be_read_is_not_taken_for_a_full_disk(
     def failing_copy(*_) -> None:
         raise OSError(errno.EIO, "Input/output error", source)
 
-    monkeypatch.setattr(checkpoint_module, "_copy_files", failing_copy)
+    monkeypatch.setattr(checkpoint_module, "copy_files", failing_copy)
     with pytest.raises(OSError, match=rf"Input/output error: '{source}'"):
         upcycle_checkpoint(tmp_path / "dense", tmp_path / "out", num_experts=8, num_groups=2)
     assert not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ from mogul.models.quantise_linears import (
     linear_modules,
     linears_of,
 )
-from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
+from mogul.models.tensor_file import StoredTensor, stored_tensors
 
 WEIGHTS = ("fp8", "fp8-all", "fp8-experts", *(name for name in FORMATS if name != "fp8"))
 """What a model's weights can be quantised to: `fp8` takes experts and linear layers, `fp8-all` the

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mogul.core.errors import ConfigError
 from mogul.core.files import atomic_folder, read_json
 from mogul.models.load import bar_on_terminals_only
-from mogul.models.upcycle.card import COPIED_FILES
+from mogul.models.new_checkpoint import COPIED_FILES
 
 CODE_CONFIG = "configuration_mogul.py"
 CODE_MODEL = "modeling_mogul.py"

@@ -1,4 +1,4 @@
-"""What an upcycled checkpoint says about itself, and which files come along with it."""
+"""What an upcycled checkpoint says about itself."""
 
 from __future__ import annotations
 
@@ -7,25 +7,6 @@ from pathlib import Path
 
 from mogul.core.units import show_bytes, show_count
 from mogul.models.upcycle.plan import UpcyclePlan
-
-COPIED_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.tiktoken",
-    "spiece.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Files copied from the dense checkpoint as they are."""
-
-WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", ".*")
-"""Files made anew, whose absence needs no word."""
 
 
 @dataclass(frozen=True, slots=True)

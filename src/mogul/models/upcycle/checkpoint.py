@@ -15,17 +15,18 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-from mogul.core.errors import ArtifactError, ConfigError
+from mogul.core.errors import ArtifactError
 from mogul.core.files import atomic_folder, check_space
-from mogul.core.log import progress, say
+from mogul.core.log import progress
 from mogul.core.units import GB, show_bytes
 from mogul.models.load import find_folder
 from mogul.models.moge.configuration_moge import MogeConfig
-from mogul.models.upcycle.card import COPIED_FILES, WEIGHT_FILES, UpcycleReport, model_card
+from mogul.models.new_checkpoint import check_out, copy_files
+from mogul.models.tensor_file import header_of, split_in_files
+from mogul.models.upcycle.card import UpcycleReport, model_card
 from mogul.models.upcycle.jobs import Job, Maker, list_jobs
 from mogul.models.upcycle.plan import UpcyclePlan, moge_config
 from mogul.models.upcycle.source import dense_config, dense_tensors
-from mogul.models.upcycle.tensor_file import header_of, split_in_files
 from mogul.spec.checkpoint import INDEX
 from mogul.spec.families import model_spec
 
@@ -68,7 +69,7 @@ def upcycle_checkpoint(
     plan = UpcyclePlan(
         num_experts=num_experts, num_groups=num_groups, top_k=top_k, seed=seed, noise=noise
     )
-    _check_out(source, out, force)
+    check_out(source, out, force)
     dense = dense_config(source)
     config = moge_config(dense, plan)
     stored = dense_tensors(source, dense)
@@ -78,24 +79,10 @@ def upcycle_checkpoint(
     with atomic_folder(out, force=force) as work, _full_disk_named(report):
         check_space(out, report.num_bytes)
         config.save_pretrained(work)
-        _copy_files(source, work)
+        copy_files(source, work)
         (work / "README.md").write_text(model_card(source.resolve().name, report), encoding="utf-8")
         _write_weights(work, jobs, Maker(stored, plan, config.initializer_range), max_file_bytes)
     return report
-
-
-def _check_out(source: Path, out: Path, force: bool) -> None:
-    """Keep a forced replacement from destroying the source or anything but a checkpoint."""
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConfigError(f"{out} holds the source {source}", fix="choose another --out")
-    has_content = out.is_dir() and any(out.iterdir())
-    if has_content and force and not (out / "config.json").exists():
-        raise ConfigError(
-            f"{out} is no checkpoint (it has no config.json), so --force does not replace it",
-            fix="choose another --out",
-        )
-    if has_content and not force:
-        raise ConfigError(f"{out} exists already", fix="choose another --out, or pass --force")
 
 
 @contextmanager
@@ -123,20 +110,6 @@ def _report(out: Path, jobs: list[Job], plan: UpcyclePlan, config: MogeConfig) -
         active_params=model_spec(config.to_dict()).active_params(),
         num_bytes=sum(job.entry.num_bytes for job in jobs),
     )
-
-
-def _copy_files(source: Path, work: Path) -> None:
-    """Copy tokenizer, template, generation config and licence; name what stays behind."""
-    left = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(path.match(pattern) for pattern in COPIED_FILES):
-            shutil.copyfile(path, work / path.name)
-        elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, work / path.name)
-        elif not any(path.match(pattern) for pattern in WEIGHT_FILES):
-            left.append(path.name)
-    if left:
-        say(f"not copied from {source}: {', '.join(left)}")
 
 
 def _write_weights(work: Path, jobs: list[Job], maker: Maker, max_file_bytes: int) -> None:

@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from mogul.models.tensor_file import NewTensor, StoredTensor, write_tensor
 from mogul.models.upcycle.algebra import Part, expert_matrix, ffn_part, router_name, router_weight
 from mogul.models.upcycle.plan import UpcyclePlan
-from mogul.models.upcycle.tensor_file import NewTensor, StoredTensor, write_tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mogul.core.errors import ArtifactError
 from mogul.models.load import load_config
+from mogul.models.tensor_file import StoredTensor, stored_tensors
 from mogul.models.upcycle.plan import DENSE_MODELS, check_dense
-from mogul.models.upcycle.tensor_file import StoredTensor, stored_tensors
 
 
 def dense_config(source: Path) -> PreTrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,8 @@ from mogul.spec.checkpoint import INDEX, SINGLE, read_checkpoint
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that are read and written, by their name in the format."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WITH_FP8 = DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+"""Those of checkpoints whose weights have scales."""
 
 CHUNK_BYTES = 8 * MIB
 
@@ -68,11 +70,17 @@ class StoredTensor:
                 yield chunk
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(
+    folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, StoredTensor]:
     """List every tensor of a checkpoint folder, one file or many; headers are checked.
 
+    Args:
+        folder: of the checkpoint.
+        dtypes: what its tensors may be.
+
     Raises:
-        ArtifactError: no safetensors, a truncated or damaged file, or a dtype that is no float.
+        ArtifactError: no safetensors, a truncated or damaged file, or another dtype.
     """
     checkpoint = read_checkpoint(folder)
     if checkpoint is None:
@@ -80,13 +88,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} holds neither {SINGLE} nor {INDEX}",
             fix="save the model as safetensors (`model.save_pretrained`)",
         )
-    if odd := sorted(set(checkpoint.bytes_by_dtype) - DTYPES.keys()):
+    if odd := sorted(set(checkpoint.bytes_by_dtype) - dtypes.keys()):
         raise ArtifactError(
             f"{folder} holds tensors of dtype {', '.join(odd)}",
-            fix=f"save the model in one of {', '.join(DTYPES)}",
+            fix=f"save the model in one of {', '.join(dtypes)}",
         )
     return {
-        name: StoredTensor(folder / entry.file, entry.first_byte, entry.shape, DTYPES[entry.dtype])
+        name: StoredTensor(folder / entry.file, entry.first_byte, entry.shape, dtypes[entry.dtype])
         for name, entry in checkpoint.tensors.items()
     }
 
