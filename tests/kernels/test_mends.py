@@ -47,6 +47,11 @@ def quantised(**changed: Any) -> torch.Tensor:
     return moe_forward_quantised(**{**call, **changed})
 
 
+def nowhere() -> torch.Tensor:
+    tensors = (zeros(4, 8), zeros(3, 12, 8), zeros(3, 8, 6), ints(4, 2), zeros(4, 2))
+    return moe_forward(*(tensor.to("meta") for tensor in tensors))
+
+
 def no_layer() -> QuantisedExperts:
     packed = quantise_experts(zeros(3, 12, 8), zeros(3, 8, 6), "fp8")
     return QuantisedExperts(packed.format, packed.down, packed.down)
@@ -74,9 +79,12 @@ CASES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: experts(ids=ints(4, 3)), r"ids \(4, 3\) and weights", "route returns"),
     (lambda: experts(ids=ints(4, 2, device="meta")), "ids on meta", "all of them to cpu"),
     (lambda: experts(down_bias=zeros(8)), r"down_bias \(8,\) is not", "one row an expert"),
-    (lambda: quantised(x=zeros(4, 8, dtype=torch.int8)), "int8 is not a float", "as they are"),
+    (lambda: quantised(x=zeros(4, 8, dtype=torch.int8)), "int8 and weights are", "as they are"),
     (lambda: quantised(weights=zeros(4, 1)), r"weights \(4, 1\) are not both", "route returns"),
-    (lambda: quantised(ids=ints(4, 2, device="meta")), "ids on meta", "x and ids to cpu"),
+    (lambda: quantised(ids=ints(4, 2, device="meta")), "ids on meta", "all of them to cpu"),
+    (lambda: quantised(weights=zeros(4, 2, device="meta")), "weights on meta", "them to cpu"),
+    (lambda: experts(gate_up=zeros(3, 12, 8, dtype=FP8)), "gate_up is torch.float8", "dequantise"),
+    (nowhere, "x and the experts are on meta", "load the weights first"),
     (no_layer, r"gate_up \(3, 8, 6\) and down", "in one call of quantise_experts"),
     (lambda: quantise_int4(zeros(4, 33), 32), "rows have 33 weights", "use fp8"),
     (lambda: routed(zeros(3, 9)), r"router logits \(3, 9\)", "one row a token"),

@@ -351,7 +351,9 @@ def test_checkpointing_agrees():
         ({"x": torch.zeros(5, 12).double()}, r"are not both \[5, K\]"),
         ({"weights": torch.zeros(4, 2)}, r"weights \(4, 2\) are not both \[4, K\]"),
         ({"ids": torch.zeros(4, 3)}, "ids are torch.float32, not integers"),
-        ({"x": torch.zeros(4, 12, dtype=torch.int64)}, "all must be floating-point"),
+        ({"x": torch.zeros(4, 12, dtype=torch.int64)}, "both must be floating-point"),
+        ({"gate_up": torch.zeros(7, 12, 12).to(torch.float8_e4m3fn)}, "gate_up is torch.float8"),
+        ({"down": torch.zeros(7, 12, 6).to(torch.int8)}, "down is torch.int8, which has no"),
         ({"down": torch.zeros(7, 6, 12).double()}, r"expected \[E, 2F, D\] and \[E, D, F\]"),
         ({"layout": ExpertLayout(is_transposed=True)}, r"expected \[E, D, 2F\] and \[E, F, D\]"),
         ({"gate_up_bias": torch.zeros(7, 6)}, r"gate_up_bias \(7, 6\) is not \[7, 12\]"),
@@ -411,6 +413,7 @@ def test_a_backend_added_later_is_told_the_facts_and_chosen_first(monkeypatch):
     assert told == {
         "device": torch.device("cpu"), "dtype": torch.float64, "num_experts": 7, "hidden_size": 12,
         "expert_width": 6, "top_k": 3, "layout": case.layout, "has_bias": False, "needs_grad": True,
+        "is_transformed": False,
     }  # fmt: skip
 
 

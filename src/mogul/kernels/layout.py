@@ -111,3 +111,7 @@ class ExpertLayout:
         gate, up = self.split(hidden)
         torch.ops.aten.silu.out(gate, out=out)
         out.mul_(up)
+
+
+DEFAULT_LAYOUT = ExpertLayout()
+"""That of Qwen3-MoE and most others."""

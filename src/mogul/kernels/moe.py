@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mogul.core.errors import ConfigError
 from mogul.core.registry import Registry, warn_of_reference
+from mogul.kernels.checks import check_devices, check_picks, is_transformed
 from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.moe import moe_forward_cpu
-from mogul.kernels.layout import ExpertLayout
+from mogul.kernels.layout import DEFAULT_LAYOUT, ExpertLayout
 from mogul.kernels.reference.moe import moe_forward_reference
 from mogul.kernels.triton import moe_forward_triton, quick_call, why_not_triton
 
 DEBUG = os.environ.get("MOGUL_DEBUG", "0") not in ("", "0")
-DEFAULT_LAYOUT = ExpertLayout()
 
 
 class MoeForward(Protocol):
@@ -57,6 +57,8 @@ class CallFacts(NamedTuple):
     layout: ExpertLayout = DEFAULT_LAYOUT
     has_bias: bool = False
     needs_grad: bool = False
+    is_transformed: bool = False
+    """By torch.func (vmap, grad, jvp...) or forward-mode derivatives."""
 
 
 MOE_FORWARD: Registry[MoeForward] = Registry("moe_forward", on_choice=warn_of_reference)
@@ -98,9 +100,9 @@ def moe_forward(
     """Run each token through its picked experts and sum their outputs times the weights.
 
     A slot whose id is negative or >= E has no row: no arithmetic, no gradient, and its weight is
-    ignored. Computes in the dtype of the expert weights (under autocast, in autocast's) and
-    returns x.dtype. "cpu" and "reference" are deterministic. Differentiable in x, gate_up, down,
-    both biases and weights.
+    ignored. Computes in the dtype of the expert weights (under autocast in autocast's, float64
+    excepted) and returns x.dtype. Deterministic. Differentiable in x, gate_up, down, both biases
+    and weights: once, except by "reference".
 
     Args:
         x: tokens.
@@ -176,8 +178,11 @@ def _kind(
     layout: ExpertLayout,
     backend: str,
 ) -> tuple[Any, ...] | None:
-    """All that checks and the choice of a backend look at; None where a size may be symbolic."""
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    """All that checks and the choice of a backend look at; None where they must look anew.
+
+    That is where a size may be symbolic, a transform is at work, or there are no numbers.
+    """
+    if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or is_transformed():
         return None
     grad = torch.is_grad_enabled()
     if grad:
@@ -200,15 +205,16 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
     """Check a call and choose who serves it."""
     x, gate_up, down, ids, weights, gate_up_bias, down_bias = call
     num_experts, hidden_size, expert_width = layout.sizes(gate_up, down)
-    _check_call(x, gate_up, ids, weights, hidden_size)
-    _check_devices(
+    check_picks(x, ids, weights, hidden_size)
+    _check_experts(gate_up, down)
+    check_devices(
         x, gate_up=gate_up, down=down, ids=ids, weights=weights,
         gate_up_bias=gate_up_bias, down_bias=down_bias,
     )  # fmt: skip
     _check_bias("gate_up_bias", gate_up_bias, (num_experts, (1 + layout.has_gate) * expert_width))
     _check_bias("down_bias", down_bias, (num_experts, hidden_size))
     dtype = gate_up.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     facts = CallFacts(
         x.device,
@@ -220,6 +226,7 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
         layout,
         has_bias=gate_up_bias is not None or down_bias is not None,
         needs_grad=_needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
+        is_transformed=is_transformed(),
     )
     run = MOE_FORWARD.resolve(backend, facts)[1]
     of_dtype = (x, gate_up, down, *(b for b in (gate_up_bias, down_bias) if b is not None))
@@ -254,36 +261,13 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_call(x: Tensor, gate_up: Tensor, ids: Tensor, weights: Tensor, hidden_size: int) -> None:
-    if x.dim() != 2 or x.shape[1] != hidden_size:
-        raise ConfigError(
-            f"x {tuple(x.shape)} is not [T, {hidden_size}], which the experts need",
-            fix=f"flatten batches, x.reshape(-1, {hidden_size}), or pass the experts of this width",
-        )
-    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
-        raise ConfigError(
-            f"ids {tuple(ids.shape)} and weights {tuple(weights.shape)} are not both "
-            f"[{x.shape[0]}, K], one row for each token of x",
-            fix="flatten x, ids and weights alike; route returns ids and weights of one shape",
-        )
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
-        raise ConfigError(
-            f"ids are {ids.dtype}, not integers", fix="pass the ids that route returns"
-        )
-    if not (x.is_floating_point() and gate_up.is_floating_point() and weights.is_floating_point()):
-        raise ConfigError(
-            f"x is {x.dtype}, gate_up {gate_up.dtype}, weights {weights.dtype}: "
-            "all must be floating-point",
-            fix="dequantise the experts first",
-        )
-
-
-def _check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """Refuse a tensor that lies elsewhere: kernels may get no more of it than its address."""
-    where = {name: tensor.device for name, tensor in others.items() if tensor is not None}
-    if any(device != x.device for device in where.values()):
-        told = ", ".join(f"{name} on {device}" for name, device in where.items())
-        raise ConfigError(f"x is on {x.device}, {told}", fix=f"move all of them to {x.device}")
+def _check_experts(gate_up: Tensor, down: Tensor) -> None:
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if not weight.is_floating_point() or weight.dtype.itemsize == 1:
+            raise ConfigError(
+                f"{name} is {weight.dtype}, which has no arithmetic of its own",
+                fix="dequantise the experts first, or run them by moe_forward_quantised",
+            )
 
 
 def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from mogul.core.errors import ConfigError
 from mogul.core.log import log
 from mogul.core.registry import Registry
-from mogul.kernels.layout import ExpertLayout
+from mogul.kernels.checks import check_devices, check_picks
+from mogul.kernels.layout import DEFAULT_LAYOUT, ExpertLayout
 from mogul.kernels.quant_format import (
     ExpertFormat,
     dequantise_fp8,
@@ -26,8 +27,6 @@ from mogul.kernels.quant_format import (
     quantise_fp8_weight,
     quantise_int4,
 )
-
-DEFAULT_LAYOUT = ExpertLayout()
 
 
 @dataclass(frozen=True)
@@ -256,25 +255,8 @@ def moe_forward_quantised(
 def _check(
     x: Tensor, experts: QuantisedExperts, ids: Tensor, weights: Tensor, hidden_size: int
 ) -> None:
-    if x.dim() != 2 or x.shape[1] != hidden_size or not x.is_floating_point():
-        raise ConfigError(
-            f"x {tuple(x.shape)} {x.dtype} is not a floating-point [T, {hidden_size}], "
-            "which the experts need",
-            fix=f"flatten batches, x.reshape(-1, {hidden_size}), and pass activations as they are",
-        )
-    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
-        raise ConfigError(
-            f"ids {tuple(ids.shape)} and weights {tuple(weights.shape)} are not both "
-            f"[{x.shape[0]}, K], one row for each token of x",
-            fix="flatten x, ids and weights alike; route returns ids and weights of one shape",
-        )
-    if ids.dtype.is_floating_point or ids.dtype is torch.bool:
-        raise ConfigError(f"ids are {ids.dtype}, not integers", fix="pass the ids of route")
-    if not x.device == experts.device == ids.device:
-        raise ConfigError(
-            f"x is on {x.device}, the experts on {experts.device}, ids on {ids.device}",
-            fix=f"move x and ids to {experts.device}, or quantise the experts on {x.device}",
-        )
+    check_picks(x, ids, weights, hidden_size)
+    check_devices(x, experts=experts.down.value, ids=ids, weights=weights)
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         raise ConfigError(
             "quantised experts have no gradient",

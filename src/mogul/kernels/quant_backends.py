@@ -86,7 +86,8 @@ def _product(
 def takes_shared(experts: QuantisedExperts, dtype: torch.dtype) -> bool:
     """Whether a GPU can run these experts and a shared one as one operator."""
     has_bias = experts.gate_up_bias is not None or experts.down_bias is not None
-    if experts.format.name != "fp8" or has_bias or experts.layout.activation != "silu":
+    gated_silu = experts.layout.has_gate and experts.layout.activation == "silu"
+    if experts.format.name != "fp8" or has_bias or not gated_silu:
         return False
     facts = QuantisedFacts(experts.device, dtype, experts.format, *experts.sizes, experts.layout)
     if MOE_QUANTISED.reasons(**facts._asdict())["triton"] is not None:

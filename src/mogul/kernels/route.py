@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mogul.core.errors import ConfigError
 from mogul.core.registry import Registry
+from mogul.kernels.checks import is_transformed
 from mogul.kernels.cpu.route import route_one_each, takes_one_each
 from mogul.kernels.reference.route import route_reference
 from mogul.kernels.router_spec import RouterSpec
@@ -37,6 +38,8 @@ class RouteFacts(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     spec: RouterSpec
+    is_transformed: bool = False
+    """By torch.func or forward-mode derivatives."""
 
 
 class RouteFunction(Protocol):
@@ -102,5 +105,5 @@ def route(
         if bias is None and scale is None and takes_one_each(logits, spec):
             return Routing(*route_one_each(logits, spec))
         return Routing(*route_reference(logits, spec, bias, scale))
-    facts = RouteFacts(logits.device, logits.dtype, spec)
+    facts = RouteFacts(logits.device, logits.dtype, spec, is_transformed())
     return Routing(*ROUTE.resolve(backend, facts)[1](logits, spec, bias, scale))

@@ -16,6 +16,7 @@ from run_interpreted import SMALL, make
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mogul.core.errors import BackendError
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.triton import any_ops, layer, ops
 
@@ -78,7 +79,21 @@ def main() -> None:
         verdicts = torch.library.opcheck(operator.default, plain, test_utils=tests)
         held[name] = set(verdicts.values()) == {"SUCCESS"}
     held["strides"] = gradients_lie_as_said(plain)
+    held["second_derivative"] = second_derivatives_are_refused(plain)
     print(json.dumps(held))
+
+
+def second_derivatives_are_refused(plain: list[Tensor]) -> bool:
+    """Of a gradient that is linear in the output, in both layers."""
+    refused = []
+    for run in (ops.run, lambda *args: any_ops.run_any(*args, None, None, ExpertLayout())):
+        x, gate_up, *rest = (t.clone().requires_grad_(t.is_floating_point()) for t in plain)
+        (grad,) = torch.autograd.grad(run(x, gate_up, *rest).sum(), x, create_graph=True)
+        try:
+            grad.square().sum().backward()
+        except BackendError as error:
+            refused.append("cannot be differentiated again" in str(error))
+    return refused == [True, True]
 
 
 def gradients_lie_as_said(plain: list[Tensor]) -> bool:

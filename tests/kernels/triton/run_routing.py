@@ -118,8 +118,24 @@ def compiled_gradient_error() -> float:
     return max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True))
 
 
+def second_derivative_error() -> float:
+    """Derivatives of a squared gradient, of the logits and of the scale."""
+    spec, found = RouterSpec(**RULES["grouped, two each"]), []
+    for route in (route_triton, route_reference):
+        generator = torch.Generator().manual_seed(3)
+        logits = torch.randn(5, 24, generator=generator).requires_grad_()
+        scale = torch.rand(24, generator=generator).requires_grad_()
+        _, weights, scores = route(logits, spec, None, scale)
+        (grad,) = torch.autograd.grad(
+            weights.square().sum() + scores.square().sum(), logits, create_graph=True
+        )
+        found.append(torch.autograd.grad(grad.square().sum(), [logits, scale]))
+    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+
+
 def main() -> None:
     """Every rule; one JSON object a line."""
+    print(json.dumps({"case": "second derivative", "error": second_derivative_error()}))
     print(json.dumps({"case": "compiled", "error": compiled_gradient_error()}))
     for name in sys.argv[1:]:
         spec = RouterSpec(**RULES[name])

@@ -19,7 +19,7 @@ def held() -> dict[str, bool]:
     "what",
     [
         *("checkpoint", "compile", "export", "export_one_node", "residual", "moe", "moe_train"),
-        "strides",
+        *("strides", "second_derivative"),
     ],
 )
 def test_the_operators_hold_under(held: dict[str, bool], what: str) -> None:

@@ -62,6 +62,11 @@ def test_logits_of_16_bits(found: list[dict[str, Any]], rule: str, dtype: str) -
     assert case["error"] < 1e-6
 
 
+def test_a_second_derivative_is_the_reference_s(found: list[dict[str, Any]]) -> None:
+    (case,) = (case for case in found if case["case"] == "second derivative")
+    assert case["error"] < 1e-6
+
+
 def test_a_compiled_graph_has_the_same_gradients(found: list[dict[str, Any]]) -> None:
     (case,) = (case for case in found if case["case"] == "compiled")
     assert case["error"] < 1e-6

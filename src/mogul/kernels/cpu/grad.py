@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mogul.kernels.cpu.blocks import combine, multiply_blocks
 from mogul.kernels.cpu.order import Order, order_by_expert
 from mogul.kernels.cpu.rows import right_operands, rows
 from mogul.kernels.layout import ExpertLayout
+from mogul.kernels.once import once
 
 
 class Experts(torch.autograd.Function):
@@ -45,42 +45,47 @@ class Experts(torch.autograd.Function):
         return combine(out_RD, order, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """One gradient for each argument of `forward`, None where none is needed."""
-        x, gate_up, down, weights, down_bias, hidden_RF, *rest = ctx.saved_tensors
-        slot_R, place_TK, ends_E = rest
-        order, layout = Order(slot_R, place_TK, ends_E, ctx.blocks), ctx.layout
-        want_x, want_up, want_down, _, want_weights, want_up_bias, want_down_bias, _ = (
-            ctx.needs_input_grad
-        )
-        up_EDF, down_EFD = right_operands(gate_up, down, layout)
-        token_R = order.token_R()
-        weight_R1 = weights.reshape(-1)[order.slot_R].to(x.dtype)[:, None]
-        grad_RD = grad_y.index_select(0, token_R)
-        grad_active_RF = multiply_blocks(grad_RD, down_EFD.mT, order)
-        active_RF, hidden_grad = _activate_again(hidden_RF, layout)
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_y)
+        return once(grads)
 
-        grads: list[Tensor | None] = [None] * 8
-        if want_weights:
-            grads[4] = _weight_grad(active_RF, grad_active_RF, grad_RD, down_bias, order, weights)
-        if want_down:
-            weighted_RF = active_RF * weight_R1
-            grads[2] = _expert_grad(weighted_RF, grad_RD, order, down, layout)
-        if want_down_bias:
-            grads[6] = _bias_grad(grad_RD * weight_R1, order, gate_up.shape[0])
-        if want_x or want_up or want_up_bias:
-            grad_hidden_RF = hidden_grad(grad_active_RF.mul_(weight_R1))
-            if want_up:
-                grads[1] = _expert_grad(
-                    x.index_select(0, token_R), grad_hidden_RF, order, gate_up, layout
-                )
-            if want_up_bias:
-                grads[5] = _bias_grad(grad_hidden_RF, order, gate_up.shape[0])
-            if want_x:
-                grad_x_RD = multiply_blocks(grad_hidden_RF, up_EDF.mT, order)
-                grads[0] = combine(grad_x_RD, order, None)
-        return tuple(grads)
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate_up, down, weights, down_bias, hidden_RF, *rest = ctx.saved_tensors
+    slot_R, place_TK, ends_E = rest
+    order, layout = Order(slot_R, place_TK, ends_E, ctx.blocks), ctx.layout
+    want_x, want_up, want_down, _, want_weights, want_up_bias, want_down_bias, _ = (
+        ctx.needs_input_grad
+    )
+    up_EDF, down_EFD = right_operands(gate_up, down, layout)
+    token_R = order.token_R()
+    weight_R1 = weights.reshape(-1)[order.slot_R].to(x.dtype)[:, None]
+    grad_RD = grad_y.index_select(0, token_R)
+    grad_active_RF = multiply_blocks(grad_RD, down_EFD.mT, order)
+    active_RF, hidden_grad = _activate_again(hidden_RF, layout)
+
+    grads: list[Tensor | None] = [None] * 8
+    if want_weights:
+        grads[4] = _weight_grad(active_RF, grad_active_RF, grad_RD, down_bias, order, weights)
+    if want_down:
+        weighted_RF = active_RF * weight_R1
+        grads[2] = _expert_grad(weighted_RF, grad_RD, order, down, layout)
+    if want_down_bias:
+        grads[6] = _bias_grad(grad_RD * weight_R1, order, gate_up.shape[0])
+    if want_x or want_up or want_up_bias:
+        grad_hidden_RF = hidden_grad(grad_active_RF.mul_(weight_R1))
+        if want_up:
+            grads[1] = _expert_grad(
+                x.index_select(0, token_R), grad_hidden_RF, order, gate_up, layout
+            )
+        if want_up_bias:
+            grads[5] = _bias_grad(grad_hidden_RF, order, gate_up.shape[0])
+        if want_x:
+            grad_x_RD = multiply_blocks(grad_hidden_RF, up_EDF.mT, order)
+            grads[0] = combine(grad_x_RD, order, None)
+    return tuple(grads)
 
 
 def _activate_again(hidden_RF: Tensor, layout: ExpertLayout) -> tuple[Tensor, Any]:

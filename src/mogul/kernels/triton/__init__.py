@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogul.kernels.checks import TRANSFORMED
 from mogul.kernels.layout import ExpertLayout
 
 _MIN_CAPABILITY = (8, 0)
@@ -40,11 +41,14 @@ def why_not_triton(
     num_experts: int | None = None,
     hidden_size: int | None = None,
     expert_width: int | None = None,
+    is_transformed: bool = False,
     **_facts: object,
 ) -> str | None:
     """The reason why a call cannot run on these kernels, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the tensors are on {device}, not on an NVIDIA GPU"
+    if is_transformed:
+        return TRANSFORMED
     if reason := _device_reason(device.index):
         return reason
     if dtype not in (torch.bfloat16, torch.float16):

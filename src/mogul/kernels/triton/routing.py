@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogul.kernels.checks import TRANSFORMED
 from mogul.kernels.reference.route import weigh_picks
 from mogul.kernels.router_spec import SCORES, WEIGHTINGS, RouterSpec
 from mogul.kernels.triton import _device_reason
@@ -26,11 +27,18 @@ _MANY = 1 << 18
 
 
 def why_not_route(
-    *, device: torch.device, dtype: torch.dtype, spec: RouterSpec, **_facts: object
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: RouterSpec,
+    is_transformed: bool = False,
+    **_facts: object,
 ) -> str | None:
     """The reason why a call cannot run on this kernel, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the logits are on {device}, not on an NVIDIA GPU"
+    if is_transformed:
+        return TRANSFORMED
     if reason := _device_reason(device.index):
         return reason
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -191,15 +199,18 @@ def _backward(ctx: Any, _dids: Any, dweights: Any, dscores: Any, _drows: Any) ->
     given = [grad for grad in (dweights, dscores) if grad is not None]
     if not given:
         return None, None, None, None, None
+    again = torch.is_grad_enabled()  # a graph of the gradients is made
     with torch.enable_grad():
-        leaves = [logits.detach().requires_grad_()]
-        if scale is not None:
-            leaves.append(scale.detach().requires_grad_())
+        leaves = [
+            t if again and t.requires_grad else t.detach().requires_grad_()
+            for t in (logits, scale)
+            if t is not None
+        ]
         results = weigh_picks(
             leaves[0], ids, spec_of(ctx.rule, ctx.factor), leaves[1] if len(leaves) > 1 else None
         )
         wanted = [r for r, g in zip(results, (dweights, dscores), strict=True) if g is not None]
-    grads = torch.autograd.grad(wanted, leaves, given, allow_unused=True)
+    grads = torch.autograd.grad(wanted, leaves, given, create_graph=again, allow_unused=True)
     return grads[0], None, grads[1] if len(grads) > 1 else None, None, None
 
 
