@@ -46,5 +46,19 @@ def test_other_rules_go_the_long_way(change):
     assert not takes_one_each(torch.zeros(1, spec.num_columns), spec)
 
 
+def test_defaults_of_torch_change_nothing():
+    spec = RouterSpec(20, 5, 5, weighting="renormalised_in_group")
+    logits = torch.randn(3, 20)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            got = route(logits, spec)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, theirs in zip(got, route(logits, spec, backend="reference"), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
 def test_a_gradient_goes_the_long_way():
     assert not takes_one_each(torch.zeros(1, 12, requires_grad=True), RouterSpec(**RULE))

@@ -151,7 +151,7 @@ def quantise_int4(
             fix="use fp8, or pad the contracted width to an even number",
         )
     wide = _grouped(weight.float(), group, "replicate")
-    weights = torch.ones(weight.shape[-1]) if importance is None else importance.float().cpu()
+    weights = wide.new_ones(weight.shape[-1]) if importance is None else importance.float()
     weights = _grouped(weights.to(weight.device)[None], group, "constant")
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     best: Found | None = None

@@ -64,7 +64,7 @@ def order_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
     """Stable order of all slots whose id is in 0..num_experts-1."""
     id_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
     # Ids below 0 come first and ids from E on last.
-    edge_E1 = torch.searchsorted(id_S, torch.arange(num_experts + 1))
+    edge_E1 = torch.searchsorted(id_S, torch.arange(num_experts + 1, device="cpu"))
     edges = edge_E1.tolist()
     first, num_rows = edges[0], edges[-1] - edges[0]
     blocks = [
@@ -74,6 +74,6 @@ def order_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
     ]
     slot_R = slot_S[first : first + num_rows]
     place_S = torch.full_like(slot_S, num_rows)
-    place_S[slot_R] = torch.arange(num_rows)
+    place_S[slot_R] = torch.arange(num_rows, device="cpu")
     ends_E = (edge_E1[1:] - first).to(torch.int32)
     return Order(slot_R, place_S.view(ids_TK.shape), ends_E, blocks)

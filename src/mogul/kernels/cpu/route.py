@@ -21,11 +21,11 @@ def route_one_each(logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor,
     shape = (spec.num_experts, spec.num_groups)
     if (first_M := _first.get(shape)) is None:
         with torch.inference_mode(False):
-            first_M = torch.arange(0, shape[0], shape[0] // shape[1])
+            first_M = torch.arange(0, shape[0], shape[0] // shape[1], device="cpu")
         _first[shape] = first_M
     score_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
     place_TM = score_TE.view(-1, shape[1], shape[0] // shape[1]).argmax(-1)
-    return place_TM.add_(first_M), torch.ones(place_TM.shape), score_TE
+    return place_TM.add_(first_M), torch.ones_like(place_TM, dtype=score_TE.dtype), score_TE
 
 
 def takes_one_each(logits: Tensor, spec: RouterSpec) -> bool:

@@ -34,7 +34,9 @@ class One(NamedTuple):
     @classmethod
     def make(cls, picks: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> One:
         """Tensors for `picks` picks of experts of these sizes (H columns, F width, D channels)."""
-        hidden, active, out = (torch.empty(picks, size, dtype=dtype) for size in sizes)
+        hidden, active, out = (
+            torch.empty(picks, size, dtype=dtype, device="cpu") for size in sizes
+        )
         return cls(hidden, hidden.unbind(), active, active.unbind(), out, out.unbind())
 
 
@@ -53,7 +55,7 @@ class Workspace(threading.local):
         kept = self._kept.get(key)
         if kept is None or kept.numel() < size:
             with torch.inference_mode(False):  # else no later call outside of it could write here
-                kept = self._kept[key] = torch.empty(size, dtype=like.dtype)
+                kept = self._kept[key] = torch.empty(size, dtype=like.dtype, device="cpu")
         return kept[:size].view(shape)
 
     def take_one(self, picks: int, sizes: tuple[int, int, int], like: Tensor) -> One:

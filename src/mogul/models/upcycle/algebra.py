@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Part(IntEnum):
     ROUTER = 4
 
 
+_DRAWN: Any = {"dtype": torch.float32, "device": "cpu"}
+"""The same numbers whatever PyTorch's defaults are."""
 _PARTS = {"gate_proj": Part.GATE, "up_proj": Part.UP, "down_proj": Part.DOWN}
 _FFN_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 
@@ -75,14 +78,16 @@ def expert_matrix(
     column_R = redrawn_columns(width, layer=layer, expert=expert, plan=plan).to(shard.device)
     old = shard.index_select(inner_dim, column_R).float()
     rng = _generator(plan.seed, layer, expert, part)
-    new = torch.randn(old.shape, generator=rng).to(old.device) * old.std(correction=0) + old.mean()
+    new = torch.randn(old.shape, generator=rng, **_DRAWN).to(old.device)
+    new = new * old.std(correction=0) + old.mean()
     return shard.index_copy(inner_dim, column_R, new.to(shard.dtype))
 
 
 def redrawn_columns(width: int, *, layer: int, expert: int, plan: UpcyclePlan) -> Tensor:
     """Inner columns that noise draws anew in one expert, ascending, int64 [R]."""
     rng = _generator(plan.seed, layer, expert, Part.COLUMNS)
-    return torch.randperm(width, generator=rng)[: plan.redrawn_width(width)].sort().values
+    column_F = torch.randperm(width, generator=rng, device="cpu")
+    return column_F[: plan.redrawn_width(width)].sort().values
 
 
 def router_weight(
@@ -90,7 +95,7 @@ def router_weight(
 ) -> Float[Tensor, "E D"]:
     """Draw the router rows of one layer from N(0, std^2), in fp32."""
     rng = _generator(plan.seed, layer, 0, Part.ROUTER)
-    return torch.randn(plan.num_experts, hidden_size, generator=rng) * std
+    return torch.randn(plan.num_experts, hidden_size, generator=rng, **_DRAWN) * std
 
 
 def _generator(seed: int, layer: int, expert: int, part: Part) -> torch.Generator:
