@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.activations import ACT2FN
@@ -162,6 +167,60 @@ def test_a_forced_backend_reaches_the_kernels():
     assert experts._backend == "auto"
 
 
+def test_forced_backends_of_two_threads_may_end_in_any_order():
+    first, second = experts_backend("reference"), experts_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert experts._backend == "cpu"
+    second.__exit__(None, None, None)
+    assert experts._backend == "auto"
+
+
+def test_what_changes_after_a_call_counts():
+    module, x, ids, weights = experts_and_inputs(sentinels=False)
+    before = module(x, ids, weights)
+    module.act_fn = nn.GELU("tanh")
+    changed = module(x, ids, weights)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    module.config._experts_implementation = "eager"
+    torch.testing.assert_close(changed, module(x, ids, weights), atol=1e-4, rtol=1e-4)
+    clamped = own_gate("gpt_oss")
+    clamped.config._experts_implementation = "mogul"
+    rows = torch.randn(6, 16)
+    picks, shares = torch.randint(4, (6, 2)), torch.rand(6, 2)
+    clamped(rows, picks, shares)
+    clamped.limit, clamped.alpha = 0.2, 1.1
+    changed = clamped(rows, picks, shares)
+    clamped.config._experts_implementation = "eager"
+    torch.testing.assert_close(changed, clamped(rows, picks, shares), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_alike_share_one_layout():
+    model = build("Qwen3Moe").eval()
+    model.set_experts_implementation("mogul")
+    for one in (model, copy.deepcopy(model)):
+        one(TOKENS)
+    first, second = (layer.mlp.experts.__dict__["_mogul_layout"] for layer in model.model.layers)
+    assert first is second
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [(F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (nn.GELU(), "gelu"),
+     (nn.GELU("tanh"), "gelu_tanh")],
+)  # fmt: skip
+def test_activations_of_pytorch_are_known(activation, name):
+    module, *_ = experts_and_inputs(sentinels=False)
+    del module.act_fn
+    module.act_fn = activation
+    assert layout_of(module).activation == name
+    del module.act_fn
+    module.act_fn = F.tanh
+    with pytest.raises(BackendError, match="its activation tanh is not one of"):
+        layout_of(module)
+
+
 def test_foreign_modules_are_refused_by_name():
     module, *_ = experts_and_inputs(sentinels=False)
 
@@ -267,3 +326,59 @@ def test_registering_again_changes_nothing():
     mogul.models.register()
     assert set(ALL_EXPERTS_FUNCTIONS.keys()) == before
     assert ALL_EXPERTS_FUNCTIONS["mogul"] is mogul_experts_forward
+
+
+REFUSED = {"Inkling2Experts", "MuseSparkExperts"}
+"""A gate of its own, and a norm behind every expert."""
+ANYTHING = {
+    **dict.fromkeys(("hidden_act", "hidden_activation"), "silu"), "mlp_hidden_act": "relu2",
+    **dict.fromkeys(("moe_latent_size", "zero_expert_num", "text_config"), None),
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha", "mlp_gate_softcap"), 1.5),
+    "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+class AnyConfig(SimpleNamespace):
+    """Answers what classes of experts read; every size is 8."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 8
+
+
+def classes_of_experts():
+    decorated = re.compile(r"@use_experts_implementation(?:\(.*?\))?\nclass (\w+)", re.DOTALL)
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        for name in decorated.findall(path.read_text()):
+            yield f"transformers.models.{path.parent.name}.{path.stem}", name
+
+
+def test_every_class_of_experts_but_two_has_a_layout():
+    refused, known = set(), set()
+    for home, name in classes_of_experts():
+        kind = getattr(importlib.import_module(home), name)
+        more = list(inspect.signature(kind.__init__.__wrapped__).parameters)[2:]
+        module = kind(AnyConfig(**ANYTHING), **dict.fromkeys(more, 8))
+        try:
+            layout_of(module).sizes(
+                getattr(module, experts._first_matmul(module.has_gate)), module.down_proj
+            )
+            known.add(name)
+        except BackendError:
+            refused.add(name)
+    assert len(known) >= 50
+    assert not known & REFUSED
+    assert refused <= REFUSED
+
+
+def test_an_activation_that_is_a_function_runs():
+    from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts
+
+    module = Lfm2MoeExperts(AnyConfig(_experts_implementation="eager", **ANYTHING))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    call = (torch.randn(6, 8), torch.randint(8, (6, 2)), torch.rand(6, 2))
+    expected = module(*call)
+    module.config._experts_implementation = "mogul"
+    torch.testing.assert_close(module(*call), expected, atol=1e-4, rtol=1e-5)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -31,6 +32,8 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 """Transformers' names of activations, and the kernels' names of the same functions."""
+FUNCTIONS = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"))
+"""What a module may have in place of an activation module."""
 _MODELS = "transformers.models."
 GATES = {
     _MODELS + "gpt_oss.modeling_gpt_oss.GptOssExperts": ("clamped_swiglu", "alpha", "limit"),
@@ -52,17 +55,24 @@ WIDE_GATES = (_MODELS + "beam.modeling_beam.BeamExperts",)
 OTHERS = 'use experts_implementation="grouped_mm" or "eager" for this model'
 
 _backend = "auto"
+_forced: list[list[str]] = []
+"""The names that are forced now, the last one counts."""
 
 
 @contextmanager
 def experts_backend(name: str) -> Iterator[None]:
-    """Force one backend of `moe_forward` ("reference", "cpu", ...) for the calls inside."""
+    """Force one backend of `moe_forward` ("reference", "cpu", ...) until the block ends.
+
+    For all threads: the backward pass and what it computes again run in threads of their own.
+    """
     global _backend
-    previous, _backend = _backend, name
+    mine, _backend = [name], name
+    _forced.append(mine)
     try:
         yield
-    finally:
-        _backend = previous
+    finally:  # blocks of several threads may end in any order
+        _forced[:] = [other for other in _forced if other is not mine]
+        _backend = _forced[-1][0] if _forced else "auto"
 
 
 def mogul_experts_forward(
@@ -90,9 +100,22 @@ def mogul_experts_forward(
 
 def _layout(module: Any) -> ExpertLayout:
     """The layout of an experts module, kept on it; BackendError when the kernels lack it."""
-    if (known := module.__dict__.get("_mogul_layout")) is None:
-        known = module.__dict__["_mogul_layout"] = layout_of(module)
+    known = module.__dict__.get("_mogul_layout")
+    if torch.compiler.is_compiling():
+        return layout_of(module) if known is None else known
+    read = [module.__dict__.get(name) for name in _READ]
+    read.append(module._modules.get("act_fn"))
+    if known is None or read != module.__dict__.get("_mogul_layout_of"):
+        found = layout_of(module)
+        known = module.__dict__["_mogul_layout"] = _layouts.setdefault(found, found)
+        module.__dict__["_mogul_layout_of"] = read
     return known
+
+
+_READ = ("act_fn", *sorted({name for gate in GATES.values() for name in gate[1:] if name}))
+"""Attributes of a module that its layout follows and that a person may change."""
+_layouts: dict[ExpertLayout, ExpertLayout] = {}
+"""Equal layouts are one object: kinds of calls are told apart by it."""
 
 
 def layout_of(experts: nn.Module) -> ExpertLayout:
@@ -143,11 +166,17 @@ def _check_weights(module: Any, name: str) -> None:
 
 
 def _activation(act_fn: Any, name: str) -> str:
+    for function, activation in FUNCTIONS:
+        if act_fn is function:
+            return activation
+    if type(act_fn) is nn.GELU:
+        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
     for spelling, activation in ACTIVATIONS.items():
         if type(act_fn) is type(ACT2FN[spelling]):
             return activation
+    told = getattr(act_fn, "__name__", type(act_fn).__name__)
     known = ", ".join(sorted(set(ACTIVATIONS.values())))
-    raise _refusal(name, f"its activation {type(act_fn).__name__} is not one of {known}")
+    raise _refusal(name, f"its activation {told} is not one of {known}")
 
 
 def _refusal(name: str, reason: str) -> BackendError:
