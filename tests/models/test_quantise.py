@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import weakref
@@ -153,6 +154,16 @@ def test_packed_weights_are_not_saved_as_a_checkpoint(way, tmp_path):
         model.save_pretrained(tmp_path / "packed")
     assert "save the model before it is quantised" in caught.value.__notes__[0]
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_whole_quantised_model_can_be_written_and_copied(tmp_path):
+    model = quantise_model(build("GptOss"), "fp8")
+    want = logits(model)
+    torch.save(model, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(logits(again), want)
+        with pytest.raises(ConfigError, match="GptOssForCausalLM holds packed weights"):
+            again.save_pretrained(tmp_path / "packed")
 
 
 def test_a_quantised_model_is_freed_at_once():

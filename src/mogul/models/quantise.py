@@ -9,6 +9,7 @@ generates and is evaluated; it cannot be trained or saved as a Transformers chec
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +53,17 @@ class Packed(nn.Module):
 
 def refuse_saving(model: nn.Module) -> None:
     """From now on `save_pretrained` says that packed weights have no file format."""
-    kind = type(model).__name__  # a reference to the model itself would keep it from being freed
-
-    def save_pretrained(*_args: Any, **_options: Any) -> None:
-        raise ConfigError(
-            f"{kind} holds packed weights, which no checkpoint describes",
-            fix="save the model before it is quantised; load_quantised and "
-            "Engine.from_pretrained(quantise=...) quantise it while loading",
-        )
-
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = save_pretrained  # type: ignore[assignment]
+        # a reference to the model itself would keep it from being freed
+        model.save_pretrained = partial(_refuse, type(model).__name__)  # type: ignore[assignment]
+
+
+def _refuse(kind: str, *_args: Any, **_options: Any) -> None:
+    raise ConfigError(
+        f"{kind} holds packed weights, which no checkpoint describes",
+        fix="save the model before it is quantised; load_quantised and "
+        "Engine.from_pretrained(quantise=...) quantise it while loading",
+    )
 
 
 _JOINED = ("auto", "triton")
