@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -90,12 +91,8 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [("up_any", 80), ("up_any", 89), ("up_any", 100), *((name, 90) for name in KERNELS)],
-)
-def test_they_compile_for_gpt_oss(name: str, arch: int) -> None:
-    kernel, constants = getattr(any_kernels, name), KERNELS[name]
+def compiled(name: str, arch: int, **changed: Any) -> Any:
+    kernel, constants = getattr(any_kernels, name), {**KERNELS[name], **changed}
     special = {
         **dict.fromkeys(("order_ptr", "head_ptr", "tiles_ptr"), "*i32"),
         **{"weights_ptr": "*fp32", "part_ptr": "*fp32", "num_slots": "i32"},
@@ -109,8 +106,23 @@ def test_they_compile_for_gpt_oss(name: str, arch: int) -> None:
     constexprs = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": 4, "num_stages": 2}
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    assert done.metadata.shared < 100_000
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("up_any", 80), ("up_any", 89), ("up_any", 100), *((name, 90) for name in KERNELS)],
+)
+def test_they_compile_for_gpt_oss(name: str, arch: int) -> None:
+    assert compiled(name, arch).metadata.shared < 100_000
+
+
+@pytest.mark.parametrize("activation", [CLAMPED_SWIGLU, CLAMPED_SILU, "relu", "relu2"])
+def test_what_is_no_number_stays_so_under_a_clamp(activation: str) -> None:
+    """A GPU's plain minimum of NaN and a limit is the limit: a model that broke would go on."""
+    ptx = compiled("up_any", 90, ACT=any_layer.ACTIVATIONS.index(activation)).asm["ptx"]
+    clamps = {"min.NaN.f32", "max.NaN.f32"} if activation in CLAMPED else {"max.NaN.f32"}
+    assert set(re.findall(r"\b(?:min|max)(?:\.NaN)?\.f32", ptx)) == clamps
 
 
 def test_shapes_are_known_without_running() -> None:
@@ -174,3 +186,19 @@ def test_clamped_silu_on_a_device(tokens: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ExpertLayout, "activate", rounded)
     for got, want in zip(found, results("reference", torch.float32), strict=True):
         assert float((got.float() - want).norm() / want.norm()) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("activation", [CLAMPED_SWIGLU, CLAMPED_SILU, "relu"])
+def test_a_row_that_is_no_number_stays_so_on_a_device(activation: str) -> None:
+    x, gate_up, down = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.3
+        for shape in ((4, 64), (3, 64, 64), (3, 64, 32))
+    )
+    x[1] = float("nan")
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2]], device="cuda")
+    weights = torch.full((4, 2), 0.5, device="cuda")
+    layout = ExpertLayout(activation=activation)
+    out = moe_forward(x, gate_up, down, ids, weights, layout=layout, backend="triton")
+    assert out.isnan().any(1).tolist() == [False, True, False, False]

@@ -23,6 +23,16 @@ CLAMPED_SILU = tl.constexpr(6)
 
 
 @triton.jit
+def _at_least(x, LOW: tl.constexpr):
+    return tl.maximum(x, LOW, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _at_most(x, HIGH: tl.constexpr):
+    return tl.minimum(x, HIGH, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
     """Value and derivative of the activation (of gpt-oss's inner swish for CLAMPED)."""
     if (ACT == SILU) | (ACT == CLAMPED) | (ACT == CLAMPED_SILU):
@@ -41,10 +51,10 @@ def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
             1.0 + 3.0 * 0.044715 * g * g
         )
     elif ACT == RELU:
-        value = tl.maximum(g, 0.0)
+        value = _at_least(g, 0.0)
         slope = tl.where(g > 0.0, 1.0, 0.0)
     else:
-        top = tl.maximum(g, 0.0)
+        top = _at_least(g, 0.0)
         value = top * top
         slope = 2.0 * top
     return value, slope
@@ -54,9 +64,9 @@ def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
 def _joined(g, u, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """act, d act / d g, d act / d u."""
     if (ACT == CLAMPED) | (ACT == CLAMPED_SILU):
-        low_g = tl.minimum(g, LIMIT)
+        low_g = _at_most(g, LIMIT)
         value, slope = _activation(low_g, ACT, ALPHA)
-        up = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+        up = _at_most(_at_least(u, -LIMIT), LIMIT)
         if ACT == CLAMPED:
             up += 1.0
         act = up * value
