@@ -110,3 +110,29 @@ def test_a_plan_survives_its_file(tmp_path):
     )  # fmt: skip
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize("name", hw.names())
+def test_a_number_of_a_shipped_device_can_be_replaced(name):
+    device = hw.hardware(name)
+    faster = device.replace(memory_bytes_per_s=2 * device.memory_bytes_per_s)
+    assert faster.memory_bytes_per_s == 2 * device.memory_bytes_per_s
+    assert faster.replace(memory_bytes_per_s=device.memory_bytes_per_s) == device
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"network_bytes_per_s": 0.0}, "network_bytes_per_s: Input should be greater than 0"),
+        ({"launch_s": -1e-6}, "launch_s: Input should be greater than or equal to 0"),
+        ({"network_latency_s": -1.0}, "network_latency_s: Input should be greater than or equal"),
+        ({"peak_flop_per_s": {"bf16": 0.0}}, "bf16: Input should be greater than 0"),
+        ({"peak_flop_per_s": {}}, "peak_flop_per_s: Dictionary should have at least 1"),
+        ({"price_per_hour": -2.0}, "price_per_hour: Input should be greater than or equal to 0"),
+    ],
+)
+def test_what_no_machine_has_is_refused(change, words):
+    device = hw.hardware("h100")
+    sources = device.sources | dict.fromkeys(change.keys() - {"peak_flop_per_s"}, "guess")
+    with pytest.raises(ConfigError, match=words):
+        device.replace(sources=sources, **change)

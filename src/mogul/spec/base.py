@@ -33,8 +33,8 @@ class Spec(BaseModel):
         return cls(_where=where, **values)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
+        """Return a copy with some fields changed, validated again; defaults stay defaults."""
+        return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
 def _as_config_error(error: ValidationError, cls: type[Spec], where: str) -> ConfigError:

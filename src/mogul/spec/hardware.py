@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -52,30 +52,30 @@ class Hardware(Spec):
     architecture: str
     """Devices of one architecture lend each other measured utilisation."""
 
-    peak_flop_per_s: dict[str, float]
+    peak_flop_per_s: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """Dense peak by arithmetic: bf16, fp16, fp32, fp8, int8, fp4."""
 
     memory_bytes: float = Field(gt=0)
     memory_bytes_per_s: float = Field(gt=0)
-    l2_bytes: float | None = None
+    l2_bytes: float | None = Field(default=None, gt=0)
     link_bytes_per_s: float = Field(gt=0)
     """Scale-up bandwidth of one device, one direction (PCIe where there is no other link)."""
 
     link_devices: int = Field(ge=1)
     """Devices that reach each other over the scale-up link."""
 
-    network_bytes_per_s: float | None = None
+    network_bytes_per_s: float | None = Field(default=None, gt=0)
     """Scale-out bandwidth of one device, one direction; None means one domain only."""
 
-    link_latency_s: float = 3e-6
+    link_latency_s: float = Field(default=3e-6, ge=0)
     """What one step of a collective costs inside the domain."""
 
-    network_latency_s: float = 8e-6
-    launch_s: float = 4e-6
+    network_latency_s: float = Field(default=8e-6, ge=0)
+    launch_s: float = Field(default=4e-6, ge=0)
     """Host time to launch one kernel without a graph."""
 
-    power_w: float | None = None
-    price_per_hour: float | None = None
+    power_w: float | None = Field(default=None, gt=0)
+    price_per_hour: float | None = Field(default=None, ge=0)
     """US dollars an hour for one device; None where no trustworthy number was read."""
 
     sources: dict[str, str]
