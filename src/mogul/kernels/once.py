@@ -1,6 +1,7 @@
-"""Gradients by hand have no derivative of their own: whoever asks for one is told.
+"""Derivatives that do not exist: whoever asks for one is told.
 
-PyTorch would take such gradients for constants and give wrong second derivatives without a word.
+Gradients made by hand have none of their own, and operators for inference none at all. PyTorch
+would take either for constants and give wrong numbers, at best with a warning.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ def refuse_second(ctx: Any, *_: Any) -> NoReturn:
         "the gradients of experts cannot be differentiated again on this backend",
         fix="force the slow one that can: backend='reference', or for a whole model "
         "experts_backend('reference')",
+    )
+
+
+def refuse_any(ctx: Any, *_: Any) -> NoReturn:
+    """The derivative of an operator for inference, which only an exported program can ask for."""
+    raise BackendError(
+        "this exported model has no gradient of its experts", fix="train the model it was made of"
     )
 
 

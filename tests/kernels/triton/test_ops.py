@@ -19,7 +19,7 @@ def held() -> dict[str, bool]:
     "what",
     [
         *("checkpoint", "compile", "export", "export_one_node", "residual", "moe", "moe_train"),
-        *("strides", "second_derivative"),
+        *("strides", "second_derivative", "export_without_gradient"),
     ],
 )
 def test_the_operators_hold_under(held: dict[str, bool], what: str) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogul.core.errors import BackendError
 from mogul.kernels.cpu.blocks import combine
 from mogul.kernels.cpu.grad import Experts
 from mogul.kernels.cpu.order import Order, order_by_expert
 from mogul.kernels.cpu.rows import right_operands, rows
 from mogul.kernels.cpu.workspace import WORKSPACE, matrices
 from mogul.kernels.layout import ExpertLayout
+from mogul.kernels.once import refuse_any
 
 # Mean rows an expert between which a [F, D] x [D, R] product beats [R, D] x [D, F], where one
 # expert outgrows the cache: 409 against 481 ms (Qwen3-30B-A3B, 256 tokens, float32, one thread).
@@ -98,20 +98,13 @@ def _operator(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, *args: Any)
     return _run(x, gate_up, down, ids, weights, up_bias, down_bias, ExpertLayout(*layout))
 
 
-def _no_gradient(_ctx: Any, _grad: Tensor) -> None:
-    raise BackendError(
-        "an exported model has no gradient of its experts on a processor",
-        fix="train the model that was exported",
-    )
-
-
 _LIB.impl("moe_cpu", _operator, "CPU")
 torch.library.register_fake(
     "mogul::moe_cpu",
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     lib=_LIB,
 )
-torch.library.register_autograd("mogul::moe_cpu", _no_gradient, lib=_LIB)
+torch.library.register_autograd("mogul::moe_cpu", refuse_any, lib=_LIB)
 
 
 def _one_token(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mogul.kernels.layout import ExpertLayout
-from mogul.kernels.once import refuse_second
+from mogul.kernels.once import refuse_any, refuse_second
 from mogul.kernels.triton.any_layer import Call, Form, layer_for
 from mogul.kernels.triton.launch import aligned
 from mogul.kernels.triton.ops import check_weights
@@ -121,6 +121,7 @@ def _backward(ctx: Any, dout: Any, _dpre: Any, _dsort: Any) -> Any:
 
 torch.library.register_autograd("mogul::moe_any_train", _backward, setup_context=_setup, lib=_LIB)
 torch.library.register_autograd("mogul::moe_any_grad", refuse_second, lib=_LIB)
+torch.library.register_autograd("mogul::moe_any", refuse_any, lib=_LIB)
 
 
 def run_any(

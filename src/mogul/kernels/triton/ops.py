@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
-from mogul.kernels.once import refuse_second
+from mogul.kernels.once import refuse_any, refuse_second
 from mogul.kernels.triton.ahead import compile_ahead
 from mogul.kernels.triton.launch import aligned, device_index
 from mogul.kernels.triton.layer import Layer, layer_of
@@ -221,6 +221,7 @@ def _backward(ctx, dout, _dpre, _dsort):
 
 torch.library.register_autograd("mogul::moe_train", _backward, setup_context=_setup, lib=_LIB)
 torch.library.register_autograd("mogul::moe_grad", refuse_second, lib=_LIB)
+torch.library.register_autograd("mogul::moe", refuse_any, lib=_LIB)
 
 
 def run(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
