@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from mogul.train.balance_rules import BalanceSection
 from mogul.train.callback import MogulCallback
+from mogul.train.routers import TrainedRouter
 
 pytest.importorskip("accelerate")
 
@@ -55,3 +59,44 @@ def test_its_loss_is_the_models_own(tiny_model, tmp_path):
     _train(own, tmp_path / "b", [], accumulation=1)
     for (name, a), b in zip(ours.named_parameters(), own.parameters(), strict=True):
         assert (a - b).abs().max() < 2e-4, name
+
+
+class _Interrupt(TrainerCallback):
+    """Ctrl-C in the second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("again", ["the same", "a new one"])
+def test_an_interrupted_training_can_begin_again(tiny_model, tmp_path, again):
+    model = tiny_model(dtype=torch.float32)
+    first = MogulCallback(BalanceSection(bias="sign"))
+    with pytest.raises(KeyboardInterrupt):
+        _train(model, tmp_path, [first, _Interrupt()])
+    second = first if again == "the same" else MogulCallback(BalanceSection(bias="sign"))
+    lines = _train(model, tmp_path, [second])
+    assert len(lines) == 4
+    assert all(line["balance_loss"] >= 0.99 for line in lines)
+    assert not [name for name, _ in model.named_buffers() if "balance" in name]
+    assert not [m for m in model.modules() if isinstance(m, TrainedRouter)]
+
+
+def test_a_resumed_training_knows_its_step(tiny_model):
+    """The end of the bias and the decay of its steps count from the first step of all."""
+    model = tiny_model(dtype=torch.float32)
+    callback = MogulCallback(BalanceSection(bias="decay", bias_until=0.5))
+    arguments = SimpleNamespace(gradient_accumulation_steps=1, world_size=1)
+    for reached, updates in ((0, 1), (30, 31), (60, 50)):
+        state = SimpleNamespace(max_steps=100, global_step=reached)
+        callback.on_train_begin(arguments, state, None, model=model)
+        ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+        before = [r.e_score_correction_bias.clone() for r in callback.balancer.routers]
+        model(input_ids=ids)
+        callback.on_step_end(arguments, state, None)
+        after = [r.e_score_correction_bias for r in callback.balancer.routers]
+        moved = any((a != b).any() for a, b in zip(before, after, strict=True))
+        assert moved == (reached < 50)
+        assert callback.balancer.updates == updates
+        callback.on_train_end(arguments, state, None, model=model)

@@ -378,6 +378,29 @@ def test_a_run_in_float64_keeps_its_state_so_wide(recipe, tmp_path, kind):
     assert load_trace(tmp_path / "trace").meta.num_tokens == 6 * 64
 
 
+def test_held_out_loss_comes_as_often_as_asked(recipe, tmp_path):
+    """Also between the steps that are told."""
+    changes = {"log__every_steps": 4, "log__eval_every_steps": 3, "run__steps": 7}
+    _run(recipe(**changes), tmp_path)
+    told = {line["step"]: "held_out_loss" in line for line in _lines(tmp_path)}
+    assert told == {3: True, 4: False, 6: True, 7: True}
+
+
+def test_sequences_too_short_for_multi_token_prediction_are_refused(recipe, tmp_path):
+    config = {"num_nextn_predict_layers": 1}
+    short = recipe(run__sequence_length=2, model__config=config)
+    with pytest.raises(ConfigError, match=r"token after next.*\n.* 3 or more"):
+        Session(short, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_that_is_not_installed_is_named(recipe, tmp_path):
+    if find_spec("flash_attn"):
+        pytest.skip("FlashAttention is installed")
+    with pytest.raises(ConfigError, match="attention='flash_attention_2' cannot be used here"):
+        Session(recipe(run__attention="flash_attention_2"), tmp_path)
+
+
 def test_folders_are_not_mixed(recipe, tmp_path):
     _run(recipe(), tmp_path)
     with pytest.raises(ConfigError, match="holds checkpoints of another run") as caught:

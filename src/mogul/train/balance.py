@@ -18,7 +18,7 @@ from mogul.observe.hooks import MoeBlock, moe_blocks
 from mogul.spec.families import model_spec
 from mogul.spec.model import MoeShape
 from mogul.train.balance_rules import BalanceSection, bias_step
-from mogul.train.routers import RouterRules, trained_class
+from mogul.train.routers import RouterRules, trained_class, undress
 
 SAMPLE_TOKENS = 256
 BUFFERS = ("count", "losses", "shift", "gate", "alpha", "sample")
@@ -108,6 +108,7 @@ class Balancer:
 
     def __enter__(self) -> Self:
         for layer, router in enumerate(self.routers):
+            undress(router)  # of a training that was interrupted
             router.__class__ = trained_class(type(router))
             for name in BUFFERS:
                 value: Tensor = getattr(self, name)
@@ -127,11 +128,7 @@ class Balancer:
         for handle in self._handles:
             handle.remove()
         for router in self.routers:
-            router.__class__ = type(router).__mro__[2]
-            for name in BUFFERS:
-                delattr(router, f"balance_{name}")
-            for name in ("rules", "length", "valid", "warms"):
-                delattr(router, f"balance_{name}")
+            undress(router)
 
     # ---- one step
 

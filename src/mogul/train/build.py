@@ -86,20 +86,34 @@ def build_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     changes = dict(section.overrides)
     dtype = weight_dtype(run, device)
     torch.manual_seed(run.seed)
+    try:
+        model = _model(recipe, changes, dtype, device)
+    except ImportError as error:  # Transformers' word for an attention that is not installed
+        if _attention(run) in ("sdpa", "eager"):
+            raise
+        raise ConfigError(
+            f"[run] attention={run.attention!r} cannot be used here: {error}",
+            fix="install what it names, or set run.attention='auto'",
+        ) from error
+    _leave_balance_to_us(model)
+    return model.train()
+
+
+def _model(
+    recipe: Recipe, changes: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    section, run = recipe.model, recipe.run
     if section.config or section.preset:
         config = _config(section, changes, needs_bias=recipe.balance.bias != "none")
         model_spec(config.to_dict())  # refuses by name what cannot be
         with torch.device(device):
-            model = _from_config(config, dtype, run)
-    else:
-        model = _from_weights(section, dtype, run)
-        if recipe.balance.bias != "none" and isinstance(model.config, MogeConfig):
-            changes.setdefault("router_selection_bias", True)
-        if changes:
-            model = _with_overrides(model, changes, dtype, run)
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
-    _leave_balance_to_us(model)
-    return model.train()
+            return _from_config(config, dtype, run)
+    model = _from_weights(section, dtype, run)
+    if recipe.balance.bias != "none" and isinstance(model.config, MogeConfig):
+        changes.setdefault("router_selection_bias", True)
+    if changes:
+        model = _with_overrides(model, changes, dtype, run)
+    return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def _refuse_implementations(run: RunSection) -> None:

@@ -32,8 +32,9 @@ class MogulCallback(TrainerCallback):
         self._had_own_loss = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Dress the routers."""
+        """Dress the routers; a training that was interrupted before leaves nothing behind."""
         model = kwargs["model"]
+        self._leave()
         if getattr(model.config, "output_router_logits", False):
             say("output_router_logits is set aside in training: MogulCallback balances")
             model.config.output_router_logits, self._had_own_loss = False, True
@@ -44,8 +45,11 @@ class MogulCallback(TrainerCallback):
             num_steps=state.max_steps,
             reduce=torch.distributed.all_reduce if args.world_size > 1 else None,
         )
+        moved = int(self.balance.bias_until * state.max_steps)
+        steps = state.global_step  # of a training that is resumed
+        self.balancer.restore({"steps": steps, "updates": min(steps, moved)})
         self.balancer.__enter__()
-        self.balancer.begin_step(state.global_step)
+        self.balancer.begin_step(steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bias."""
@@ -68,8 +72,13 @@ class MogulCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the model back as it was."""
-        if self.balancer is not None:
-            self.balancer.__exit__()
-            self.balancer = None
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.balancer is None:
+            return
+        self.balancer.__exit__()
+        config: Any = self.balancer.model.config
         if self._had_own_loss:
-            kwargs["model"].config.output_router_logits = True
+            config.output_router_logits, self._had_own_loss = True, False
+        self.balancer = None

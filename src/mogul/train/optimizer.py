@@ -20,7 +20,6 @@ from mogul.train.muon import Slices
 from mogul.train.muon_adamw import MuonAdamW
 from mogul.train.schedule import ScheduleSpec
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a running mean: 1 would never take anything in."""
 

@@ -176,3 +176,13 @@ def _mean(score: Tensor, share: Tensor | None, parts: int, per_part: bool) -> Te
 def trained_class(base: type[nn.Module]) -> type[nn.Module]:
     """The training form of a router class, under the same name."""
     return type(base.__name__, (TrainedRouter, base), {"__module__": base.__module__})
+
+
+def undress(router: Any) -> None:
+    """Give a router in training form its own class back, and forget what the training kept."""
+    if not isinstance(router, TrainedRouter):
+        return
+    router.__class__ = type(router).__mro__[2]
+    for name in [*vars(router), *dict(router.named_buffers(recurse=False))]:
+        if name.startswith("balance_"):
+            delattr(router, name)

@@ -107,6 +107,7 @@ class Session:
             seed=run.seed,
         )
         self._check_vocabulary()
+        self._check_length()
         self._held_out = self._held_out_windows()
         self.guard = SpikeGuard(run.spike_factor, run.spike_retries)
         self.balancer = self._balancer()
@@ -152,6 +153,15 @@ class Session:
                 f"the data have ids up to {self.stream.vocab_size - 1}, the model a vocabulary of "
                 f"{config.vocab_size}",
                 fix=f"set vocab_size to {self.stream.vocab_size} or more",
+            )
+
+    def _check_length(self) -> None:
+        length = self.recipe.run.sequence_length
+        if length < 3 and getattr(self.model, "trains_mtp", False):
+            raise ConfigError(
+                f"sequences of {length} tokens have no token after next, which the model's "
+                "further layer predicts",
+                fix="set run.sequence_length to 3 or more, or num_nextn_predict_layers to 0",
             )
 
     def _balancer(self) -> Balancer | None:
@@ -320,7 +330,8 @@ class Session:
                 losses.append(gradients.loss)
             meter.add(self.recipe.run.tokens_per_step)
             is_last = self.step == self.num_steps or stop.is_set
-            if self.step % self.recipe.log.every_steps == 0 or is_last:
+            is_told = self.step % self.recipe.log.every_steps == 0 or self._evaluates()
+            if is_told or is_last:
                 line = self._line(losses, gradients, meter, log)
                 bar.update(self.step, note_of(line))
                 losses.clear()

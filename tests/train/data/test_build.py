@@ -217,7 +217,7 @@ def test_a_source_that_holds_out_nothing_leaves_the_others_theirs(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
         spec = BuildSpec(
             sources=(str(tmp_path / f"{name}.txt"),), vocab_size=300, held_out=share,
-            held_out_by="position", tokenizer=None if share == 0 else str(tmp_path / "all/tokenizer"),
+            held_out_by="position", tokenizer=str(tmp_path / "all/tokenizer") if share else None,
         )  # fmt: skip
         build(spec, tmp_path / name)
     both = DataSpec(sources=(str(tmp_path / "all"), str(tmp_path / "some")))
