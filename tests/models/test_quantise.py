@@ -152,7 +152,7 @@ def test_packed_weights_are_not_saved_as_a_checkpoint(way, tmp_path):
         pack.get(way, quantise_head)(model)
     with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM holds packed weights") as caught:
         model.save_pretrained(tmp_path / "packed")
-    assert "save the model before it is quantised" in caught.value.__notes__[0]
+    assert "`mogul quantise` writes a checkpoint in fp8" in caught.value.__notes__[0]
     assert not (tmp_path / "packed").exists()
 
 

@@ -19,6 +19,7 @@ VERBS = {
     "generate": ("mogul.cli.generate", "continue a prompt, streaming"),
     "chat": ("mogul.cli.chat", "talk to a model in the terminal"),
     "calibrate": ("mogul.cli.calibrate", "measure what quantising wants to know of a checkpoint"),
+    "quantise": ("mogul.cli.quantise", "write a checkpoint with weights in 8-bit floats"),
     "upcycle": ("mogul.cli.upcycle", "turn a dense checkpoint into grouped experts, exactly"),
     "data": ("mogul.cli.data", "text -> token shards to train on"),
     "train": ("mogul.cli.train", "train a model as a recipe says"),

@@ -35,6 +35,7 @@ from mogul.core.errors import ArtifactError, ConfigError, HardwareError, MogulEr
 from mogul.core.files import read_object
 from mogul.core.log import say
 from mogul.models.check_tensors import check_names, raise_if_any, tell_casts
+from mogul.models.compressed_tensors import method_of
 from mogul.models.convert_config import SAME_TENSORS, is_grouped_elsewhere, moge_config
 from mogul.models.moge.chat_template import PANGU_CHAT_TEMPLATE
 from mogul.models.moge.configuration_moge import MogeConfig
@@ -47,6 +48,8 @@ FOREIGN_QUANTISATION = "quant_model_description.json"
 WRONG_VALUE = (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError)
 """What Transformers raises for a value of a JSON file that it did not expect."""
 PICKLED = ("*.bin", "*.pt", "*.pth")
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+"""Files of which a tokenizer has at least one; Transformers makes an empty one without."""
 SAME_MODEL = {"kimi_k2": "deepseek_v3"}
 """Model types that Transformers lacks, and its name for the same model with the same tensors."""
 
@@ -172,6 +175,12 @@ def load_model(
             f"{folder} is quantised ({FOREIGN_QUANTISATION}), which mogul cannot read",
             fix="use the unquantised checkpoint",
         )
+    if (method := method_of(folder)) is not None:
+        raise ArtifactError(
+            f"{folder} is quantised ({method}); such a model is served, not trained or measured",
+            fix="open it with mogul.serve.Engine, `mogul generate` or "
+            "mogul.models.quantised_read.load_stored, or use the unquantised checkpoint",
+        )
     config = load_config(folder)
     stored = _stored(folder)
     skeleton = _skeleton(config)
@@ -186,6 +195,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; Pangu's gets its chat template when it has none."""
     folder = find_folder(path)
     is_pangu = read_object(folder / "config.json").get("model_type") == "PanguProMoE"
+    if not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
+        raise ArtifactError(
+            f"{folder} has no tokenizer that can be used: none of its files is there",
+            fix="copy them there from the model it came from",
+        )
     only_pieces = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
     # Pangu's own tokenizer class is remote code around a plain SentencePiece model.
     loader = LlamaTokenizer if is_pangu and only_pieces else AutoTokenizer

@@ -61,8 +61,8 @@ def refuse_saving(model: nn.Module) -> None:
 def _refuse(kind: str, *_args: Any, **_options: Any) -> None:
     raise ConfigError(
         f"{kind} holds packed weights, which no checkpoint describes",
-        fix="save the model before it is quantised; load_quantised and "
-        "Engine.from_pretrained(quantise=...) quantise it while loading",
+        fix="`mogul quantise` writes a checkpoint in fp8 from the unquantised one; load_quantised "
+        "and Engine.from_pretrained(quantise=...) quantise while loading",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from mogul.core.log import progress
 from mogul.kernels import ExpertFormat, expert_format
 from mogul.kernels.quant_format import FORMATS
 from mogul.models.check_tensors import check_names
+from mogul.models.compressed_tensors import method_of
 from mogul.models.input_stats import InputStats
 from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
 from mogul.models.quantise import (
@@ -91,9 +93,13 @@ def load_quantised(
     Raises:
         ArtifactError: a damaged file, or tensors missing, surplus or misshaped, by name; statistics
             of another model.
-        ConfigError: no experts, or an unknown format.
+        ConfigError: no experts, an unknown format, or a checkpoint that is quantised already.
     """
     chosen, folder = expert_format(format), find_folder(path)
+    if method_of(folder) is not None:
+        raise ConfigError(
+            f"{folder} is quantised already", fix="leave quantise out, or use load_stored"
+        )
     config = load_config(folder)
     skeleton = _skeleton(config)
     skipped = check_names(folder, skeleton, _stored(folder))
@@ -143,7 +149,7 @@ def _settle(module: nn.Module) -> None:
     An accelerator's allocator otherwise leaves holes beside every kept tensor, 20 GiB for 72
     billion weights.
     """
-    device = next(module.buffers()).device
+    device = next(chain(module.buffers(), module.parameters())).device
     if device.type not in ("cpu", "meta"):
         torch.accelerator.empty_cache()
         module._apply(torch.clone)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,12 @@ def find_scales(path: str | Path, statistics: str | Path | None = None) -> KvSca
     known = f"{len(scales.keys)} layers' own scales" if scales is not None else "scale 1"
     say(f"fp8 keys and values with {known}")
     return scales
+
+
+def carry_scales(source: Path, folder: Path) -> None:
+    """Write the scales that were measured for a checkpoint beside one that was made from it."""
+    if (source / FILE).exists() and (scales := read_scales(source, checkpoint=source)):
+        replace(scales, weights=weights_hash(folder)).save(folder)
 
 
 def read_scales(path: str | Path, *, checkpoint: str | Path | None = None) -> KvScales | None:

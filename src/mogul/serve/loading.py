@@ -16,6 +16,7 @@ from mogul.models.input_stats import FILE, InputStats, read_stats
 from mogul.models.load import _skeleton, find_folder
 from mogul.models.quantise_head import quantise_head
 from mogul.models.quantise_load import load_quantised, quantised_as_built, weight_format
+from mogul.models.quantised_read import is_quantised, load_stored
 from mogul.serve.kv_scales import KvScales, find_scales
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def open_model(
         device: where the model goes.
         experts: implementation of unquantised experts.
         quantise: a name of `quantise_load.WEIGHTS`; each layer is quantised while it is loaded.
+            None opens a checkpoint as it is, also one in fp8.
         statistics: of the inputs of what is quantised: a file or its folder; None takes the file
             beside the checkpoint where there is one.
 
@@ -59,9 +61,11 @@ def open_model(
     if load != "checkpoint":
         raise ConfigError(f"load {load!r} is unknown", fix="use checkpoint or random")
     if quantise is None:
+        if is_quantised(path):
+            return load_stored(path, dtype=dtype, device=device)
         return load_model(path, dtype=dtype, experts=experts, device=device)
     what = weight_format(quantise)
-    stats = _find_stats(path, statistics)
+    stats = find_stats(path, statistics)
     return load_quantised(
         path, what.experts, dtype=dtype, device=device, importance=stats, linears=what.linears,
         head=what.head,
@@ -97,7 +101,7 @@ def open_with_scales(
     return model, find_scales(path, statistics) if needs_scales else None
 
 
-def _find_stats(path: str | Path, statistics: str | Path | None) -> InputStats | None:
+def find_stats(path: str | Path, statistics: str | Path | None) -> InputStats | None:
     """The statistics that were named, or lie beside the checkpoint; a line says which."""
     stats = read_stats(statistics or path, checkpoint=path)
     if stats is not None:

@@ -44,7 +44,10 @@ def check_spread(
     if speculator is not None:
         _check_guesses(speculator)
     if quantise is not None:
-        raise ConfigError("quantised weights cannot be cut over devices", fix="leave quantise out")
+        raise ConfigError(
+            "quantised weights cannot be cut over devices",
+            fix="leave quantise out, or open the unquantised checkpoint",
+        )
     if not dist.is_initialized():
         raise ConfigError(
             f"an engine over {parallel.devices} devices needs as many processes",
