@@ -1,6 +1,7 @@
-"""What both doors of the experts layer ask of rows and picks, and what a transformed call is.
+"""What the doors of the experts layer ask of a call, however its weights are stored.
 
-Decides the words of refusals that do not depend on how the weights are stored.
+Decides which rows and picks belong together, the words where they do not, and which calls want a
+gradient or are under a transform that sees PyTorch's own operators only.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def check_devices(x: Tensor, **others: Tensor | None) -> None:
             "x and the experts are on meta, where tensors have no numbers",
             fix="load the weights first: from_pretrained, or to_empty and load_state_dict",
         )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call of these has a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def is_transformed() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mogul.core.errors import ConfigError
 from mogul.core.registry import Registry, warn_of_reference
-from mogul.kernels.checks import check_devices, check_picks, is_transformed
+from mogul.kernels.checks import check_devices, check_picks, is_transformed, needs_grad
 from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.moe import moe_forward_cpu
 from mogul.kernels.layout import DEFAULT_LAYOUT, ExpertLayout
@@ -186,7 +186,7 @@ def _kind(
         return None
     grad = torch.is_grad_enabled()
     if grad:
-        grad = _needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias)
+        grad = needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias)
     device = x.device
     autocast = torch.is_autocast_enabled(device.type)
     biases = ()
@@ -225,7 +225,7 @@ def _settle(call: tuple[Any, ...], layout: ExpertLayout, backend: str) -> Settle
         ids.shape[1],
         layout,
         has_bias=gate_up_bias is not None or down_bias is not None,
-        needs_grad=_needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
+        needs_grad=needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias),
         is_transformed=is_transformed(),
     )
     run = MOE_FORWARD.resolve(backend, facts)[1]
@@ -238,7 +238,7 @@ def _keep(kind: tuple[Any, ...], known: Settled, call: tuple[Any, ...]) -> Settl
     """Remember a kind of call, with the shortest way to serve it."""
     x, gate_up, down, ids, weights, *biases = call
     has_bias = any(bias is not None for bias in biases)
-    grad = _needs_grad(x, gate_up, down, weights, *biases)
+    grad = needs_grad(x, gate_up, down, weights, *biases)
     if known.run is moe_forward_triton and known.is_plain and not (has_bias or grad):
         known = known._replace(quick=quick_call(x, down, ids, weights, known.layout))
     if len(_SETTLED) >= _MOST_SETTLED:
@@ -255,10 +255,6 @@ def forget_calls() -> None:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`Tensor.to`, without its cost where nothing changes: this door is passed at every layer."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_experts(gate_up: Tensor, down: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogul.kernels.checks import needs_grad
 from mogul.kernels.cpu.blocks import combine
 from mogul.kernels.cpu.grad import Experts
 from mogul.kernels.cpu.order import Order, order_by_expert
@@ -45,7 +46,7 @@ def moe_forward_cpu(
     tensors = (x, gate_up, down, ids, weights, gate_up_bias, down_bias)
     if not torch.compiler.is_compiling():
         return _run(*tensors, layout)
-    if _needs_grad(*tensors) and not torch.compiler.is_exporting():
+    if needs_grad(*tensors) and not torch.compiler.is_exporting():
         return _run_uncompiled(*tensors, layout)
     return torch.ops.mogul.moe_cpu(*tensors, *astuple(layout))
 
@@ -60,7 +61,7 @@ def _run(
     down_bias: Tensor | None,
     layout: ExpertLayout,
 ) -> Tensor:
-    if _needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias):
+    if needs_grad(x, gate_up, down, weights, gate_up_bias, down_bias):
         return Experts.apply(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
     if x.shape[0] == 1:
         return _one_token(x, gate_up, down, ids, weights, gate_up_bias, down_bias, layout)
@@ -71,10 +72,6 @@ def _run(
         up_EDF, down_EFD = right_operands(gate_up, down, layout)
         out_RD = rows(x, up_EDF, down_EFD, order, gate_up_bias, down_bias, layout)[1]
     return combine(out_RD, order, weights)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # Sizes of blocks are known only when it runs: in training torch.compile breaks its graph here,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogul.kernels.checks import needs_grad
 from mogul.kernels.layout import ExpertLayout
 from mogul.kernels.once import refuse_any, refuse_second
 from mogul.kernels.triton.any_layer import Call, Form, layer_for
@@ -137,6 +138,6 @@ def run_any(
     """The layer: [T, D] -> [T, D]; differentiable in everything but ids."""
     tensors = (x, gate_up, down, ids, weights, gate_up_bias, down_bias)
     form = astuple(Form.of(layout))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         return torch.ops.mogul.moe_any_train(*tensors, *form)[0]
     return torch.ops.mogul.moe_any(*tensors, *form)
