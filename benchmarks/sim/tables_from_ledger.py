@@ -29,6 +29,9 @@ Found = tuple[str, str, Dims]
 JOINED = "-joined"
 """Calls as mogul's engine joins them: they count for no other engine."""
 
+FORMATS = {None: "bf16", "int4-64": "int4"}
+"""The simulator's name of a format of experts, where it is another one."""
+
 DEVICES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
 UNIT_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 SHAPES = {"A": (5120, 1344, 64, 8), "B": (5120, 1344, 64, 8),
@@ -52,7 +55,8 @@ def experts(match: re.Match[str]) -> Found:
     hidden, width, count, picks = SHAPES[match["shape"]]
     tokens = int(match["tokens"])
     dims = {"rows": tokens * picks, "distinct": count * (1 - (1 - picks / count) ** tokens)}
-    return "moe", match["format"] or "bf16", {**dims, "hidden": hidden, "width": width}
+    kind = FORMATS.get(match["format"], match["format"])
+    return "moe", kind, {**dims, "hidden": hidden, "width": width}
 
 
 def beside(match: re.Match[str]) -> Found:
@@ -99,7 +103,7 @@ def decode_trial(match: re.Match[str]) -> Found | None:
 FORMAT, TOKENS, LAYER = (
     "(?P<format>bf16|fp8)",
     r"(?P<tokens>\d+)",
-    r"(?P<shape>[ABCD])(?: (?P<format>fp8))? forward (?P<tokens>\d+)",
+    r"(?P<shape>[ABCD])(?: (?P<format>fp8|fp8-w8a16|int4-64))? forward (?P<tokens>\d+)",
 )
 TILE = ("block", "per_sm", "warps", "stages")
 TRIAL = r"{}: .*; {} keys, {} programs a multiprocessor, {} warps, {} stages"

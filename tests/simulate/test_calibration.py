@@ -13,6 +13,7 @@ from mogul.simulate.measurements import (
     without_repeated,
 )
 from mogul.spec.hardware import hardware
+from mogul.spec.quant import ARITHMETIC
 
 H100 = hardware("h100")
 SHAPE = {"hidden": 5120, "width": 1344, "weight_bytes": 2.0, "input_bytes": 2.0}
@@ -161,6 +162,20 @@ def test_newer_tables_say_which_row_of_the_ledger_each_time_is():
         assert {line.rstrip('"').rpartition("@")[2] for line in lines[1:]} == set(commits)
 
 
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize("tokens", [8, 64, 456])
+def test_rows_in_two_numbers_cost_between_fp8_and_bf16(device, tokens):
+    calibration = shipped("mogul")
+    spent = {}
+    for dtype, width in (("fp8", 1.0), ("fp8-w8a16", 1.0), ("bf16", 2.0)):
+        dims = {"rows": 8.0 * tokens, "distinct": 64 * (1 - 0.875**tokens), **SHAPE}
+        dims |= {"weight_bytes": width, "input_bytes": width}
+        estimate = calibration.estimate("moe", dims, hardware(device), dtype)
+        assert estimate.tier == "measured"
+        spent[dtype] = estimate.seconds
+    assert spent["fp8"] < spent["fp8-w8a16"] < 0.8 * spent["bf16"]
+
+
 def test_a_table_needs_its_head(tmp_path):
     (tmp_path / "t.csv").write_text("# kind = moe\nrows,seconds\n1,2\n")
     with pytest.raises(ValueError, match="lacks device, dtype, engine, source"):
@@ -183,7 +198,7 @@ def test_no_shipped_time_beats_the_machine():
     for table in load_shipped():
         device = hardware(table.device)
         demand = physics.demand(table.kind, table.dims)
-        peak = device.peak(table.dtype)
+        peak = device.peak(ARITHMETIC.get(table.dtype, table.dtype))
         compute_s = demand.flop / peak
         from_memory = demand.moved_bytes > 4 * device.l2_bytes
         memory_s = np.where(from_memory, demand.moved_bytes / device.memory_bytes_per_s, 0.0)

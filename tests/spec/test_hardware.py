@@ -98,6 +98,12 @@ def test_quantisation():
         QuantScheme(kv="int7")
 
 
+def test_only_the_experts_of_w8a16_are_in_8_bits():
+    found = scheme("fp8-w8a16")
+    assert (found.weights, found.expert_format, found.kv) == ("bf16", "fp8-w8a16", "bf16")
+    assert found.arithmetic(found.expert_format) == "fp8"
+
+
 def test_speculation_counts_expected_tokens():
     assert Speculation(draft_tokens=1, acceptance=0.7).tokens_per_step == pytest.approx(1.7)
     assert Speculation(draft_tokens=2, acceptance=0.5).tokens_per_step == pytest.approx(1.75)

@@ -41,6 +41,7 @@ MANY_ROWS = 1024
 SIGMA = {"measured": 0.08, "interpolated": 0.15, "transferred": 0.25}
 _KIN = {
     "fp8_block": ("fp8",),
+    "fp8-w8a16": ("fp8",),
     "fp8": ("fp8_block", "int8"),
     "int8": ("fp8", "fp8_block"),
     "fp16": ("bf16",),

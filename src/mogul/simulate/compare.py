@@ -74,7 +74,7 @@ def at_equal_tpot(setting: Setting, workload: Workload, tpot_s: float) -> Predic
     if point(1).tpot_s > tpot_s:
         raise ConfigError(
             f"{setting.title} takes {1e3 * point(1).tpot_s:.1f} ms a token even alone: "
-            f"{1e3 * tpot_s:.1f} ms cannot be met",
+            f"{1e3 * tpot_s:g} ms cannot be met",
             fix="allow more time, or use more devices or fewer bits",
         )
     low, high = 1, max(1, most)

@@ -56,7 +56,7 @@ def curve(architecture: str, kind: str, dtype: str = "bf16") -> Curve:
     """The curve of a kind: of this architecture and arithmetic, or the nearest there is."""
     constants = _constants()
     for place in (architecture, "generic"):
-        for name in (f"{kind}-{dtype}", kind):
+        for name in (f"{kind}-{dtype}", f"{kind}-{ARITHMETIC.get(dtype, dtype)}", kind):
             if values := constants.get(place, {}).get(name):
                 return Curve(**values, is_generic=place == "generic")
     raise AssertionError(f"constants.toml has no generic curve for {kind!r}")

@@ -18,6 +18,7 @@ BITS = {
     "fp16": 16.0,
     "fp8": 8.0,
     "fp8_block": 8.002,
+    "fp8-w8a16": 8.0,
     "int8": 8.0,
     "int4": 4.25,
     "fp4": 4.5,
@@ -25,8 +26,8 @@ BITS = {
 }
 """Bits a stored number takes, scales included."""
 
-ARITHMETIC = {"mxfp4": "fp4", "fp8_block": "fp8"}
-"""Formats that compute like another one."""
+ARITHMETIC = {"mxfp4": "fp4", "fp8_block": "fp8", "fp8-w8a16": "fp8"}
+"""Formats that compute like another one; fp8-w8a16 twice: its rows are sums of two numbers."""
 
 
 class QuantScheme(Spec):
@@ -79,6 +80,8 @@ _NAMED = {
     "bf16": QuantScheme(),
     "fp8": QuantScheme(weights="fp8", kv="fp8"),
     "fp8-kv16": QuantScheme(weights="fp8"),
+    "fp8-experts": QuantScheme(experts="fp8"),
+    "fp8-w8a16": QuantScheme(experts="fp8-w8a16"),
     "w8a8": QuantScheme(weights="int8", activations="int8"),
     "w8a8-kv8": QuantScheme(weights="int8", activations="int8", kv="int8"),
     "w4a8": QuantScheme(weights="int8", experts="int4", activations="int8"),

@@ -82,8 +82,7 @@ def build_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """
     mogul.models.register()
     _refuse_implementations(recipe.run)
-    section, run = recipe.model, recipe.run
-    changes = dict(section.overrides)
+    run, changes = recipe.run, dict(recipe.model.overrides)
     dtype = weight_dtype(run, device)
     torch.manual_seed(run.seed)
     try:

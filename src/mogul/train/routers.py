@@ -183,6 +183,7 @@ def undress(router: Any) -> None:
     if not isinstance(router, TrainedRouter):
         return
     router.__class__ = type(router).__mro__[2]
-    for name in [*vars(router), *dict(router.named_buffers(recurse=False))]:
+    module: nn.Module = router  # pyright: ignore[reportAssignmentType]
+    for name in [*vars(module), *dict(module.named_buffers(recurse=False))]:
         if name.startswith("balance_"):
             delattr(router, name)
