@@ -81,6 +81,16 @@ def test_matrices_follow_their_weight():
     assert all(torch.equal(a, b.T) for a, b in zip(views, turned, strict=True))
 
 
+def test_matrices_follow_a_weight_that_is_read_another_way_where_it_lies():
+    weight, layout = torch.randn(3, 4, 4, dtype=torch.float16), ExpertLayout()
+    for change in (lambda data: data.mT, lambda data: data.view(torch.bfloat16)):
+        matrices(weight, layout)
+        weight.data = change(weight.data)
+        again = matrices(weight, layout)
+        assert all(torch.equal(a, b) for a, b in zip(again, weight, strict=True))
+        assert again[0].dtype == weight.dtype
+
+
 def test_views_of_a_weight_that_moved_do_not_keep_its_memory():
     moved, other = torch.randn(EXPERTS, 4, 6), torch.randn(EXPERTS, 4, 6)
     layout = ExpertLayout()

@@ -75,8 +75,7 @@ class _Kept(NamedTuple):
 
     weight: weakref.ref[Tensor]
     address: int
-    shape: torch.Size
-    is_transposed: bool
+    lies: tuple[object, ...]
     views: tuple[Tensor, ...]
 
 
@@ -90,13 +89,13 @@ def matrices(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
     Views of weights whose memory is another since (a model that moved to a device) are let go here:
     they would keep the old memory.
     """
-    kept = _matrices.get(id(weight))
+    kept, address = _matrices.get(id(weight)), weight.data_ptr()
+    lies = (weight.shape, weight.stride(), weight.dtype, layout.is_transposed)
     if (
         kept is not None
         and kept.weight() is weight
-        and kept.address == weight.data_ptr()
-        and kept.shape == weight.shape
-        and kept.is_transposed == layout.is_transposed
+        and kept.address == address
+        and kept.lies == lies
     ):
         return kept.views
     for key, other in list(_matrices.items()):
@@ -107,5 +106,5 @@ def matrices(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
         views = (plain.mT if layout.is_transposed else plain).unbind()
     key = id(weight)
     forget = weakref.ref(weight, lambda _dead: _matrices.pop(key, None))
-    _matrices[key] = _Kept(forget, weight.data_ptr(), weight.shape, layout.is_transposed, views)
+    _matrices[key] = _Kept(forget, address, lies, views)
     return views
