@@ -1,9 +1,9 @@
 import pytest
 
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.schedule.policy import Limits
+from mogul.schedule.policy import Limits, Request, StepPlan
 from mogul.simulate.run import Setting, predict
-from mogul.simulate.serve import Arrival, poisson, read_arrivals, serve
+from mogul.simulate.serve import Arrival, StepCosts, poisson, read_arrivals, serve
 from mogul.spec.families import model_spec
 from mogul.spec.hardware import hardware
 from mogul.spec.parallel import Parallel
@@ -65,3 +65,18 @@ def test_traces_are_checked(tmp_path):
             read_arrivals(file)
     with pytest.raises(ConfigError, match="no room for one request"):
         serve(Setting(QWEN, hardware("rtx-4090")), [Arrival(0, 5, 2)])
+
+
+def test_the_price_of_prompts_does_not_depend_on_what_was_priced_before():
+    """8,192 tokens of one prompt attend to far more than those of 64 prompts."""
+
+    def seconds(costs, count):
+        prompts = [(Request(i, 8192 // count, 1), 8192 // count) for i in range(count)]
+        return costs.seconds(StepPlan(prompts=prompts), 0.0)
+
+    setting = Setting(QWEN, hardware("h100"))
+    fresh = {n: seconds(StepCosts(setting.step_model()), n) for n in (1, 64)}
+    assert fresh[1] > 1.05 * fresh[64]
+    for order in ((1, 64), (64, 1)):
+        costs = StepCosts(setting.step_model())
+        assert {n: seconds(costs, n) for n in order} == fresh

@@ -91,7 +91,7 @@ class StepCosts:
     def __init__(self, steps: StepModel) -> None:
         self.steps = steps
         self._decode: dict[tuple[int, int], float] = {}
-        self._prompt: dict[tuple[int, int], float] = {}
+        self._prompt: dict[tuple[int, int, int], float] = {}
 
     def seconds(self, plan: StepPlan, mean_context: float) -> float:
         """Time of one copy's step."""
@@ -112,12 +112,11 @@ class StepCosts:
         return known
 
     def _prompt_s(self, tokens: int, prior: float, count: int) -> float:
-        each = max(1, tokens // count)
-        key = (_bucket(tokens), _bucket(prior) if prior else 0)
+        key = (_bucket(tokens), _bucket(prior) if prior else 0, _bucket(count))
         if (known := self._prompt.get(key)) is None:
             new = max(1, round(_center(key[0])))
             cached = _center(key[1]) if key[1] else 0.0
-            many = max(1, round(new / each))
+            many = max(1, min(new, round(_center(key[2]))))
             step = Step(many, max(1, new // many), cached, is_prefill=True)
             known = self._prompt[key] = self.steps.time(step).seconds
         return known
