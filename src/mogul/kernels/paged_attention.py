@@ -17,6 +17,7 @@ from mogul.core.errors import ConfigError
 from mogul.core.registry import Registry, warn_of_reference
 from mogul.kernels.cpu import why_not_cpu
 from mogul.kernels.cpu.attention import paged_attention_cpu
+from mogul.kernels.paged_call import PagedCall
 from mogul.kernels.reference.attention import FP8, paged_attention_reference
 from mogul.kernels.triton.attention import (
     paged_attention_flashinfer,
@@ -28,28 +29,10 @@ from mogul.kernels.turn import ALL_KINDS, Turn, check_turn, turned
 
 
 class PagedAttention(Protocol):
-    """What a backend must accept: a checked call, scales [N] in fp32 or None."""
+    """What a backend must accept: a checked call."""
 
-    def __call__(
-        self,
-        query_THC: Tensor,
-        key_TNC: Tensor,
-        value_TNC: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        slots_T: Tensor,
-        tables_SB: Tensor,
-        query_starts: Tensor,
-        lengths_S: Tensor,
-        *,
-        max_query_len: int,
-        scaling: float,
-        sliding_window: int | None,
-        sinks: Tensor | None,
-        key_scale: Tensor | None,
-        value_scale: Tensor | None,
-    ) -> Tensor:
-        """Write, then attend. Those of `TURNS` also take `turn` and `kinds`."""
+    def __call__(self, given: PagedCall, /) -> Tensor:
+        """Write, then attend."""
         ...
 
 
@@ -154,67 +137,39 @@ def paged_attention(
 NO_TURN = (None, None, None, None)
 
 
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots: Tensor,
-    tables: Tensor,
-    query_starts: Tensor,
-    lengths: Tensor,
-    max_query_len: int,
-    scaling: float,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-    eps: list[float],
-    kinds: int,
-    backend: str,
-) -> Tensor:
-    facts = _check_call(query, key, value, key_cache, value_cache)
-    _check_tables(slots, tables, query_starts, lengths, len(query))
-    if sliding_window is not None and sliding_window < 1:
-        raise ConfigError(f"sliding_window {sliding_window} sees nothing", fix="None sees all")
+def _run(*args: Any) -> Tensor:
+    """The operator: what stands in its schema, one after the other."""
+    *turning, eps, kinds, backend = args[15:]
+    turn = None
+    if turning[0] is not None:
+        turn = Turn._make((*turning, eps[0], eps[1], bool(eps[2])))
+    call = PagedCall._make((*args[:15], turn, kinds))
+    facts = _check_call(call)
+    _check_tables(call)
+    _check_options(call, facts)
+    name, run = PAGED_ATTENTION.resolve(backend, facts)
+    if call.key_scale is not None or call.value_scale is not None:
+        key_scale = _scale("key_scale", call.key_scale, facts)
+        value_scale = _scale("value_scale", call.value_scale, facts)
+        call = call._replace(key_scale=key_scale, value_scale=value_scale)
+    if turn is not None and name not in TURNS:
+        query = turned(call.query_THC, turn, turn.query_norm, turn.query_eps)
+        key = turned(call.key_TNC, turn, turn.key_norm, turn.key_eps)
+        call = call._replace(query_THC=query, key_TNC=key, turn=None)
+    return run(call)
+
+
+def _check_options(call: PagedCall, facts: AttentionFacts) -> None:
+    window, sinks = call.sliding_window, call.sinks
+    if window is not None and window < 1:
+        raise ConfigError(f"sliding_window {window} sees nothing", fix="None sees all")
     if sinks is not None and sinks.shape != (facts.num_heads,):
         raise ConfigError(
             f"sinks {tuple(sinks.shape)} are not one a head: [{facts.num_heads}]",
             fix="pass one number a query head, or None",
         )
-    name, run = PAGED_ATTENTION.resolve(backend, facts)
-    more: dict[str, Any] = {"kinds": kinds} if name in TURNS else {}
-    if cos is not None and sin is not None:
-        turn = Turn(cos, sin, query_norm, key_norm, eps[0], eps[1], bool(eps[2]))
-        check_turn(turn, len(query), facts.head_width)
-        if name in TURNS:
-            more["turn"] = turn
-        else:
-            query = turned(query, turn, query_norm, turn.query_eps)
-            key = turned(key, turn, key_norm, turn.key_eps)
-    return run(
-        query,
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slots,
-        tables,
-        query_starts,
-        lengths,
-        max_query_len=max_query_len,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        key_scale=_scale("key_scale", key_scale, facts),
-        value_scale=_scale("value_scale", value_scale, facts),
-        **more,
-    )
+    if call.turn is not None:
+        check_turn(call.turn, len(call.query_THC), facts.head_width)
 
 
 def _scale(name: str, scale: Tensor | None, facts: AttentionFacts) -> Tensor | None:
@@ -235,9 +190,8 @@ def _scale(name: str, scale: Tensor | None, facts: AttentionFacts) -> Tensor | N
     return scale.reshape(-1).expand(facts.num_kv_heads)
 
 
-def _check_call(
-    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor
-) -> AttentionFacts:
+def _check_call(call: PagedCall) -> AttentionFacts:
+    query, key, value, key_cache, value_cache = call[:5]
     if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
         raise ConfigError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} "
@@ -278,10 +232,9 @@ def _check_call(
     )
 
 
-def _check_tables(
-    slots: Tensor, tables: Tensor, query_starts: Tensor, lengths: Tensor, tokens: int
-) -> None:
-    sequences = len(lengths)
+def _check_tables(call: PagedCall) -> None:
+    slots, tables, query_starts, lengths = call[5:9]
+    tokens, sequences = len(call.query_THC), len(lengths)
     if slots.shape != (tokens,) or slots.dtype != torch.int64:
         raise ConfigError(
             f"slots_T {tuple(slots.shape)} {slots.dtype} is not int64 [{tokens}]",

@@ -11,60 +11,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mogul.kernels.paged_call import PagedCall
 from mogul.kernels.reference.attention import FP8, attend, write_cache
 
 PACKED_QUERIES = 16
 """Up to this many queries share one reading of the keys between all heads of a key head."""
 
 
-def paged_attention_cpu(
-    query_THC: Tensor,
-    key_TNC: Tensor,
-    value_TNC: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots_T: Tensor,
-    tables_SB: Tensor,
-    query_starts: Tensor,
-    lengths_S: Tensor,
-    *,
-    max_query_len: int,
-    scaling: float,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-) -> Tensor:
+def paged_attention_cpu(given: PagedCall) -> Tensor:
     """See `mogul.kernels.paged_attention`."""
-    starts = query_starts.tolist()
-    write_cache(key_TNC, key_cache, slots_T, key_scale, starts[-1])
-    write_cache(value_TNC, value_cache, slots_T, value_scale, starts[-1])
+    starts, query_THC, window = given.query_starts.tolist(), given.query_THC, given.sliding_window
+    key_cache, value_cache = given.key_cache, given.value_cache
+    write_cache(given.key_TNC, key_cache, given.slots_T, given.key_scale, starts[-1])
+    write_cache(given.value_TNC, value_cache, given.slots_T, given.value_scale, starts[-1])
     out_THC = torch.empty_like(query_THC, memory_format=torch.contiguous_format)
     out_THC[starts[-1] :] = 0
     page_size, dtype = key_cache.shape[1], query_THC.dtype
-    sequences = zip(starts[:-1], starts[1:], lengths_S.tolist(), tables_SB.tolist(), strict=True)
-    for start, stop, length, table in sequences:
+    where = (given.lengths_S.tolist(), given.tables_SB.tolist())
+    for start, stop, length, table in zip(starts[:-1], starts[1:], *where, strict=True):
         num_queries = stop - start
         if num_queries == 0:
             continue
-        first = 0 if sliding_window is None else max(0, length - num_queries + 1 - sliding_window)
+        first = 0 if window is None else max(0, length - num_queries + 1 - window)
         skipped = first // page_size
         pages = table[skipped : -(-length // page_size)]
         inside = slice(first - skipped * page_size, length - skipped * page_size)
-        key_LNC = _read(key_cache, pages, inside, key_scale, dtype)
-        value_LNC = _read(value_cache, pages, inside, value_scale, dtype)
+        key_LNC = _read(key_cache, pages, inside, given.key_scale, dtype)
+        value_LNC = _read(value_cache, pages, inside, given.value_scale, dtype)
         query_QHC = query_THC[start:stop]
-        if sinks is not None:
-            found = attend(
-                query_QHC.float(),
-                key_LNC.float(),
-                value_LNC.float(),
-                scaling,
-                sliding_window,
-                sinks,
-            )
+        if given.sinks is not None:
+            rows = (query_QHC.float(), key_LNC.float(), value_LNC.float())
+            found = attend(*rows, given.scaling, window, given.sinks)
         else:
-            found = _attend(query_QHC, key_LNC, value_LNC, scaling, sliding_window)
+            found = _attend(query_QHC, key_LNC, value_LNC, given.scaling, window)
         out_THC[start:stop] = found
     return out_THC
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mogul.kernels.paged_call import PagedCall
+
 FP8 = torch.float8_e4m3fn
 
 
@@ -31,40 +33,23 @@ def read_cache(cache_PZNC: Tensor, pages: Tensor, length: int, scale: Tensor | N
     return rows if scale is None else rows * scale[:, None]
 
 
-def paged_attention_reference(
-    query_THC: Tensor,
-    key_TNC: Tensor,
-    value_TNC: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots_T: Tensor,
-    tables_SB: Tensor,
-    query_starts: Tensor,
-    lengths_S: Tensor,
-    *,
-    max_query_len: int,
-    scaling: float,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-) -> Tensor:
+def paged_attention_reference(given: PagedCall) -> Tensor:
     """See `mogul.kernels.paged_attention`."""
-    starts = query_starts.tolist()
-    write_cache(key_TNC, key_cache, slots_T, key_scale, starts[-1])
-    write_cache(value_TNC, value_cache, slots_T, value_scale, starts[-1])
+    starts, query_THC, slots_T = given.query_starts.tolist(), given.query_THC, given.slots_T
+    write_cache(given.key_TNC, given.key_cache, slots_T, given.key_scale, starts[-1])
+    write_cache(given.value_TNC, given.value_cache, slots_T, given.value_scale, starts[-1])
     out_THC = torch.zeros_like(query_THC, memory_format=torch.contiguous_format)
-    page_size = key_cache.shape[1]
-    for s, length in enumerate(lengths_S.tolist()):
+    page_size = given.key_cache.shape[1]
+    for s, length in enumerate(given.lengths_S.tolist()):
         start, stop = starts[s], starts[s + 1]
         if start == stop:
             continue
-        pages = tables_SB[s, : -(-length // page_size)]
-        key_LNC = read_cache(key_cache, pages, length, key_scale)
-        value_LNC = read_cache(value_cache, pages, length, value_scale)
-        out_THC[start:stop] = attend(
-            query_THC[start:stop].float(), key_LNC, value_LNC, scaling, sliding_window, sinks
-        ).to(out_THC.dtype)
+        pages = given.tables_SB[s, : -(-length // page_size)]
+        key_LNC = read_cache(given.key_cache, pages, length, given.key_scale)
+        value_LNC = read_cache(given.value_cache, pages, length, given.value_scale)
+        query_QHC = query_THC[start:stop].float()
+        rest = (given.scaling, given.sliding_window, given.sinks)
+        out_THC[start:stop] = attend(query_QHC, key_LNC, value_LNC, *rest).to(out_THC.dtype)
     return out_THC
 
 

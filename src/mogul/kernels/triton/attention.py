@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mogul.kernels import triton as room
+from mogul.kernels.paged_call import PagedCall
 from mogul.kernels.reference.attention import FP8
 
 _FP8_CAPABILITY = (8, 9)
@@ -40,11 +41,11 @@ def why_not_triton_attention(
     return None
 
 
-def paged_attention_triton(*tensors: Tensor, **options: Any) -> Tensor:
+def paged_attention_triton(given: PagedCall) -> Tensor:
     """See `mogul.kernels.paged_attention`."""
     from mogul.kernels.triton.paged import paged_attention_triton as run
 
-    return run(*tensors, **options)
+    return run(given)
 
 
 FLASHINFER_WIDTHS = (64, 128, 256)
@@ -61,8 +62,8 @@ def why_not_flashinfer(*, head_width: int, **facts: Any) -> str | None:
     return None
 
 
-def paged_attention_flashinfer(*tensors: Tensor, **options: Any) -> Tensor:
+def paged_attention_flashinfer(given: PagedCall) -> Tensor:
     """See `mogul.kernels.paged_attention`."""
     from mogul.kernels.triton.flashinfer_paged import paged_attention_flashinfer as run
 
-    return run(*tensors, **options)
+    return run(given)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
+from mogul.kernels.paged_call import PagedCall
 from mogul.kernels.triton.paged_write import write_new
-from mogul.kernels.turn import ALL_KINDS, FEW_QUERIES, Turn
+from mogul.kernels.turn import FEW_QUERIES
 
 WORKSPACE_BYTES = 256 << 20
 """Partial results of keys that several programs share; FlashInfer itself says when it is short."""
@@ -217,49 +218,26 @@ class Plans:
 _running: Plans | None = None
 
 
-def paged_attention_flashinfer(
-    query_THC: Tensor,
-    key_TNC: Tensor,
-    value_TNC: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots_T: Tensor,
-    tables_SB: Tensor,
-    query_starts: Tensor,
-    lengths_S: Tensor,
-    *,
-    max_query_len: int,
-    scaling: float,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    turn: Turn | None = None,
-    kinds: int = ALL_KINDS,
-) -> Tensor:
+def paged_attention_flashinfer(given: PagedCall) -> Tensor:
     """See `mogul.kernels.paged_attention`. Outside of `Plans.running` it waits for the device."""
-    if sinks is not None:
+    if given.sinks is not None:
         raise BackendError("FlashInfer's paged kernels know no sinks", fix='use backend="triton"')
-    new = (query_THC, key_TNC, value_TNC)
-    pages = (key_cache, value_cache)
-    where = (slots_T, query_starts, lengths_S)
-    query, out = write_new(new, pages, where, (key_scale, value_scale), turn)
+    query, out = write_new(given)
+    key_cache = given.key_cache
     shape = Shape(
         query.shape[1],
         key_cache.shape[2],
         key_cache.shape[3],
-        sliding_window,
-        float(scaling),
+        given.sliding_window,
+        float(given.scaling),
         query.dtype,
         key_cache.dtype,
     )
-    if key_scale is not None:  # a head's scale belongs to its scores: the queries take it
-        query = _times(query, key_scale, torch.empty_like(query))
-    plans = _running
-    if plans is None:
-        plans = _alone((query_starts, lengths_S, tables_SB), key_cache, max_query_len)
-    plans.attend(shape, query, *pages, out)
-    return out if value_scale is None else _times(out, value_scale, out)
+    if given.key_scale is not None:  # a head's scale belongs to its scores: the queries take it
+        query = _times(query, given.key_scale, torch.empty_like(query))
+    plans = _running or _alone(given)
+    plans.attend(shape, query, key_cache, given.value_cache, out)
+    return out if given.value_scale is None else _times(out, given.value_scale, out)
 
 
 def _times(x_THC: Tensor, scale_N: Tensor, out: Tensor) -> Tensor:
@@ -268,14 +246,15 @@ def _times(x_THC: Tensor, scale_N: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x_THC, scale_N.repeat_interleave(heads)[:, None], out=out)
 
 
-def _alone(numbers: tuple[Tensor, Tensor, Tensor], key_cache: Tensor, max_query_len: int) -> Plans:
+def _alone(given: PagedCall) -> Plans:
     """Plans of a call outside an engine, from numbers on the device."""
     if torch.cuda.is_current_stream_capturing():
         raise BackendError(
             "FlashInfer plans on the host, which a captured call cannot wait for",
             fix="plan before with `Plans.begin`, as the engine does",
         )
-    starts, lengths, tables = (one.cpu() for one in numbers)
-    plans = Plans(key_cache.device, key_cache.shape[1], *tables.shape)
-    plans.begin((starts, lengths, tables), max_query_len)
+    starts, lengths = given.query_starts.cpu(), given.lengths_S.cpu()
+    tables = given.tables_SB.cpu()
+    plans = Plans(given.key_cache.device, given.key_cache.shape[1], *tables.shape)
+    plans.begin((starts, lengths, tables), given.max_query_len)
     return plans

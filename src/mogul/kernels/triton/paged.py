@@ -14,28 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogul.kernels.paged_call import PagedCall
 from mogul.kernels.triton import attention_kernels as kernels
 from mogul.kernels.triton import prompt_kernels
 from mogul.kernels.triton.launch import (
     INTERPRETED,
     Launch,
-    aligned,
     cdiv,
     descriptor,
     next_power_of_2,
 )
 from mogul.kernels.triton.paged_write import (
     Call,
-    Turns,
+    Operands,
     call_of,
-    check_pages,
+    operands_of,
     rounded_new,
-    scales_of,
-    turn_tensors,
-    with_even_rows,
     write_before,
 )
-from mogul.kernels.turn import ALL_KINDS, CHUNKS, FEW, FEW_QUERIES, FRESH, SEVERAL, Turn
+from mogul.kernels.turn import CHUNKS, FEW, FEW_QUERIES, FRESH, SEVERAL
 
 FEW_ROWS = 64
 TURNED_INSIDE = 16
@@ -177,109 +174,63 @@ def most_few(group: int) -> int:
     return max(1, min(FEW_QUERIES, FEW_ROWS // group))
 
 
-def paged_attention_triton(
-    query_THC: Tensor,
-    key_TNC: Tensor,
-    value_TNC: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots_T: Tensor,
-    tables_SB: Tensor,
-    query_starts: Tensor,
-    lengths_S: Tensor,
-    *,
-    max_query_len: int,
-    scaling: float,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    turn: Turn | None = None,
-    kinds: int = ALL_KINDS,
-) -> Tensor:
+def paged_attention_triton(given: PagedCall) -> Tensor:
     """See `mogul.kernels.paged_attention`. Waits for nothing; can be captured."""
-    new = (with_even_rows(query_THC), with_even_rows(key_TNC), with_even_rows(value_TNC))
-    query = new[0]
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    check_pages(key_cache, value_cache)
-    if not len(query):
+    operands = operands_of(given)
+    out, kinds, longest = operands.out, given.kinds, given.max_query_len
+    if not len(out):
         return out
-    sinks = None if sinks is None else aligned(sinks)
-    call = call_of(new, key_cache, len(lengths_S), scaling, sliding_window, sinks, turn)
-    scales = scales_of((key_scale, value_scale), call, query)
-    pages = (key_cache, value_cache)
-    where = (slots_T, tables_SB, query_starts, lengths_S)
-    turns = turn_tensors(turn, query)
+    call = call_of(given, operands)
     most = most_few(call.group) if kinds & SEVERAL else 1
-    writes = max_query_len > most or (turn is not None and len(lengths_S) > TURNED_INSIDE)
+    turns_many = given.turn is not None and len(given.lengths_S) > TURNED_INSIDE
+    writes = longest > most or turns_many
     if writes:
-        places = (slots_T, query_starts, lengths_S)
-        call, new = write_before(call, new, pages, places, scales, turns, out)
-    if max_query_len > most:
-        _run_many(call, most, kinds, new, pages, where, scales, sinks, out)
+        call, operands = write_before(call, given, operands)
+    if longest > most:
+        _run_many(call, most, given, operands)
         if not kinds & FEW:
             return out
-    queries = min(max_query_len, most)
-    _run_few(call, queries, not writes, new, pages, where, scales, turns, sinks, out)
+    _run_few(call, min(longest, most), given, operands, writes=not writes)
     return out
 
 
 def _run_few(
-    call: Call,
-    max_queries: int,
-    writes: bool,
-    new: tuple[Tensor, Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
-    where: tuple[Tensor, Tensor, Tensor, Tensor],
-    scales: tuple[Tensor, Tensor],
-    turns: Turns,
-    sinks: Tensor | None,
-    out: Tensor,
+    call: Call, max_queries: int, given: PagedCall, operands: Operands, *, writes: bool
 ) -> None:
-    slots, tables, starts, lengths = where
-    attend, merge, workers = _few(call, max_queries, writes, tile_of(call, len(lengths)))
+    tables, starts, lengths = given.tables_SB, given.query_starts, given.lengths_S
+    out, scales = operands.out, operands.scales
     num_seqs, rows = len(lengths), call.group * max_queries
+    attend, merge, workers = _few(call, max_queries, writes, tile_of(call, num_seqs))
     parts = (workers + num_seqs) * call.kv_heads * rows
     acc = torch.empty(parts, call.width, dtype=torch.float32, device=out.device)
     stat = torch.empty(parts, 2, dtype=torch.float32, device=out.device)
     attend(
-        (workers, call.kv_heads), call.device, *new, *pages, slots, tables, starts, lengths,
-        *scales, *turns, acc, stat, num_seqs, tables.stride(0),
+        (workers, call.kv_heads), call.device, *operands.new, *operands.pages, given.slots_T,
+        tables, starts, lengths, *scales, *operands.turns, acc, stat, num_seqs, tables.stride(0),
     )  # fmt: skip
     spots = num_seqs * max_queries
     merge(
         (max(spots, len(out)) if writes else spots, call.kv_heads * call.group), call.device,
-        acc, stat, out, starts, lengths, out if sinks is None else sinks, scales[1], num_seqs,
-        len(out),
+        acc, stat, out, starts, lengths, operands.sinks, scales[1], num_seqs, len(out),
     )  # fmt: skip
 
 
-def _run_many(
-    call: Call,
-    few: int,
-    kinds: int,
-    new: tuple[Tensor, Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
-    where: tuple[Tensor, Tensor, Tensor, Tensor],
-    scales: tuple[Tensor, Tensor],
-    sinks: Tensor | None,
-    out: Tensor,
-) -> None:
-    _, tables, starts, lengths = where
-    query, num_seqs = new[0], len(lengths)
-    apart = bool(kinds & FRESH) and _may_read_fresh(call)
+def _run_many(call: Call, few: int, given: PagedCall, operands: Operands) -> None:
+    tables, starts, lengths = given.tables_SB, given.query_starts, given.lengths_S
+    query, out, num_seqs = operands.new[0], operands.out, len(lengths)
+    apart = bool(given.kinds & FRESH) and _may_read_fresh(call)
     if apart:
         attend, queries = _fresh(call, few, fresh_tile)
         grid = (call.kv_heads, cdiv(len(out), queries) + num_seqs)
-        own = rounded_new(call, new, pages, scales) if call.is_fp8 else new[1:]
+        own = rounded_new(call, operands) if call.is_fp8 else operands.new[1:]
         rows = [_as_rows(one, fresh_tile.block) for one in own]
         attend(grid, call.device, query, *rows, out, starts, lengths, num_seqs)
-        if not kinds & CHUNKS:
+        if not given.kinds & CHUNKS:
             return
     attend, queries = _many(call, few, many_tile, apart)
     attend(
-        (call.kv_heads, cdiv(len(out), queries) + num_seqs), call.device, query, *pages, out,
-        tables, starts, lengths, out if sinks is None else sinks, *scales, num_seqs,
+        (call.kv_heads, cdiv(len(out), queries) + num_seqs), call.device, query, *operands.pages,
+        out, tables, starts, lengths, operands.sinks, *operands.scales, num_seqs,
         tables.stride(0),
     )  # fmt: skip
 

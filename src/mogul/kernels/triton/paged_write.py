@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mogul.core.errors import BackendError
+from mogul.kernels.paged_call import PagedCall
 from mogul.kernels.reference.attention import FP8
 from mogul.kernels.triton import attention_kernels as kernels
 from mogul.kernels.triton.launch import (
@@ -93,32 +94,62 @@ class Call:
         return {"TURN": self.turns, "NORM": self.norms}
 
 
-def call_of(
-    new: tuple[Tensor, Tensor, Tensor],
-    key_cache: Tensor,
-    sequences: int,
-    scaling: float,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    turn: Turn | None,
-) -> Call:
-    """The call of these queries, keys and values."""
-    query, key, value = new
-    num_kv_heads, width = key.shape[1:]
-    device = device_index(query)
+Turns = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Cosines, sines, weights of the queries' and keys' norms."""
+
+
+class Operands(NamedTuple):
+    """Tensors of a call in the kernels' form; anything stands for what is not read."""
+
+    new: tuple[Tensor, Tensor, Tensor]
+    """Queries, keys and values."""
+
+    pages: tuple[Tensor, Tensor]
+    scales: tuple[Tensor, Tensor]
+    turns: Turns
+    sinks: Tensor
+    out: Tensor
+
+
+def operands_of(given: PagedCall) -> Operands:
+    """The tensors of a call, with room for its output.
+
+    Raises:
+        BackendError: pages that the kernels cannot write.
+    """
+    query, key, value, key_cache, value_cache = given[:5]
+    query = with_even_rows(query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    check_pages(key_cache, value_cache)
+    return Operands(
+        (query, with_even_rows(key), with_even_rows(value)),
+        (key_cache, value_cache),
+        _scales_of(given),
+        _turn_tensors(given.turn, query),
+        out if given.sinks is None else aligned(given.sinks),
+        out,
+    )
+
+
+def call_of(given: PagedCall, operands: Operands) -> Call:
+    """All of a call that kernels depend on."""
+    (query, key, value), turn = operands.new, given.turn
+    _, num_kv_heads, width = key.shape
+    device, cache = device_index(query), given.key_cache
+    sinks = None if given.sinks is None else operands.sinks
     return Call(
         device=device,
-        sequences=max(32, next_power_of_2(sequences)),
+        sequences=max(32, next_power_of_2(len(given.lengths_S))),
         kv_heads=num_kv_heads,
         group=query.shape[1] // num_kv_heads,
         width=width,
-        page_size=key_cache.shape[1],
-        window=sliding_window or 0,
-        scaling=float(scaling),
-        is_fp8=key_cache.dtype == FP8,
+        page_size=cache.shape[1],
+        window=given.sliding_window or 0,
+        scaling=float(given.scaling),
+        is_fp8=cache.dtype == FP8,
         has_sinks=sinks is not None,
         strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
-        dtypes=_dtypes(query, key_cache, sinks, *(turn or ())[:4]),
+        dtypes=_dtypes(query, cache, sinks, *(turn or ())[:4]),
         turns=0 if turn is None else 1 + turn.is_signed,
         norms=turn is not None and turn.query_norm is not None,
         eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
@@ -126,86 +157,58 @@ def call_of(
     )
 
 
-def write_new(
-    new: tuple[Tensor, Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
-    where: tuple[Tensor, Tensor, Tensor],
-    scales: tuple[Tensor | None, Tensor | None],
-    turn: Turn | None,
-) -> tuple[Tensor, Tensor]:
+def write_new(given: PagedCall) -> tuple[Tensor, Tensor]:
     """Write keys and values into their pages, for attention by other kernels.
-
-    Args:
-        new: queries, keys and values.
-        pages: of keys and of values.
-        where: slots, query starts, lengths.
-        scales: of fp8 pages, of keys and of values.
-        turn: norms and rotates queries and keys first.
 
     Returns:
         The queries to attend with, and the output, in which rows of padding are 0.
     """
-    query, key, value = (with_even_rows(one) for one in new)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    check_pages(*pages)
-    if not len(query):
-        return query, out
-    call = call_of((query, key, value), pages[0], len(where[-1]), 1.0, None, None, turn)
-    of_heads, turns = scales_of(scales, call, query), turn_tensors(turn, query)
-    _, ready = write_before(call, (query, key, value), pages, where, of_heads, turns, out)
-    return ready[0], out
+    operands = operands_of(given)
+    if not len(operands.out):
+        return operands.new[0], operands.out
+    call = call_of(given._replace(scaling=1.0, sliding_window=None, sinks=None), operands)
+    _, operands = write_before(call, given, operands)
+    return operands.new[0], operands.out
 
 
-def write_before(
-    call: Call,
-    new: tuple[Tensor, Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
-    where: tuple[Tensor, Tensor, Tensor],
-    scales: tuple[Tensor, Tensor],
-    turns: Turns,
-    out: Tensor,
-) -> tuple[Call, tuple[Tensor, Tensor, Tensor]]:
-    """Write keys and values; the call that is left to do, and its queries, keys and values."""
-    (query, key, value), (slots, starts, lengths) = new, where
+def write_before(call: Call, given: PagedCall, operands: Operands) -> tuple[Call, Operands]:
+    """Write keys and values; the call that is left to do, and its tensors."""
+    out, (_, _, value) = operands.out, operands.new
     tokens, heads, width = out.shape
-    ready = out.new_empty((tokens, heads + call.kv_heads, width)) if call.turns else query
+    ready = out.new_empty((tokens, heads + call.kv_heads, width)) if call.turns else out
     grid = (tokens, 1 + (cdiv(heads, TURNED_HEADS) if call.turns else 0))
     _writer(call)(
-        grid, call.device, *new, *pages, slots, starts, *scales, *turns, ready, out,
-        len(lengths),
+        grid, call.device, *operands.new, *operands.pages, given.slots_T, given.query_starts,
+        *operands.scales, *operands.turns, ready, out, len(given.lengths_S),
     )  # fmt: skip
     if not call.turns:
-        return call, new
+        return call, operands
     query, key = ready[:, :heads], ready[:, heads:]
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     call = replace(call, strides=strides, turns=0, norms=False, eps=(0.0, 0.0))
-    return call, (query, key, value)
+    return call, operands._replace(new=(query, key, value))
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
-Turns = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Cosines, sines, weights of the queries' and keys' norms."""
-
-
-def turn_tensors(turn: Turn | None, like: Tensor) -> Turns:
-    """Contiguous; anything stands for what is not read."""
-    some = (None,) * 4 if turn is None else turn[:4]
-    cos, sin, query_norm, key_norm = (like if x is None else aligned(x) for x in some)
+def _turn_tensors(turn: Turn | None, like: Tensor) -> Turns:
+    """Contiguous."""
+    if turn is None:
+        return like, like, like, like
+    cos, sin, query_norm, key_norm = (like if x is None else aligned(x) for x in turn[:4])
     return cos, sin, query_norm, key_norm
 
 
-def scales_of(
-    scales: tuple[Tensor | None, Tensor | None], call: Call, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scales_of(given: PagedCall) -> tuple[Tensor, Tensor]:
     """A number a key head, of keys and of values; ones where there is none (they are not read)."""
-    of_keys, of_values = (
-        _ones(like.device, call.kv_heads) if scale is None else scale.contiguous()
-        for scale in scales
+    of_keys, of_values = given.key_scale, given.value_scale
+    ones = _ones(given.key_TNC.device, given.key_TNC.shape[1])
+    return (
+        ones if of_keys is None else of_keys.contiguous(),
+        ones if of_values is None else of_values.contiguous(),
     )
-    return of_keys, of_values
 
 
 @cache
@@ -248,15 +251,11 @@ def _ones(device: torch.device, heads: int) -> Tensor:
     return torch.ones(heads, device=device)
 
 
-def rounded_new(
-    call: Call,
-    new: tuple[Tensor, Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
-    scales: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
+def rounded_new(call: Call, operands: Operands) -> tuple[Tensor, Tensor]:
     """New keys and values as their fp8 pages give them back, in the dtype of the queries."""
-    key, value = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in new[1:])
-    _rounder(call)((len(key), 1), call.device, *new[1:], *pages, *scales, key, value)
+    new = operands.new[1:]
+    key, value = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in new)
+    _rounder(call)((len(key), 1), call.device, *new, *operands.pages, *operands.scales, key, value)
     return key, value
 
 

@@ -40,7 +40,7 @@ class Proposer:
         return 0
 
     def work_bytes(self, runner: Runner, step_tokens: int, captured_tokens: int) -> int:
-        """Bytes on an accelerator besides pages, of its largest step and its largest captured one."""
+        """Bytes on an accelerator besides pages, of its largest steps, eager and captured."""
         del runner, step_tokens, captured_tokens
         return 0
 
