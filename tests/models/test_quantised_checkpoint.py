@@ -77,7 +77,9 @@ def test_what_is_read_is_what_quantising_while_loading_makes(
 ) -> None:
     source = saved(tmp_path / "source", name)
     report = quantise_checkpoint(source, tmp_path / "out", format, max_file_bytes=60_000)
-    assert len(list(report.folder.glob("model-*.safetensors"))) > 1
+    parts = list(report.folder.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    assert {part.stat().st_mode for part in parts} == {(source / "config.json").stat().st_mode}
     what = weight_format(format)
     want = load_quantised(source, what.experts, linears=what.linears)
     assert_equal_models(load_stored(report.folder), want)

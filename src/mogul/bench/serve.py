@@ -125,6 +125,7 @@ def open_and_measure(
     statistics: str | None = None,
 ) -> Result:
     """Open a model as the engine would, and measure it; see `measure`."""
+    from mogul.models.quantise_load import packed_format
     from mogul.serve.loading import open_with_scales
 
     where = device_of(device)
@@ -142,7 +143,8 @@ def open_and_measure(
     if scales is not None:
         request = replace(request, kv_scales=scales)
     result = measure(model, request, name=name or path, bytes_per_s=bytes_per_s)
-    return replace(result, dtype=f"{result.dtype}, {quantise}") if quantise else result
+    packed = quantise or packed_format(model)
+    return replace(result, dtype=f"{result.dtype}, {packed}") if packed else result
 
 
 def measure(

@@ -212,6 +212,7 @@ def open_speaker(
     say(f"loading {model}")
     from mogul.models import load_tokenizer
     from mogul.models.load import named_device
+    from mogul.models.quantise_load import packed_format
     from mogul.serve.loading import open_model
 
     where = named_device(device)
@@ -233,7 +234,8 @@ def open_speaker(
     params = sampling_params(loaded.generation_config, sampling)
     count = show_count(loaded.num_parameters())
     kind = str(loaded.dtype).removeprefix("torch.")
-    kind += f", the others in {quantise}," if quantise != "no" else ""
+    packed = packed_format(loaded) if quantise == "no" else quantise
+    kind += f", the others in {packed}," if packed else ""
     say(
         f"{count} parameters in {kind} on {loaded.device}, "
         f"{show_s(time.perf_counter() - start_s, 1)}; {_sampling_words(params)}"

@@ -30,6 +30,7 @@ from mogul.models.input_stats import InputStats
 from mogul.models.load import _dtype, _load, _skeleton, _stored, find_folder, load_config
 from mogul.models.quantise import (
     Importance,
+    PackedExperts,
     experts_modules,
     no_experts,
     quantise_module,
@@ -66,6 +67,14 @@ def weight_format(name: str) -> WeightFormat:
         raise ConfigError(f"quantise {name!r} is unknown", fix=nearest(name, WEIGHTS))
     experts = expert_format(name.removesuffix("-experts").removesuffix("-all"))
     return WeightFormat(experts, name in ("fp8", "fp8-all"), name == "fp8-all")
+
+
+def packed_format(model: nn.Module) -> str | None:
+    """In what a model's quantised weights are held; None where it has none."""
+    modules = list(model.modules())
+    experts = (module.format.name for module in modules if isinstance(module, PackedExperts))
+    linear = "fp8" if any(isinstance(module, PackedLinear) for module in modules) else None
+    return next(experts, linear)
 
 
 def load_quantised(

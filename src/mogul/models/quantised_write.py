@@ -208,7 +208,9 @@ def _write(
     held: dict[str, Tensor] = {}
 
     def put() -> None:
-        save_file(held, work / f"part-{len(parts)}", metadata={"format": "pt"})
+        part = work / f"part-{len(parts)}"
+        save_file(held, part, metadata={"format": "pt"})
+        part.chmod((work / "config.json").stat().st_mode)  # the library writes for the owner alone
         parts.append(list(held))
         held.clear()
 

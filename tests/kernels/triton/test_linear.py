@@ -81,3 +81,14 @@ def test_on_a_device(rows, columns, inner):
         assert got.dtype == dtype
         want = x.double() @ weight.double().T
         assert float((got - want).norm() / want.norm()) < (5e-3 if got.itemsize == 2 else 1e-5)
+
+
+def test_the_processor_says_once_that_fp8_gains_no_time_there(caplog):
+    linear._tell_of_definition.cache_clear()
+    rows, scale = quantise_rows(torch.randn(3, 16))
+    for _ in range(2):
+        linear.linear_fp8(rows, scale, rows, scale, torch.float32)
+    told = [record.message for record in caplog.records]
+    assert told == [
+        "fp8 linear layers run by their definition on the processor: it saves memory, not time"
+    ]

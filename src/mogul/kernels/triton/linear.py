@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mogul.core.errors import ConfigError
+from mogul.core.log import log
 from mogul.kernels.triton.launch import (
     INTERPRETED,
     Launch,
@@ -79,11 +80,19 @@ def check_linear(rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: 
         )
 
 
+@cache
+def _tell_of_definition() -> None:
+    log.warning(
+        "fp8 linear layers run by their definition on the processor: it saves memory, not time"
+    )
+
+
 def _fp8_on_host(
     rows: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The definition: fp32 products of the rounded numbers, scaled by row and by column."""
     check_linear(rows, row_scale, weight, weight_scale)
+    _tell_of_definition()
     product = rows.float() @ weight.float().T
     return (product * row_scale[:, None] * weight_scale).to(dtype)
 
