@@ -49,3 +49,27 @@ def test_sparse_attention_looks_back_its_selection():
 def test_the_unknown_stays_unknown():
     with pytest.raises(ConfigError, match="unknown model_type 'mamba'"):
         spec_to_price({"model_type": "mamba"})
+
+
+@pytest.mark.parametrize(
+    "key", ["layer_types", "linear_num_value_heads", "linear_value_head_dim", "linear_key_head_dim"]
+)
+@pytest.mark.parametrize("value", ["missing", None, -1, "x", 0.5])
+def test_a_key_of_linear_attention_that_cannot_be_is_named(key, value):
+    given = {k: v for k, v in QWEN35.items() if k != key}
+    given |= {} if value == "missing" else {key: value}
+    with pytest.raises(ConfigError, match=key):
+        spec_to_price(given)
+
+
+def test_layers_must_all_have_a_kind():
+    with pytest.raises(ConfigError, match="layer_types names 1 of 60 layers"):
+        spec_to_price(QWEN35 | {"layer_types": ["linear_attention"]})
+
+
+@pytest.mark.parametrize("value", ["missing", None, 0, -1, "x"])
+def test_a_selection_that_cannot_be_is_named(value):
+    given = {**config("deepseek-v3"), "model_type": "deepseek_v32"}
+    given |= {} if value == "missing" else {"index_topk": value}
+    with pytest.raises(ConfigError, match="index_topk"):
+        spec_to_price(given)

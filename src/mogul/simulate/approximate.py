@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mogul.core.errors import ConfigError
 from mogul.spec.families import model_spec, text_config
 from mogul.spec.model import ModelSpec
 
@@ -35,18 +36,36 @@ def spec_to_price(config: Mapping[str, Any]) -> tuple[ModelSpec, str]:
 
 
 def _linear_attention(text: dict[str, Any]) -> ModelSpec:
-    linear_layers = text["layer_types"].count("linear_attention")
+    layers, kinds = _whole(text, "num_hidden_layers"), text.get("layer_types")
+    if not isinstance(kinds, list):
+        raise ConfigError(f"the config's layer_types is {kinds!r}", fix="give one kind a layer")
+    if len(kinds) != layers:
+        raise ConfigError(
+            f"the config's layer_types names {len(kinds)} of {layers} layers",
+            fix="give one kind a layer",
+        )
+    heads, width = _whole(text, "linear_num_value_heads"), _whole(text, "linear_value_head_dim")
+    keys = _whole(text, "linear_key_head_dim")
     spec = model_spec({**text, "model_type": "qwen3_moe", "tie_word_embeddings": False})
-    heads, width = text["linear_num_value_heads"], text["linear_value_head_dim"]
-    state_bytes = 2 * heads * width * text["linear_key_head_dim"] * STATE_BYTES  # read and written
+    state_bytes = 2 * heads * width * keys * STATE_BYTES  # read and written
     window = round(state_bytes / (spec.attention.kv_elements * 2))
-    attention = spec.attention.replace(sliding_window=window, num_windowed_layers=linear_layers)
+    attention = spec.attention.replace(
+        sliding_window=window, num_windowed_layers=kinds.count("linear_attention")
+    )
     return spec.replace(attention=attention)
 
 
 def _sparse_attention(text: dict[str, Any]) -> ModelSpec:
+    selected = _whole(text, "index_topk")
     spec = model_spec({**text, "model_type": "deepseek_v3"})
-    attention = spec.attention.replace(
-        sliding_window=text["index_topk"], num_windowed_layers=spec.num_layers
-    )
+    attention = spec.attention.replace(sliding_window=selected, num_windowed_layers=spec.num_layers)
     return spec.replace(attention=attention)
+
+
+def _whole(text: Mapping[str, Any], key: str) -> int:
+    value = text.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"the config's {key} is {value!r}", fix=f"give {key} as a whole number above 0"
+        )
+    return value
