@@ -6,7 +6,9 @@ from typing import Literal
 
 import pytest
 
-from mogul.cli.flags import parse
+from mogul.cli.flags import named_by_flags, parse
+from mogul.core.errors import ConfigError
+from mogul.spec.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +46,23 @@ def test_what_cannot_be_is_wrong_usage(args, words, capsys):
         read(*args)
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"batch": 0}, r"^--batch 7 cannot be: it should be greater than or equal to 1"),
+        ({"input_tokens": -2}, r"^--count 3 cannot be: it should be greater than or equal to 1"),
+        ({"prefix_hit": 2.0}, r"^Workload: prefix_hit: Input should be less than 1"),
+    ],
+)
+def test_a_field_that_cannot_be_is_told_as_its_flag_was_typed(values, words):
+    @dataclass
+    class Typed:
+        batch: int = 7
+        count: int = 3
+
+    flags = named_by_flags(Typed(), input_tokens="count")
+    with pytest.raises(ConfigError, match=words) as caught, flags:
+        Workload(**values)
+    assert caught.value.__notes__[0].startswith("fix: use ")

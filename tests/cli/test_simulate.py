@@ -43,6 +43,15 @@ def test_run_prints_a_point_and_json_in_base_units(capsys):
         (("shape", "--total", "8e10", "6e10"), "no shape has between 8e+10 and 6e+10 parameters"),
         (("train", "preset:qwen3-30b-a3b", "--tokens", "nan"), "--tokens nan take no time"),
         (("compare", "preset:qwen3-8b"), "is dense: it has nothing to group"),
+        (("run", "preset:qwen3-30b-a3b", "--batch", "0"), "--batch 0 cannot be: it should be gr"),
+        (("run", "preset:qwen3-30b-a3b", "--input", "-5"), "--input -5 cannot be"),
+        (("run", "preset:qwen3-30b-a3b", "--max-tpot-ms", "-1"), "--max-tpot-ms -1.0 cannot be"),
+        (("run", "preset:qwen3-30b-a3b", "--moe-tp", "0"), "--moe-tp 0 cannot be"),
+        (("run", "preset:qwen3-30b-a3b", "--skew", "-1"), "--skew -1.0 cannot be"),
+        (("run", "preset:qwen3-30b-a3b", "--drafts", "-1"), "--drafts -1 cannot be"),
+        (("run", "preset:qwen3-30b-a3b", "--acceptance", "0.5"), "does nothing without --drafts"),
+        (("train", "preset:qwen3-30b-a3b", "--sequence", "0"), "--sequence 0 cannot be"),
+        (("train", "preset:qwen3-30b-a3b", "--mtp", "-1"), "--mtp -1 cannot be"),
     ],
 )
 def test_bad_input_is_wrong_usage(capsys, args, words):

@@ -52,19 +52,21 @@ class Options:
 def run(options: Options) -> int:
     """Build and print what was made."""
     from mogul.cli.data_check import table_of
+    from mogul.cli.flags import named_by_flags
     from mogul.train.data.build import BuildSpec, build
 
     o = options
-    spec = BuildSpec(
-        sources=o.sources,
-        tokenizer=o.tokenizer,
-        vocab_size=o.vocab_size,
-        text_key=o.text_key,
-        held_out=o.held_out,
-        held_out_by=o.held_out_by,
-        shard_tokens=o.shard_tokens,
-        keep_duplicates=o.keep_duplicates,
-    )
+    with named_by_flags(o):
+        spec = BuildSpec(
+            sources=o.sources,
+            tokenizer=o.tokenizer,
+            vocab_size=o.vocab_size,
+            text_key=o.text_key,
+            held_out=o.held_out,
+            held_out_by=o.held_out_by,
+            shard_tokens=o.shard_tokens,
+            keep_duplicates=o.keep_duplicates,
+        )
     manifest = build(spec, o.out, force=o.force)
     table_of(o.out, manifest).show(o.format)
     return 0

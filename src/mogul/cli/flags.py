@@ -1,12 +1,15 @@
 """How the fields of a verb's `Options` become flags: what tyro shows of values that may be absent.
 
 `int | None` is shown as INT, since leaving the flag out says None; a flag that is off by default
-has no second name that turns it off.
+has no second name that turns it off. A record made from flags that refuses a value speaks of the
+flag, and of the value as it was typed.
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import tyro
@@ -38,6 +41,27 @@ def _may_be_absent(info: constructors.PrimitiveTypeInfo) -> Any:
         ),
         choices=found.choices,
     )
+
+
+@contextmanager
+def named_by_flags(options: object, **option_of: str) -> Iterator[None]:
+    """Say of a record's field that cannot be which flag gave it, and the value as it was typed.
+
+    A field has the name of its option, or that in `option_of`.
+    """
+    from mogul.core.errors import ConfigError, FieldError
+
+    try:
+        yield
+    except FieldError as error:
+        field = error.key.partition(".")[0]
+        option = option_of.get(field, field)
+        if not hasattr(options, option):
+            raise
+        value = getattr(options, option)
+        flag = f"--{option.replace('_', '-')} {value}"
+        reason = error.reason.replace("Input should", "it should", 1)
+        raise ConfigError(f"{flag} cannot be: {reason}", fix=error.fix) from None
 
 
 def parse(kind: type[T], args: list[str], *, prog: str, description: str) -> T:

@@ -128,24 +128,26 @@ def model_of(options: Deployment) -> ModelSpec:
 def setting_of(options: Deployment) -> Setting:
     """The setting the flags describe."""
     from mogul.cli.find_config import PRESET
+    from mogul.cli.flags import named_by_flags
     from mogul.simulate.engines import Overlap, engine
     from mogul.simulate.routing import Routing
     from mogul.simulate.run import Setting
     from mogul.spec.parallel import Parallel
 
     device = _device(options)
-    layout = Parallel(
-        tp=options.tp,
-        dp=options.dp,
-        pp=options.pp,
-        ep=options.ep,
-        moe_tp=options.moe_tp,
-        shared_tp=options.shared_tp,
-    )
     kind = "trace" if options.trace else ("power_law" if options.skew else "uniform")
-    routing = Routing(
-        kind=kind, alpha=options.skew, file=options.trace, placement=options.placement
-    )
+    with named_by_flags(options, alpha="skew", file="trace"):
+        layout = Parallel(
+            tp=options.tp,
+            dp=options.dp,
+            pp=options.pp,
+            ep=options.ep,
+            moe_tp=options.moe_tp,
+            shared_tp=options.shared_tp,
+        )
+        routing = Routing(
+            kind=kind, alpha=options.skew, file=options.trace, placement=options.placement
+        )
     chosen = engine(options.engine).replace(overlap=Overlap(kind=options.overlap))
     measured = _measured(options, device.name)
     model, quant = model_of(options), quant_of(options)
@@ -204,23 +206,41 @@ def _measured(options: Deployment, device: str) -> dict[str, Any]:
     }
 
 
+OPTION_OF_LOAD = {
+    "input_tokens": "input",
+    "output_tokens": "output",
+    "draft_tokens": "drafts",
+    "max_ttft_s": "max_ttft_ms",
+    "max_tpot_s": "max_tpot_ms",
+}
+
+
 def workload_of(options: Deployment) -> Workload:
     """The load the flags describe."""
+    from mogul.cli.flags import named_by_flags
+    from mogul.core.errors import ConfigError
     from mogul.spec.workload import Speculation, Workload
 
-    drafts = None
-    if options.drafts:
-        drafts = Speculation(draft_tokens=options.drafts, acceptance=options.acceptance)
-    return Workload(
-        input_tokens=options.input,
-        output_tokens=options.output,
-        batch=options.batch,
-        prefix_hit=options.prefix_hit,
-        arrival="together" if options.together else "steady",
-        speculation=drafts,
-        max_ttft_s=options.max_ttft_ms and options.max_ttft_ms * 1e-3,
-        max_tpot_s=options.max_tpot_ms and options.max_tpot_ms * 1e-3,
-    )
+    if not options.drafts and options.acceptance != Deployment.acceptance:
+        raise ConfigError("--acceptance does nothing without --drafts", fix="give --drafts N")
+    with named_by_flags(options, **OPTION_OF_LOAD):
+        drafts = None
+        if options.drafts:
+            drafts = Speculation(draft_tokens=options.drafts, acceptance=options.acceptance)
+        return Workload(
+            input_tokens=options.input,
+            output_tokens=options.output,
+            batch=options.batch,
+            prefix_hit=options.prefix_hit,
+            arrival="together" if options.together else "steady",
+            speculation=drafts,
+            max_ttft_s=_seconds(options.max_ttft_ms),
+            max_tpot_s=_seconds(options.max_tpot_ms),
+        )
+
+
+def _seconds(given_ms: float | None) -> float | None:
+    return None if given_ms is None else given_ms * 1e-3
 
 
 def write_page(path: Path | None, title: str, tables: Sequence[Table]) -> None:

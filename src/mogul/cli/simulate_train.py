@@ -74,23 +74,26 @@ class Options(Deployment):
 
 def plan_of(options: Options, overlap: Overlap) -> TrainPlan:
     """How the options train."""
+    from mogul.cli.flags import named_by_flags
     from mogul.simulate.train_plan import TrainPlan
 
-    return TrainPlan(
-        sequence_tokens=options.sequence,
-        global_batch=options.global_batch,
-        micro_batch=options.micro_batch,
-        devices=options.devices,
-        virtual_stages=options.virtual_stages,
-        schedule=options.schedule,
-        context_parallel=options.context_parallel,
-        graphs=options.graphs,
-        mtp_layers=options.mtp,
-        is_balanced=options.balanced,
-        recompute=options.recompute,
-        shards_weights=options.fsdp,
-        overlap=overlap,
-    )
+    names = {"sequence_tokens": "sequence", "mtp_layers": "mtp"}
+    with named_by_flags(options, **names):
+        return TrainPlan(
+            sequence_tokens=options.sequence,
+            global_batch=options.global_batch,
+            micro_batch=options.micro_batch,
+            devices=options.devices,
+            virtual_stages=options.virtual_stages,
+            schedule=options.schedule,
+            context_parallel=options.context_parallel,
+            graphs=options.graphs,
+            mtp_layers=options.mtp,
+            is_balanced=options.balanced,
+            recompute=options.recompute,
+            shards_weights=options.fsdp,
+            overlap=overlap,
+        )
 
 
 def run(options: Options) -> int:

@@ -23,6 +23,14 @@ class ConfigError(MogulError, ValueError):
     """A value the user gave cannot work."""
 
 
+class FieldError(ConfigError):
+    """A field of a record has a value that cannot be; who knows the value's origin may name it."""
+
+    def __init__(self, problem: str, *, fix: str = "", key: str = "", reason: str = "") -> None:
+        super().__init__(problem, fix=fix)
+        self.fix, self.key, self.reason = fix, key, reason
+
+
 class ArtifactError(MogulError, ValueError):
     """A file or checkpoint is missing, damaged or not what it claims to be."""
 

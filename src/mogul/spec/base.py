@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mogul.core.errors import ConfigError, nearest
+from mogul.core.errors import ConfigError, FieldError, nearest
 
 
 class Spec(BaseModel):
@@ -48,10 +48,12 @@ def _as_config_error(error: ValidationError, cls: type[Spec], where: str) -> Con
         return ConfigError(f"{where}: unknown key {key!r}", fix=nearest(last, cls.model_fields))
     if problem["type"] == "missing":
         return ConfigError(f"{where}: key {key!r} is missing", fix=f"add {key!r}")
-    given = f" (given: {problem['input']!r})" if key else ""
     text = problem["msg"].removeprefix("Value error, ")
-    told = f"{where}: {key}: {text}{given}" if key else f"{where}: {text}"
-    return ConfigError(told, fix=_mend(problem["type"], problem.get("ctx", {})))
+    fix = _mend(problem["type"], problem.get("ctx", {}))
+    if not key:
+        return ConfigError(f"{where}: {text}", fix=fix)
+    told = f"{where}: {key}: {text} (given: {problem['input']!r})"
+    return FieldError(told, fix=fix, key=key, reason=text)
 
 
 def _mend(kind: str, limits: Mapping[str, Any]) -> str:
