@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from mogul.core.errors import ArtifactError, ConfigError
 from mogul.simulate import curves, physics
 from mogul.simulate.calibration import Calibration, many_rows_s, shipped
 from mogul.simulate.machine import read_machine
@@ -180,6 +181,36 @@ def test_a_table_needs_its_head(tmp_path):
     (tmp_path / "t.csv").write_text("# kind = moe\nrows,seconds\n1,2\n")
     with pytest.raises(ValueError, match="lacks device, dtype, engine, source"):
         read_table(tmp_path / "t.csv")
+
+
+HEAD = "# kind = moe\n# device = h100\n# engine = x\n# dtype = fp8\n# source = s\n"
+COLUMNS = "rows,distinct,hidden,width,seconds\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (HEAD + COLUMNS + "8,8,128,64,1e-5\n8,8,128,64,nan\n", "row 2 .*seconds is 'nan'"),
+        (HEAD + COLUMNS + "8,8,128,64,0\n", "row 1 .*seconds is '0'"),
+        (HEAD + COLUMNS + "8,8,-128,64,1e-5\n", "row 1 .*hidden is '-128'"),
+        (HEAD + COLUMNS + "8,8,128,wide,1e-5\n", "row 1 .*width is 'wide'"),
+        (HEAD + COLUMNS + "8,8\n", "row 1 .*hidden is None"),
+        (HEAD + "rows,seconds\n8,1e-5\n", "has no column 'distinct', which moe needs"),
+        (HEAD.replace("moe", "mow") + COLUMNS + "8,8,128,64,1e-5\n", "unknown kind 'mow'"),
+        (HEAD.replace("fp8", "fp9") + COLUMNS + "8,8,128,64,1e-5\n", "unknown dtype 'fp9'"),
+    ],
+)
+def test_a_table_that_cannot_be_is_named(tmp_path, text, words):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ArtifactError, match=rf"t\.csv.*{words}"):
+        read_table(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"device": "h100", "source": "s", "launch_s": -1}'])
+def test_a_machine_that_cannot_be_is_named(tmp_path, text):
+    (tmp_path / "machine.json").write_text(text)
+    with pytest.raises((ArtifactError, ConfigError), match=r"machine\.json"):
+        read_machine(tmp_path)
 
 
 def test_the_nearer_measurement_weighs_more():

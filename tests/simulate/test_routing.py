@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError
 from mogul.simulate.routing import Routing, layer_loads
 from mogul.spec import balance
 from mogul.spec.grouping import Grouping
@@ -116,3 +116,25 @@ def test_a_placement_moves_and_copies_experts(tmp_path):
     assert after.rho < 1.05
     with pytest.raises(ConfigError, match="on 8 devices; here are 64 experts on 4 ranks"):
         layer_loads(routing, FREE, 16, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (np.full((2, 8), np.nan), "finite and not negative"),
+        (-np.ones((2, 8)), "finite and not negative"),
+        (np.full((2, 8), "x"), "could not convert"),
+    ],
+)
+def test_loads_that_cannot_be_are_named(tmp_path, load, words):
+    np.savez(tmp_path / "trace.npz", load=load)
+    routing = Routing(kind="trace", file=str(tmp_path / "trace.npz"))
+    with pytest.raises(ArtifactError, match=words):
+        layer_loads(routing, Grouping(num_experts=8, num_groups=2, top_k=2), 16, 2, 2)
+
+
+def test_a_file_that_is_no_archive_is_named(tmp_path):
+    (tmp_path / "trace.npz").write_bytes(b"junk")
+    routing = Routing(kind="trace", file=str(tmp_path / "trace.npz"))
+    with pytest.raises(ArtifactError, match=r"trace\.npz"):
+        layer_loads(routing, Grouping(num_experts=8, num_groups=2, top_k=2), 16, 2, 2)

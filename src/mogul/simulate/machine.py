@@ -45,7 +45,7 @@ class Machine(Spec):
     copy_bytes_per_s: float | None = None
     """Read and written by a large copy."""
 
-    launch_s: float | None = None
+    launch_s: float | None = Field(default=None, ge=0)
     """Host time of a small kernel without a graph."""
 
     graph_launch_s: float | None = None
@@ -91,6 +91,11 @@ def read_machine(path: Path) -> Machine:
         raise ArtifactError(
             f"{path} is no machine.json: {error}", fix="make it with `mogul simulate calibrate`"
         ) from None
+    if not isinstance(values, dict):
+        raise ArtifactError(
+            f"{path} is no machine.json: it holds no object",
+            fix="make it with `mogul simulate calibrate`",
+        )
     return Machine.parse(values, where=path.name)
 
 

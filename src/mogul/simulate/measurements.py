@@ -8,6 +8,7 @@ wheel.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mogul.core.errors import ArtifactError
+from mogul.core.errors import ArtifactError, nearest
 from mogul.simulate import physics
-from mogul.spec.quant import bytes_of
+from mogul.spec.quant import BITS, bytes_of
 
 SHIPPED_DIR = Path(__file__).parent / "measured"
 NEWER = "-newer"
@@ -94,7 +95,7 @@ def read_table(path: Path) -> KernelTable:
     rows, a column `case` says where each comes from.
 
     Raises:
-        ArtifactError: a key or column is missing.
+        ArtifactError: a key or column is missing, or a value cannot be.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     head = _head(lines)
@@ -105,17 +106,50 @@ def read_table(path: Path) -> KernelTable:
             f"{path} lacks {', '.join(sorted(missing)) or 'rows or the column seconds'}",
             fix="write it with `mogul simulate calibrate`",
         )
-    names = [name for name in rows[0] if name not in ("seconds", "group", "case")]
-    dims = {name: np.array([float(row[name]) for row in rows]) for name in names}
+    _check_head(path, head)
+    dims = {
+        name: np.array([_number(path, place, row, name) for place, row in enumerate(rows, 1)])
+        for name in rows[0]
+        if name not in ("group", "case")
+    }
+    seconds = dims.pop("seconds")
     width = np.full(len(rows), bytes_of(head["dtype"]))
     dims.setdefault("weight_bytes", width)
     dims.setdefault("input_bytes", width)
     groups = np.array([row["group"] for row in rows]) if "group" in rows[0] else None
-    seconds = np.array([float(row["seconds"]) for row in rows])
+    try:
+        physics.demand(head["kind"], dims)
+    except KeyError as lacking:
+        raise ArtifactError(
+            f"{path} has no column {lacking}, which {head['kind']} needs",
+            fix="write it with `mogul simulate calibrate`",
+        ) from None
     return KernelTable(
         head["kind"], head["device"], head["engine"], head["dtype"], head["source"], dims,
         seconds, groups, head.get("role") == "reference",
     )  # fmt: skip
+
+
+def _check_head(path: Path, head: Mapping[str, str]) -> None:
+    for key, known in (("kind", physics.KINDS), ("dtype", BITS)):
+        if head[key] not in known:
+            raise ArtifactError(
+                f"{path} is of unknown {key} {head[key]!r}", fix=nearest(head[key], known)
+            )
+
+
+def _number(path: Path, place: int, row: Mapping[str, str | None], name: str) -> float:
+    """A value of a row; nothing that is measured or measured at is 0 or below, or no number."""
+    try:
+        value = float(row[name] or "")
+    except (TypeError, ValueError):  # also of a row with more values than names
+        value = math.nan
+    if not (math.isfinite(value) and (value > 0 or name == "prior")):
+        raise ArtifactError(
+            f"{path}, row {place} below the names: {name} is {row[name]!r}",
+            fix="give a number above 0, or leave the row out",
+        )
+    return value
 
 
 def _head(lines: list[str]) -> dict[str, str]:

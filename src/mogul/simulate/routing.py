@@ -144,7 +144,7 @@ def _trace_load(routing: Routing, num_experts: int, num_layers: int) -> np.ndarr
     if path.suffix == ".npz":
         try:
             load = np.atleast_2d(np.asarray(np.load(path)["load"], dtype=float))
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise ArtifactError(
                 f"{path} has no array 'load': {error}",
                 fix="make the trace again with `mogul trace`",
@@ -156,6 +156,11 @@ def _trace_load(routing: Routing, num_experts: int, num_layers: int) -> np.ndarr
             f"{path} has loads of {load.shape[0]} layers x {load.shape[1]} experts, the model "
             f"{num_layers} x {num_experts}",
             fix="record the trace with this model",
+        )
+    if not (np.isfinite(load).all() and (load >= 0).all()):
+        raise ArtifactError(
+            f"the loads in {path} must be finite and not negative",
+            fix="make the trace again with `mogul trace`",
         )
     return load
 
