@@ -401,6 +401,16 @@ def test_attention_that_is_not_installed_is_named(recipe, tmp_path):
         Session(recipe(run__attention="flash_attention_2"), tmp_path)
 
 
+def test_a_damaged_line_of_numbers_does_not_stop_a_run(recipe, tmp_path):
+    _run(recipe(log__report=True), tmp_path)
+    for name in ("metrics.jsonl", "loads.jsonl"):
+        file = tmp_path / name
+        damaged = file.read_bytes().replace(b'"step": 2', b'"stup": 2') + b'3\n\xff{"a"\n'
+        file.write_bytes(damaged)
+    assert _run(recipe(log__report=True, run__steps=7), tmp_path, resume=True).step == 7
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 3, 4, 5, 6, 7]
+
+
 def test_folders_are_not_mixed(recipe, tmp_path):
     _run(recipe(), tmp_path)
     with pytest.raises(ConfigError, match="holds checkpoints of another run") as caught:

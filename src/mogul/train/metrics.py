@@ -106,15 +106,17 @@ class MetricsLog:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Every whole line; a line cut off by a kill is left out."""
+    """Every whole line with its step; one that was cut off by a kill or damaged is left out."""
     if not file.exists():
         return []
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
+            content = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            found.append(content)
     return found
 
 
