@@ -202,3 +202,24 @@ def test_help_and_info_start_nearly_as_fast_as_the_interpreter():
     assert cpu_s("-c", "import mogul") < 3 * bare_s + 0.02
     assert cpu_s("-m", "mogul.cli.main", "--help") < 10 * bare_s
     assert cpu_s("-m", "mogul.cli.main", "info", "preset:pangu-pro-moe-72b") < 100 * bare_s
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate", "absent", "--prompt", "x"),
+        ("trace", "absent", "--out", "t"),
+        ("upcycle", "absent", "--experts", "4", "--groups", "2", "--out", "m"),
+        ("regroup", "absent", "--trace", "t", "--devices", "2", "--out", "m"),
+        ("calibrate", "absent"),
+        ("bench", "serve", "absent"),
+        ("train", "absent", "--out", "r"),
+    ],
+)
+def test_verbs_that_load_torch_say_what_they_do_first(args, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(list(args)) != 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("loading ")
+    assert "absent" in told[0]
+    assert told[-1].startswith("fix: ")

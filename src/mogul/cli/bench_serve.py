@@ -89,6 +89,9 @@ def run(options: Options) -> int:
     """Measure and print."""
     from tempfile import TemporaryDirectory
 
+    from mogul.core.log import say
+
+    say(f"loading {options.model}")
     from mogul.bench import ledger
     from mogul.bench.serve import open_and_measure
     from mogul.bench.serve_report import ledger_rows, table

@@ -73,6 +73,9 @@ def run(options: Options) -> int:
     """Measure, write, and print what was written."""
     from mogul.core.errors import ConfigError
     from mogul.core.files import check_writable
+    from mogul.core.log import say
+
+    say(f"loading {options.model}")
     from mogul.models import load_model, load_tokenizer
     from mogul.models.input_stats import measure_stats
     from mogul.models.load import find_folder, named_device

@@ -77,6 +77,9 @@ def run(options: Options) -> int:
     """Group, compare, heal, write and print."""
     from mogul.core.errors import ConfigError
     from mogul.core.files import atomic_folder
+    from mogul.core.log import say
+
+    say(f"loading {options.model}")
     from mogul.models.load import find_folder, load_model, named_device
     from mogul.models.regroup import find_groups, regroup
     from mogul.spec.fingerprint import stamp_of_folder

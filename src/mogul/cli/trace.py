@@ -97,6 +97,9 @@ def _merge(options: Options) -> int:
 
 
 def _trace(options: Options) -> TraceRun:
+    from mogul.core.log import say
+
+    say(f"loading {options.model}")
     from mogul.models.load import find_folder, load_model, load_tokenizer, named_device
     from mogul.observe.data import calibration, check_ids
     from mogul.observe.run import TraceSettings, run_trace

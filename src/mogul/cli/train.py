@@ -41,7 +41,11 @@ class Options:
 
 def run(options: Options) -> int:
     """Train; 0 when the recipe was run to its end."""
+    from mogul.core.log import say
+
+    say(f"loading what {options.recipe} names")
     from mogul.train.recipe_file import read_recipe
+    from mogul.train.report import REPORT_FILE
     from mogul.train.session import MODEL, Session
 
     recipe = read_recipe(options.recipe, options.set)
@@ -52,5 +56,7 @@ def run(options: Options) -> int:
             from mogul.train.export import add_code
 
             add_code(session.model, options.out / MODEL)
+    if (options.out / REPORT_FILE).exists():
+        say(f"curves and loads: {options.out / REPORT_FILE}")
     print(options.out / MODEL)  # noqa: T201
     return 0

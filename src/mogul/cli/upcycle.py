@@ -43,8 +43,11 @@ class Options:
 
 def run(options: Options) -> int:
     """Write the checkpoint and print what it is."""
+    from mogul.core.log import say
     from mogul.core.table import Table
     from mogul.core.units import show_bytes, show_count
+
+    say(f"loading {options.model}")
     from mogul.models.upcycle import upcycle_checkpoint
 
     report = upcycle_checkpoint(
