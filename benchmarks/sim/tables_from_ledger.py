@@ -93,7 +93,8 @@ def decode_trial(match: re.Match[str]) -> Found | None:
     batch = int(match["batch"])
     tile = next(tile for most, tile in fp8_tiles if batch <= most)
     tried = tuple(int(match[name]) for name in ("block", "per_sm", "warps", "stages"))
-    if tried != (tile.block, tile.per_sm, tile.warps, tile.stages):
+    least = int(match.groupdict().get("least", tile.min_blocks))  # some trials do not say it
+    if (*tried, least) != (tile.block, tile.per_sm, tile.warps, tile.stages, tile.min_blocks):
         return None
     dims: Dims = {"batch": batch, "context": int(match["context"].replace(",", ""))}
     dims |= {"heads": 40, "kv_heads": 8, "key_dim": 128, "value_dim": 128, "kv_bytes": 1}
@@ -107,8 +108,10 @@ FORMAT, TOKENS, LAYER = (
 )
 TILE = ("block", "per_sm", "warps", "stages")
 TRIAL = r"{}: .*; {} keys, {} programs a multiprocessor, {} warps, {} stages"
-BLOCKS = r"{}: blocks of {} keys, {} programs a multiprocessor, \d+ .*, {} warps, {} stages"
-LISTED = r"{}, \[keys, workers, least blocks, warps, stages\] \[{}, {}, \d+, {}, {}\]"
+BLOCKS = (
+    r"{}: blocks of {} keys, {} programs a multiprocessor, (?P<least>\d+) .*, {} warps, {} stages"
+)
+LISTED = r"{}, \[keys, workers, least blocks, warps, stages\] \[{}, {}, (?P<least>\d+), {}, {}\]"
 OVER = r"fp8 pages, (?P<batch>\d+) sequences of (?P<context>[\d,]+)"
 EACH = r"pangu, (?P<batch>\d+) x (?P<context>\d+) keys, fp8 pages of 16"
 CALL = r"\((?P<heads>\d+), (?P<kv_heads>\d+), 128\), cache (?P<format>bf16|fp8)"
