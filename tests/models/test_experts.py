@@ -19,7 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import mogul.models
 from mogul.core.errors import BackendError
-from mogul.models import MogeConfig, MogeForCausalLM, experts, experts_backend
+from mogul.kernels import MOE_FORWARD
+from mogul.models import MogeConfig, MogeForCausalLM, expert_layout, experts, experts_backend
+from mogul.models.expert_layout import first_matmul
 from mogul.models.experts import layout_of, mogul_experts_forward
 
 SMALL = {
@@ -196,13 +198,45 @@ def test_what_changes_after_a_call_counts():
     torch.testing.assert_close(changed, clamped(rows, picks, shares), atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def nothing_known(monkeypatch):
+    """Nobody has asked for a layout or a backend yet."""
+    monkeypatch.setattr(MOE_FORWARD, "_resolved", {})
+    monkeypatch.setattr(expert_layout, "_layouts", SimpleNamespace())
+    expert_layout._keep_layout.cache_clear()
+    torch._dynamo.reset()
+    yield
+    expert_layout._keep_layout.cache_clear()
+
+
+@torch.no_grad()
+def assert_compiles(module, hidden_size, num_experts):
+    call = (torch.randn(6, hidden_size), torch.randint(num_experts, (6, 2)), torch.ones(6, 2))
+    given = torch.compile(module, fullgraph=True, backend="aot_eager")(*call)
+    torch.testing.assert_close(given, module(*call))
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("model", ["gpt_oss", "deepseek_v4"])
+def test_gates_of_their_own_compile_before_any_other_call(model):
+    module = own_gate(model)
+    module.config._experts_implementation = "mogul"
+    assert_compiles(module, 16, 4)
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_experts_compile_before_any_other_call_and_after_a_change():
+    module, *_ = experts_and_inputs(sentinels=False)
+    for activation in (F.gelu, nn.ReLU()):
+        del module.act_fn
+        module.act_fn = activation
+        assert_compiles(module, 32, 6)
+
+
 def test_layers_alike_share_one_layout():
-    model = build("Qwen3Moe").eval()
-    model.set_experts_implementation("mogul")
-    for one in (model, copy.deepcopy(model)):
-        one(TOKENS)
-    first, second = (layer.mlp.experts.__dict__["_mogul_layout"] for layer in model.model.layers)
-    assert first is second
+    model = build("Qwen3Moe")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert layout_of(first) is layout_of(second) is layout_of(copy.deepcopy(first))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +261,6 @@ def test_foreign_modules_are_refused_by_name():
     def refusal(**changes):
         changed = copy.copy(module)
         changed.__dict__.update(changes)
-        changed.__dict__.pop("_mogul_layout", None)
         with pytest.raises(BackendError) as caught:
             layout_of(changed)
         assert "grouped_mm" in caught.value.__notes__[0]
@@ -362,7 +395,7 @@ def test_every_class_of_experts_but_two_has_a_layout():
         module = kind(AnyConfig(**ANYTHING), **dict.fromkeys(more, 8))
         try:
             layout_of(module).sizes(
-                getattr(module, experts._first_matmul(module.has_gate)), module.down_proj
+                getattr(module, first_matmul(module.has_gate)), module.down_proj
             )
             known.add(name)
         except BackendError:
