@@ -34,15 +34,16 @@ def run(options: Options) -> int:
 
     manifest = read_manifest(options.folder)
     verify(options.folder, manifest)
-    table_of(options.folder, manifest).show(options.format)
+    whole = f"all {len(manifest.shards)} shards have their checksums"
+    table_of(options.folder, manifest, whole).show(options.format)
     return 0
 
 
-def table_of(folder: Path, manifest: TokenManifest) -> Table:
-    """The parts of a token folder, one row each."""
+def table_of(folder: Path, manifest: TokenManifest, *said: str) -> Table:
+    """The parts of a token folder, one row each; `said` are notes of the verb's own."""
     from mogul.core.table import Table
 
-    rows, notes = [], []
+    rows, notes = [], list(said)
     if manifest.duplicates:
         notes.append(f"{manifest.duplicates} equal documents left out")
     if not manifest.of("held_out"):

@@ -115,7 +115,9 @@ def test_the_shipped_text_is_held_out_by_position(tmp_path, capsys):
     tokenizer = open_tokenizer(str(out / "tokenizer"))
     assert tokenizer.decode(found.tolist()).split(END_OF_TEXT)[:-1] == list(corpus.held_out)
     assert main(["data", "check", str(out)]) == 0
-    assert "held_out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "held_out" in told
+    assert "all 2 shards have their checksums" in told
 
 
 def test_a_damaged_shard_is_named(folder, tmp_path, capsys):
