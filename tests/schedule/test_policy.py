@@ -84,6 +84,12 @@ def test_a_cached_prefix_needs_no_computing():
     assert scheduler.finish(plan)[0].emitted == 1
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_kept_free_is_a_share(share):
+    with pytest.raises(ConfigError, match="watermark"):
+        Limits(watermark=share)
+
+
 def test_what_can_never_fit_is_refused():
     with pytest.raises(ConfigError, match="can never fit a cache of 10"):
         Scheduler(Limits(cache_tokens=10)).add(Request(0, 8, 8))

@@ -70,6 +70,7 @@ def test_resolved_recipe_says_everything(files):
         ("run.steps=none", "one of steps and tokens"),
         ("model.preset=pangu-pro-moe-72b", "config and preset"),
         ("balance.loss=batches", r"\[balance\]: loss"),
+        ("run.seed=18446744073709551616", r"\[run\]: seed: Input should be less than"),
         ("nothing", "is no change"),
         ("run.seed.deeper=1", "'seed' is no table"),
     ],

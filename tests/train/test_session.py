@@ -411,6 +411,14 @@ def test_a_damaged_line_of_numbers_does_not_stop_a_run(recipe, tmp_path):
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3, 4, 5, 6, 7]
 
 
+def test_a_tokenizer_that_is_not_there_is_told_before_the_first_step(recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty"):
+        with pytest.raises(ConfigError, match=rf"{name} holds no tokenizer"):
+            Session(recipe(model__tokenizer=str(tmp_path / name)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_are_not_mixed(recipe, tmp_path):
     _run(recipe(), tmp_path)
     with pytest.raises(ConfigError, match="holds checkpoints of another run") as caught:

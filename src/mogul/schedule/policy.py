@@ -14,7 +14,7 @@ and `drop` when it learns that a request ended.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -90,6 +90,10 @@ class Limits:
                 raise ConfigError(
                     f"{name} {getattr(self, name)}: nothing runs", fix="give 1 or more"
                 )
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(
+                f"watermark {self.watermark}: no share of the cache", fix="give 0 or more, below 1"
+            )
 
 
 @dataclass(slots=True)
@@ -268,6 +272,14 @@ class Scheduler(Generic[R]):
             self.held_tokens -= request.computed
             self.room.release(request)
         return done
+
+    def begin_again(self, requests: Sequence[R]) -> None:
+        """Send requests with room back to wait: a step was broken off, nobody knows how far."""
+        for request in requests:
+            self.drop(request)
+            request.num_preempted += 1
+            insort(self.waiting, request, key=_rank)
+        self.held_tokens = 0
 
     def drop(self, request: R) -> None:
         """Remove a request wherever it stands: ended, aborted or failed."""

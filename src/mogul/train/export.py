@@ -47,6 +47,12 @@ def export(
     return folder
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `copy_tokenizer` finds one there."""
+    names = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model")
+    return any(file for name in names for file in folder.glob(name))
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy what Transformers' tokenizers read."""
     for pattern in COPIED_FILES:

@@ -108,7 +108,7 @@ class RunSection(Spec):
     loss: Literal["auto", "chunked", "model"] = "auto"
     """`chunked` never holds all logits; `model` calls the model with labels."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     deterministic: bool = False
     """Refuse operators whose result may differ between runs."""
 

@@ -30,7 +30,7 @@ from mogul.train.checkpoint import Saver, read_newest, steps_in
 from mogul.train.data import Windows, held_out_windows, open_stream
 from mogul.train.data.shards import TOKENIZER
 from mogul.train.evaluate import held_out_loss
-from mogul.train.export import export
+from mogul.train.export import export, has_tokenizer
 from mogul.train.float8 import float8_products
 from mogul.train.guard import SpikeGuard
 from mogul.train.layers import prepared_layers
@@ -108,6 +108,7 @@ class Session:
         )
         self._check_vocabulary()
         self._check_length()
+        self._check_tokenizer()
         self._held_out = self._held_out_windows()
         self.guard = SpikeGuard(run.spike_factor, run.spike_retries)
         self.balancer = self._balancer()
@@ -162,6 +163,14 @@ class Session:
                 f"sequences of {length} tokens have no token after next, which the model's "
                 "further layer predicts",
                 fix="set run.sequence_length to 3 or more, or num_nextn_predict_layers to 0",
+            )
+
+    def _check_tokenizer(self) -> None:
+        named = self.recipe.model.tokenizer
+        if named and not has_tokenizer(Path(named)):
+            raise ConfigError(
+                f"model.tokenizer: {named} holds no tokenizer",
+                fix="name a folder with tokenizer.json, or leave it out",
             )
 
     def _balancer(self) -> Balancer | None:
