@@ -233,6 +233,16 @@ def test_experts_compile_before_any_other_call_and_after_a_change():
         assert_compiles(module, 32, 6)
 
 
+@pytest.mark.usefixtures("nothing_known")
+def test_a_refusal_passes_the_compiler_as_it_is():
+    module, x, ids, weights = experts_and_inputs(sentinels=False)
+    module.act_fn = nn.Tanh()
+    compiled = torch.compile(module, backend="aot_eager")
+    with pytest.raises(BackendError, match="activation Tanh is not one of") as caught:
+        compiled(x, ids, weights)
+    assert "grouped_mm" in caught.value.__notes__[0]
+
+
 def test_layers_alike_share_one_layout():
     model = build("Qwen3Moe")
     first, second = (layer.mlp.experts for layer in model.model.layers)

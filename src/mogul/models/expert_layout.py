@@ -69,14 +69,15 @@ def read_layout(experts: nn.Module) -> ExpertLayout:
     kind = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
     style = act_fn.approximate if kind is nn.GELU else ""
     flags = module.__dict__
-    name = _name_of_layout(
+    facts = (
         type(module),
         kind,
         style,
         tuple(flags.get(name, False) for name in _FLAGS),
-        tuple(float(getattr(module, name)) for name in _numbers_of(type(module))),
+        tuple(float(getattr(module, name)) for name in _numbers_of(type(module)).split()),
     )
-    return getattr(_layouts, name)
+    name = _name_of_layout(*facts)
+    return getattr(_layouts, name) if name else _layout_of_facts(*facts)
 
 
 def weight_of(module: Any, name: str) -> Tensor:
@@ -112,14 +113,17 @@ def _owner(kind: Any) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _numbers_of(kind: type) -> tuple[str, ...]:
+def _numbers_of(kind: type) -> str:
     """Attributes that hold alpha, where it has one, and the limit of a class's own gate."""
     return _known_numbers(kind)
 
 
 @torch.compiler.assume_constant_result
 def _name_of_layout(*facts: Any) -> str:
-    """Where `_layouts` has the layout of these facts: a constant may be a name, but no record."""
+    """Where `_layouts` has the layout of these facts: a constant may be a name, but no record.
+
+    Empty where they are refused: an error that is raised in here would be taken for a compiler's.
+    """
     return _keep_layout(*facts)
 
 
@@ -129,15 +133,18 @@ _layouts = SimpleNamespace()
 
 @cache
 def _keep_layout(*facts: Any) -> str:
-    layout = _layout_of_facts(*facts)
+    try:
+        layout = _layout_of_facts(*facts)
+    except BackendError:
+        return ""
     name = re.sub(r"\W", "_", repr(layout))
     vars(_layouts).setdefault(name, layout)
     return name
 
 
 @cache
-def _known_numbers(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in GATES.get(_owner(kind), ("",))[1:] if name)
+def _known_numbers(kind: type) -> str:
+    return " ".join(GATES.get(_owner(kind), ())[1:])
 
 
 def _layout_of_facts(
