@@ -11,7 +11,6 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from traced import as_inductor_sees_it, norm, with_reshapes
 
-from mogul.serve import rewrites
 from mogul.serve.attention import LayerCache, StepState, running
 from mogul.serve.passes import FewRows
 
@@ -147,27 +146,6 @@ def attention(*, norms=True, rotation=rotate):
     return run
 
 
-def rolled(x, cos, sin):
-    """MoGE's form: halves changed over, sines as they are given, heads behind tokens."""
-    x = x.transpose(1, 2)
-    turned = (x * cos[:, :, None]).addcmul_(x.roll(WIDTH // 2, -1), sin[:, :, None])
-    return turned.transpose(1, 2)
-
-
-def rolled_in_parts(x, cos, sin):
-    """The same, where a sum of products is no operator of its own."""
-    x = x.transpose(1, 2)
-    turned = x * cos[:, :, None] + 1 * x.roll(WIDTH // 2, -1) * sin[:, :, None]
-    return turned.transpose(1, 2)
-
-
-def rolled_otherwise(x, cos, sin):
-    """By a quarter: not recognised."""
-    x = x.transpose(1, 2)
-    turned = (x * cos[:, :, None]).addcmul_(x.roll(WIDTH // 4, -1), sin[:, :, None])
-    return turned.transpose(1, 2)
-
-
 def state():
     pages = [torch.zeros(2, 16, KV_HEADS, WIDTH).bfloat16() for _ in range(2)]
     ends = torch.tensor([0, TOKENS], dtype=torch.int32)
@@ -209,13 +187,9 @@ def test_a_rotation_that_changes_the_dtype_stays():
         (attention(), "mogul.attend_turned"),
         (attention(norms=False), "mogul.attend_turned"),
         (attention(rotation=other_rotation), "mogul.attend"),
-        (attention(norms=False, rotation=rolled), "mogul.attend_turned"),
-        (attention(norms=False, rotation=rolled_in_parts), "mogul.attend_turned"),
-        (attention(norms=False, rotation=rolled_otherwise), "mogul.attend"),
     ],
 )
-def test_attention_norms_and_rotates_by_itself(function, operator, monkeypatch):
-    monkeypatch.setattr(rewrites, "rolled_inside", True)
+def test_attention_norms_and_rotates_by_itself(function, operator):
     args = inputs()
     first, second = state(), state()
     with running(first):
@@ -232,21 +206,6 @@ def test_attention_norms_and_rotates_by_itself(function, operator, monkeypatch):
     keys = [one.caches[0].key for one in (first, second)]
     torch.testing.assert_close(*keys, atol=3e-2, rtol=3e-2)
     assert keys[0].any()
-
-
-def test_code_compiled_with_rolled_rotations_inside_is_another(monkeypatch):
-    before = FewRows().uuid()
-    monkeypatch.setattr(rewrites, "rolled_inside", not rewrites.rolled_inside)
-    assert FewRows().uuid() != before
-
-
-def test_rolled_rotations_stay_before_attention():
-    """A whole run with them inside was slower."""
-    args = inputs()
-    with running(state()):
-        graph = as_inductor_sees_it(attention(norms=False, rotation=rolled), *args)
-    FewRows()(graph.graph)
-    assert "mogul.attend.default" in [str(node.target) for node in graph.graph.nodes]
 
 
 def test_experts_are_one_operator_in_compiled_code(monkeypatch):

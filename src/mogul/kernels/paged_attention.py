@@ -142,7 +142,7 @@ def _run(*args: Any) -> Tensor:
     *turning, eps, kinds, backend = args[15:]
     turn = None
     if turning[0] is not None:
-        turn = Turn._make((*turning, eps[0], eps[1], bool(eps[2])))
+        turn = Turn._make((*turning, *eps))
     call = PagedCall._make((*args[:15], turn, kinds))
     facts = _check_call(call)
     _check_tables(call)

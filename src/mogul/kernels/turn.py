@@ -35,8 +35,6 @@ class Turn(NamedTuple):
     key_norm: Tensor | None = None
     query_eps: float = 0.0
     key_eps: float = 0.0
-    is_signed: bool = False
-    """Whether the left half of the sines is negated already."""
 
 
 def check_turn(turn: Turn, tokens: int, width: int) -> None:
@@ -67,6 +65,6 @@ def turned(x_THC: Tensor, turn: Turn, norm: Tensor | None, eps: float) -> Tensor
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.float()
     left, right = x.chunk(2, -1)
-    other = torch.cat((right if turn.is_signed else -right, left), -1)
+    other = torch.cat((-right, left), -1)
     x = x * turn.cos_TC.float()[:, None] + other * turn.sin_TC.float()[:, None]
     return x.to(x_THC.dtype)

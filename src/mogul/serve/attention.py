@@ -259,7 +259,6 @@ def _attend_turned(
     query_eps: Tensor | None,
     key_eps: Tensor | None,
     eps: list[float],
-    is_signed: bool,
     layer: Tensor,
     scaling: float,
     sliding_window: int | None,
@@ -268,7 +267,7 @@ def _attend_turned(
     """Queries and keys as their products left them; a norm's eps is a number or one on the host."""
     found = zip((query_eps, key_eps), eps, strict=True)
     first, second = (number if one is None else float(one) for one, number in found)
-    turn = Turn(cos[0], sin[0], query_norm, key_norm, first, second, is_signed)
+    turn = Turn(cos[0], sin[0], query_norm, key_norm, first, second)
     return _attend(query, key, value, layer, scaling, sliding_window, sinks, turn)
 
 
@@ -280,7 +279,7 @@ _LIB.define(
 _LIB.define(
     "attend_turned(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, "
     "Tensor? query_norm, Tensor? key_norm, Tensor? query_eps, Tensor? key_eps, float[] eps, "
-    "bool is_signed, Tensor layer, float scaling, int? sliding_window, Tensor? sinks) -> Tensor"
+    "Tensor layer, float scaling, int? sliding_window, Tensor? sinks) -> Tensor"
 )
 _LIB.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIB.impl("attend_turned", _attend_turned, "CompositeExplicitAutograd")

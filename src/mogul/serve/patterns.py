@@ -14,7 +14,6 @@ aten, prims = torch.ops.aten, torch.ops.prims
 SHORT = (torch.bfloat16, torch.float16)
 CAST = prims.convert_element_type.default
 _AT_LEAST = (aten.clamp_min.default, aten.clamp.default)
-_WRAPS = (aten.fmod.Scalar, aten.remainder.Scalar)
 _ADDS = (aten.add.Tensor, aten.add.Scalar)
 
 
@@ -28,15 +27,11 @@ class Norm(NamedTuple):
 
 
 class Rotated(NamedTuple):
-    """One of queries and keys, rotated: x is [1, T, H, C], cos and sin are [1, T, C].
-
-    Signed angles may also be [1, T, 1, C]; the left half of their sines is negated.
-    """
+    """One of queries and keys, rotated: x is [1, T, H, C], cos and sin are [1, T, C]."""
 
     x: Any
     cos: Any
     sin: Any
-    is_signed: bool = False
 
 
 def value(node: Any) -> Any:
@@ -152,8 +147,6 @@ def find_rotated(node: Any) -> Rotated | None:
     row = node.args[0]
     if not is_call(row, aten.select.int) or row.args[1:] != (0, 0):
         return None
-    if is_call(row.args[0], aten.permute.default) and row.args[0].args[1] == [0, 2, 1, 3]:
-        return _find_rolled(row.args[0].args[0])
     for straight, crossed in _both_orders(row.args[0], aten.add.Tensor):
         for x, cos in _both_orders(straight, aten.mul.Tensor):
             for other, sin in _both_orders(crossed, aten.mul.Tensor):
@@ -163,70 +156,6 @@ def find_rotated(node: Any) -> Rotated | None:
                 if is_turned and _is_crossed(other, x):
                     return Rotated(x.args[0], cos.args[0], sin.args[0])
     return None
-
-
-def _find_rolled(node: Any) -> Rotated | None:
-    """The rotation `x * cos + roll(x, half) * sin` of [1, T, H, C], the sines signed."""
-    for straight, rolled, sin in _sums_of_products(node):
-        for x, cos in _both_orders(straight, aten.mul.Tensor):
-            if value(x).dtype != value(node).dtype or not _is_rolled(rolled, x):
-                continue
-            shape = value(x).shape
-            angles = [one for one in (cos, sin) if isinstance(one, torch.fx.Node)]
-            if [value(one).shape for one in angles] == 2 * [(*shape[:2], 1, shape[3])]:
-                return Rotated(x, *map(_squeezed, angles), is_signed=True)
-    return None
-
-
-def _sums_of_products(node: Any) -> list[tuple[Any, Any, Any]]:
-    """All (a, b, c) of which a node is a + b * c, be it one operator or several."""
-    if is_call(node, aten.addcmul.default):
-        return [] if node.kwargs else [tuple(node.args)]
-    return [
-        (left, _once(one), other)
-        for left, right in _both_orders(node, aten.add.Tensor)
-        for one, other in _both_orders(right, aten.mul.Tensor)
-    ]
-
-
-def _once(node: Any) -> Any:
-    """What a node multiplies by 1; the node itself where it does not."""
-    is_product = is_call(node, aten.mul.Tensor) or is_call(node, aten.mul.Scalar)
-    return node.args[0] if is_product and node.args[1] in (1, 1.0) else node
-
-
-def _squeezed(angle: Any) -> Any:
-    """What a dimension for heads was put into; the node itself where it came with one."""
-    is_new = is_call(angle, aten.unsqueeze.default) and angle.args[1] in (2, -2)
-    return angle.args[0] if is_new else angle
-
-
-def _is_rolled(node: Any, x: Any) -> bool:
-    """Whether a node is x with its halves changed over."""
-    width = value(x).shape[-1]
-    if is_call(node, aten.roll.default):
-        return node.args[0] is x and node.args[1:] in (([width // 2], [-1]), ([width // 2], [3]))
-    if not is_call(node, aten.index.Tensor) or node.args[0] is not x:
-        return False
-    *others, last = node.args[1]
-    if others != [None] * 3:
-        return False
-    order = _known(last)
-    half = torch.arange(width).roll(width // 2)
-    return order is not None and torch.equal(order, half)
-
-
-def _known(node: Any) -> Any:
-    """What whole numbers a node gives whatever comes in: a range, shifted, wrapped; else None."""
-    if is_call(node, prims.iota.default):
-        size, start, step = node.args[0], node.kwargs["start"], node.kwargs["step"]
-        return start + step * torch.arange(size) if isinstance(size, int) else None
-    if _target(node) not in _WRAPS + _ADDS or len(node.args) != 2 or node.kwargs:
-        return None
-    left, right = _known(node.args[0]), node.args[1]
-    if left is None or not isinstance(right, int):
-        return None
-    return left + right if _target(node) in _ADDS else left % right
 
 
 def _is_angle(node: Any, x: Any) -> bool:

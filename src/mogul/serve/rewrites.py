@@ -31,11 +31,6 @@ _DEFINED = (attention, normed, ops)
 """Imported for the operators that they define."""
 
 
-rolled_inside = False
-"""Whether attention also does rotations by rolled halves: a whole run with them was slower than one
-with launches before it."""
-
-
 def join(graph: Graph) -> None:
     """Change a graph, whose products are mogul's already, in place."""
     join_attention(graph)
@@ -201,24 +196,13 @@ def _add_inside(graph: Graph, node: Any, joined: Any, args: tuple[Any, ...]) -> 
     total.replace_all_uses_with(shaped)
 
 
-def _without_heads(graph: Graph, angle: Any) -> Any:
-    """[1, T, 1, C] as [1, T, C]."""
-    if value(angle).dim() == 3:
-        return angle
-    short = graph.call_function(aten.squeeze.dim, (angle, 2))
-    short.meta = {"val": value(angle).squeeze(2)}
-    return short
-
-
 def _turn_inside(graph: Graph, node: Any) -> None:
     """Let attention norm and rotate its queries and keys where the graph does it before."""
     query, key, val, *rest = node.args
     turns = [turn for turn in (find_rotated(query), find_rotated(key)) if turn is not None]
     if len(turns) < 2 or turns[0][1:] != turns[1][1:]:
         return
-    cos, sin, is_signed = turns[0][1:]
-    if is_signed and not rolled_inside:
-        return
+    cos, sin = turns[0][1:]
     norms = [find_norm(turn.x) for turn in turns]
     if (norms[0] is None) != (norms[1] is None):
         return
@@ -232,8 +216,7 @@ def _turn_inside(graph: Graph, node: Any) -> None:
         for x in raw:
             rows.append(graph.call_function(aten.select.int, (x, 0, 0)))
             rows[-1].meta = {"val": value(x)[0]}
-        cos, sin = (_without_heads(graph, one) for one in (cos, sin))
-        angles = (cos, sin, *weights, *nodes, numbers, is_signed)
+        angles = (cos, sin, *weights, *nodes, numbers)
         args = (*rows, val, *angles, *rest)
         turned = graph.call_function(torch.ops.mogul.attend_turned.default, args)
     turned.meta = {"val": value(node)}

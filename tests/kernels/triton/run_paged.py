@@ -153,11 +153,9 @@ def turns(name: str) -> None:
         weights = (1 + torch.randn(2, width) / 4).unbind() if norms else (None, None)
         turn = Turn(angles.cos(), angles.sin(), *weights, 1e-6, 1e-2)
         compare(name, call, turn=turn)
-    signs = torch.ones(width).index_fill(0, torch.arange(width // 2), -1.0)
-    compare(name, call, turn=turn._replace(sin_TC=turn.sin_TC * signs, is_signed=True))
     call = make(few, width=16, group=3, padding=1, page_size=16)
-    angles = torch.randn(len(call["query_THC"]), 16)
-    compare(name, call, turn=Turn(angles.cos(), angles.sin(), is_signed=True))
+    angles = torch.randn(len(call["query_THC"]), 16)  # halves of their own
+    compare(name, call, turn=Turn(angles.cos(), angles.sin()))
 
 
 def alone(name: str) -> None:

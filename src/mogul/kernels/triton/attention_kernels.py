@@ -139,12 +139,11 @@ def to_page(x, scale_ptr, n, dtype: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def turned(
     x_ptr, at, token, keep, known, c, cos_ptr, sin_ptr, norm_ptr,
-    C: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+    C: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Rows [R, C] at offsets `at`, normed and rotated to their tokens' positions, in fp32.
 
-    TURN 2: the left half of the sines is negated already. Tokens are one a row, or one for all:
-    keep is [R, C], `known` is of their shape.
+    Tokens are one a row, or one for all: keep is [R, C], `known` is of their shape.
     """
     is_left = c < C // 2
     partner = tl.where(is_left, c + C // 2, c - C // 2)
@@ -157,9 +156,7 @@ def turned(
     angle = token[:, None] * C + c[None, :]
     cos = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)
-    if TURN == 1:
-        y = tl.where(is_left[None, :], -y, y)
-    return x * cos + y * sin
+    return x * cos + tl.where(is_left[None, :], -y, y) * sin
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
@@ -218,7 +215,7 @@ def attend_few(
                     k_new = tl.sum(
                         turned(
                             key_ptr, row * K_T + n * K_N, row, keep[None, :], keep[None, :], c,
-                            cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM, TURN,
+                            cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
                         ), 0,
                     ).to(key_ptr.dtype.element_ty)  # fmt: skip
                 else:
@@ -241,7 +238,7 @@ def attend_few(
                 known = (c < C)[None, :]
             q = turned(
                 q_ptr, q_at, token, q_keep, known, c, cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS,
-                NORM, TURN,
+                NORM,
             ).to(q_ptr.dtype.element_ty)  # fmt: skip
         else:
             q = tl.load(q_ptr + q_at[:, None] + c[None, :], mask=q_keep, other=0.0)
@@ -386,7 +383,7 @@ def write_pages(
             mine = (n < N)[:, None] & (c < C)[None, :]
             k = turned(
                 key_ptr, t * K_T + n * K_N, t + tl.zeros((1,), tl.int64), mine, (c < C)[None, :], c,
-                cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM, TURN,
+                cos_ptr, sin_ptr, k_norm_ptr, C, K_EPS, NORM,
             ).to(key_ptr.dtype.element_ty)  # fmt: skip
         else:
             k = tl.load(key_ptr + t * K_T + (n * K_N)[:, None] + c[None, :], mask=keep, other=0.0)
@@ -406,7 +403,7 @@ def write_pages(
         wanted = (h < H)[:, None] & (at < C)[None, :]
         q = turned(
             q_ptr, t * Q_T + h * Q_H, t + tl.zeros((1,), tl.int64), wanted, (at < C)[None, :], at,
-            cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM, TURN,
+            cos_ptr, sin_ptr, q_norm_ptr, C, Q_EPS, NORM,
         ).to(turned_ptr.dtype.element_ty)  # fmt: skip
         tl.store(turned_ptr + (t * (H + N) + h)[:, None] * C + at[None, :], q, mask=wanted)
 

@@ -51,8 +51,8 @@ class Call:
     """Token and head strides of query, key, value."""
 
     dtypes: tuple[torch.dtype | None, ...]
-    turns: int
-    """0 for no rotation, 1 where the kernel negates sines, 2 where they are negated."""
+    turns: bool
+    """Whether queries and keys are rotated."""
 
     norms: bool
     eps: tuple[float, float]
@@ -150,7 +150,7 @@ def call_of(given: PagedCall, operands: Operands) -> Call:
         has_sinks=sinks is not None,
         strides=(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
         dtypes=_dtypes(query, cache, sinks, *(turn or ())[:4]),
-        turns=0 if turn is None else 1 + turn.is_signed,
+        turns=turn is not None,
         norms=turn is not None and turn.query_norm is not None,
         eps=(0.0, 0.0) if turn is None else (turn.query_eps, turn.key_eps),
         pdl=not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0),
@@ -185,7 +185,7 @@ def write_before(call: Call, given: PagedCall, operands: Operands) -> tuple[Call
         return call, operands
     query, key = ready[:, :heads], ready[:, heads:]
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-    call = replace(call, strides=strides, turns=0, norms=False, eps=(0.0, 0.0))
+    call = replace(call, strides=strides, turns=False, norms=False, eps=(0.0, 0.0))
     return call, operands._replace(new=(query, key, value))
 
 
