@@ -199,6 +199,12 @@ def test_bad_input_is_named(trace, checkpoint, tmp_path, capsys):
         (["place", str(trace), "--devices", "2", "--batch", "0"], "batches of 0 tokens cannot be"),
         (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "3", "--groups", "4",
           "--out", str(tmp_path / "m")], "4 groups do not stand on 3 devices"),
+        (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "0",
+          "--out", str(tmp_path / "m")], "0 groups on 0 devices cannot be"),
+        (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "2", "--heal", "-1",
+          "--out", str(tmp_path / "m")], "--heal -1 --labels 0.5 cannot be"),
+        (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "2", "--labels", "3",
+          "--out", str(tmp_path / "m")], "--heal 0 --labels 3 cannot be"),
         (["regroup", str(checkpoint), "--trace", str(trace), "--devices", "8",
           "--out", str(tmp_path / "m")], "4 picks a token cannot be shared equally by 8 groups"),
     ):  # fmt: skip

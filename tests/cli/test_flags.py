@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from mogul.cli.flags import named_by_flags, parse
+from mogul.cli.main import main
 from mogul.core.errors import ConfigError
 from mogul.spec.workload import Workload
 
@@ -66,3 +67,18 @@ def test_a_field_that_cannot_be_is_told_as_its_flag_was_typed(values, words):
     with pytest.raises(ConfigError, match=words) as caught, flags:
         Workload(**values)
     assert caught.value.__notes__[0].startswith("fix: use ")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("data build shipped --held-out 2 --out x", "--held-out 2.0 cannot be: it should be less"),
+        ("data build shipped --vocab-size 0 --out x", "--vocab-size 0 cannot be"),
+        ("demo --seconds -1 --out x", "--seconds -1.0 cannot be"),
+    ],
+)
+def test_verbs_tell_the_flag(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args.split()) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

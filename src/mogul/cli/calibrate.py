@@ -72,7 +72,6 @@ class Options:
 def run(options: Options) -> int:
     """Measure, write, and print what was written."""
     from mogul.core.errors import ConfigError
-    from mogul.core.files import check_writable
     from mogul.core.log import say
 
     say(f"loading {options.model}")
@@ -80,18 +79,11 @@ def run(options: Options) -> int:
     from mogul.models.input_stats import measure_stats
     from mogul.models.load import find_folder, named_device
     from mogul.observe.data import calibration, check_ids
-    from mogul.spec.carried import carried_folder
 
     if options.batch < 1:
         raise ConfigError(f"{options.batch} sequences in a forward", fix="use --batch 1 or more")
     folder = find_folder(options.model)
-    if options.out is None and carried_folder(options.model) is not None:
-        raise ConfigError(
-            f"{options.model} is part of mogul's installation, which stays as it is",
-            fix="name a folder for the files with --out, and read them with --statistics",
-        )
-    out = options.out or folder
-    check_writable(out)
+    out = _folder_to_write(options, folder)
     tokenizer: Any = load_tokenizer(folder)
     data = calibration(
         read_sources(options.data),
@@ -114,6 +106,22 @@ def run(options: Options) -> int:
         written["keys and values"] = (scales.save(out), len(scales.keys))
     _table(options, stats.num_tokens, written).show(options.format)
     return 0
+
+
+def _folder_to_write(options: Options, folder: Path) -> Path:
+    """Where the files go: --out, or the checkpoint's own folder unless mogul carries it."""
+    from mogul.core.errors import ConfigError
+    from mogul.core.files import check_writable
+    from mogul.spec.carried import carried_folder
+
+    if options.out is None and carried_folder(options.model) is not None:
+        raise ConfigError(
+            f"{options.model} is part of mogul's installation, which stays as it is",
+            fix="name a folder for the files with --out, and read them with --statistics",
+        )
+    out = options.out or folder
+    check_writable(out)
+    return out
 
 
 def batches(data: Calibration, size: int) -> Iterator[Tensor]:

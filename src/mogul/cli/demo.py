@@ -36,9 +36,11 @@ def run(options: Options) -> int:
     from mogul.bench.demo.cast import DemoSettings
     from mogul.bench.demo.run import run_demo
     from mogul.bench.smollm2 import smollm2_checkpoint
+    from mogul.cli.flags import named_by_flags
     from mogul.core.table import Table
 
-    settings = DemoSettings(seconds=options.seconds)
+    with named_by_flags(options):
+        settings = DemoSettings(seconds=options.seconds)
     is_table = options.format == "table"
     result = run_demo(
         smollm2_checkpoint(),

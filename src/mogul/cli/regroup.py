@@ -75,10 +75,10 @@ class Options:
 
 def run(options: Options) -> int:
     """Group, compare, heal, write and print."""
-    from mogul.core.errors import ConfigError
     from mogul.core.files import atomic_folder
     from mogul.core.log import say
 
+    groups = _checked_groups(options)
     say(f"loading {options.model}")
     from mogul.models.load import find_folder, load_model, named_device
     from mogul.models.regroup import find_groups, regroup
@@ -86,12 +86,6 @@ def run(options: Options) -> int:
     from mogul.spec.trace import load_trace
     from mogul.train.export import copy_tokenizer
 
-    groups = options.groups or options.devices
-    if groups % options.devices:
-        raise ConfigError(
-            f"{groups} groups do not stand on {options.devices} devices in equal numbers",
-            fix="make the groups a multiple of the devices",
-        )
     folder = find_folder(options.model)
     trace = load_trace(options.trace)
     stamp_of_folder(folder).check_same(trace.meta.model, what="the trace")
@@ -114,6 +108,28 @@ def run(options: Options) -> int:
     _table(options, trace, group_of, groups, before, healed).show(options.format)
     balance.show(options.format)
     return 0
+
+
+def _checked_groups(options: Options) -> int:
+    """How many groups the flags ask for; numbers that cannot be are refused before loading."""
+    from mogul.core.errors import ConfigError
+
+    groups = options.groups or options.devices
+    if options.devices < 1 or groups < 1:
+        raise ConfigError(
+            f"{groups} groups on {options.devices} devices cannot be", fix="use 1 or more of each"
+        )
+    if options.heal < 0 or not 0 <= options.labels <= 1:
+        raise ConfigError(
+            f"--heal {options.heal} --labels {options.labels:g} cannot be",
+            fix="heal for 0 or more steps; --labels is a share from 0 to 1",
+        )
+    if groups % options.devices:
+        raise ConfigError(
+            f"{groups} groups do not stand on {options.devices} devices in equal numbers",
+            fix="make the groups a multiple of the devices",
+        )
+    return groups
 
 
 def _stream(

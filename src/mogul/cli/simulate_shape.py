@@ -68,6 +68,7 @@ class Options:
 def run(options: Options) -> int:
     """Study and print."""
     from mogul.cli.simulate_options import write_page
+    from mogul.core.log import progress
     from mogul.simulate.shape import Ranges, study
 
     ranges = Ranges(
@@ -75,13 +76,15 @@ def run(options: Options) -> int:
         active_params=options.active,
         picks_per_group=options.picks_per_group,
     )
-    found = study(
-        ranges,
-        [_target(text, options) for text in options.targets],
-        num_candidates=options.candidates,
-        seed=options.seed,
-        tokens=options.tokens,
-    )
+    targets = [_target(text, options) for text in options.targets]
+    with progress(f"pricing {options.candidates} shapes on {len(targets)} targets"):
+        found = study(
+            ranges,
+            targets,
+            num_candidates=options.candidates,
+            seed=options.seed,
+            tokens=options.tokens,
+        )
     table = _table(found)
     table.show(options.format)
     write_page(options.html, "Model shapes", [table])

@@ -15,6 +15,10 @@ examples:
 """
 
 
+NOISY = "not the dense function: noise was added, train before use"
+EQUAL = "computes the dense model's function; train it to make the experts differ"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Turn a dense checkpoint into a mixture of grouped experts that computes the same function.
@@ -43,6 +47,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Write the checkpoint and print what it is."""
+    from mogul.cli.flags import named_by_flags
     from mogul.core.log import say
     from mogul.core.table import Table
     from mogul.core.units import show_bytes, show_count
@@ -50,20 +55,17 @@ def run(options: Options) -> int:
     say(f"loading {options.model}")
     from mogul.models.upcycle import upcycle_checkpoint
 
-    report = upcycle_checkpoint(
-        options.model,
-        options.out,
-        num_experts=options.experts,
-        num_groups=options.groups,
-        seed=options.seed,
-        noise=options.noise,
-        force=options.force,
-    )
-    note = (
-        "not the dense function: noise was added, train before use"
-        if options.noise
-        else "computes the dense model's function; train it to make the experts differ"
-    )
+    with named_by_flags(options, num_experts="experts", num_groups="groups"):
+        report = upcycle_checkpoint(
+            options.model,
+            options.out,
+            num_experts=options.experts,
+            num_groups=options.groups,
+            seed=options.seed,
+            noise=options.noise,
+            force=options.force,
+        )
+    note = NOISY if options.noise else EQUAL
     plan, is_table = report.plan, options.format == "table"
     Table(
         f"upcycled {options.model}",
