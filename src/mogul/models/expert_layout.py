@@ -65,16 +65,17 @@ def layout_of(experts: nn.Module) -> ExpertLayout:
 def read_layout(experts: nn.Module) -> ExpertLayout:
     """The same without a look at the weights, for every call."""
     module: Any = experts
+    kind: Any = type(module)
     act_fn: Any = getattr(module, "act_fn", None)
-    kind = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
-    style = act_fn.approximate if kind is nn.GELU else ""
-    flags = module.__dict__
+    style = ""
+    if isinstance(act_fn, nn.Module):
+        if isinstance(act_fn, nn.GELU):
+            style = act_fn.approximate
+        act_fn = type(act_fn)
+    has_norm = module.__dict__.get("has_post_expert_norm", False)
     facts = (
-        type(module),
-        kind,
-        style,
-        tuple(flags.get(name, False) for name in _FLAGS),
-        tuple(float(getattr(module, name)) for name in _numbers_of(type(module)).split()),
+        *(kind, act_fn, style, module.has_gate, module.is_transposed, module.is_concatenated),
+        *(has_norm, *(float(getattr(module, name)) for name in _numbers_of(kind).split())),
     )
     name = _name_of_layout(*facts)
     return getattr(_layouts, name) if name else _layout_of_facts(*facts)
@@ -98,9 +99,6 @@ def first_matmul(has_gate: bool) -> str:
 def refusal(name: str, reason: str) -> BackendError:
     """The error for a class of experts that the kernels lack."""
     return BackendError(f'experts_implementation="mogul" cannot run {name}: {reason}', fix=OTHERS)
-
-
-_FLAGS = ("has_gate", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
 def _owner(kind: Any) -> str:
@@ -148,10 +146,16 @@ def _known_numbers(kind: type) -> str:
 
 
 def _layout_of_facts(
-    kind: Any, act_fn: Any, style: str, flags: tuple[bool, ...], numbers: tuple[float, ...]
+    kind: Any,
+    act_fn: Any,
+    style: str,
+    has_gate: bool,
+    is_transposed: bool,
+    is_concatenated: bool,
+    has_norm: bool,
+    *numbers: float,
 ) -> ExpertLayout:
     name = kind.__name__
-    has_gate, is_transposed, is_concatenated, has_norm = flags
     if has_norm:
         raise refusal(name, "it norms the output of every expert")
     owner = _owner(kind)
