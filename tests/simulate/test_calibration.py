@@ -3,7 +3,7 @@ import pytest
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.simulate import curves, physics
-from mogul.simulate.calibration import Calibration, many_rows_s, shipped
+from mogul.simulate.calibration import Calibration, many_rows_s, shipped, with_measured
 from mogul.simulate.machine import read_machine
 from mogul.simulate.measurements import (
     NEWER,
@@ -175,6 +175,23 @@ def test_rows_in_two_numbers_cost_between_fp8_and_bf16(device, tokens):
         assert estimate.tier == "measured"
         spent[dtype] = estimate.seconds
     assert spent["fp8"] < spent["fp8-w8a16"] < 0.8 * spent["bf16"]
+
+
+def test_a_measured_machine_keeps_what_its_engine_joins(tmp_path):
+    """A calibration measures no joined products: mogul's stay, and are asked first."""
+    for path in SHIPPED_DIR.glob("h200-gemm-*-torch.csv"):
+        (tmp_path / path.name).write_text(path.read_text())
+    h200, dims = hardware("h200"), {"m": 1.0, "n": 5120.0, "k": 5120.0, "input_bytes": 1.0}
+    dims["weight_bytes"] = 1.0
+    mine = with_measured(tmp_path, "mogul")
+    joined = shipped("mogul").estimate("gemm", dims, h200, "fp8")
+    assert joined.seconds < 9e-6
+    assert mine.estimate("gemm", dims, h200, "fp8") == joined
+    assert with_measured(tmp_path).estimate("gemm", dims, h200, "fp8").seconds > joined.seconds
+    sources = [
+        t.source for t in mine.tables if (t.device, t.engine, t.kind) == ("h200", "torch", "gemm")
+    ]
+    assert len(sources) == 2  # the machine's own tables, not the shipped ones beside them
 
 
 def test_a_table_needs_its_head(tmp_path):

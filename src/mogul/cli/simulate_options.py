@@ -149,7 +149,7 @@ def setting_of(options: Deployment) -> Setting:
             kind=kind, alpha=options.skew, file=options.trace, placement=options.placement
         )
     chosen = engine(options.engine).replace(overlap=Overlap(kind=options.overlap))
-    measured = _measured(options, device.name)
+    measured = _measured(options, device.name, chosen.kernels)
     model, quant = model_of(options), quant_of(options)
     name = options.model.removeprefix(PRESET)
     return Setting(model, device, layout, quant, routing, chosen, **measured, model_name=name)
@@ -180,18 +180,18 @@ def _device(options: Deployment) -> Hardware:
     return machine.applied(device)
 
 
-def _measured(options: Deployment, device: str) -> dict[str, Any]:
+def _measured(options: Deployment, device: str, kernels: str) -> dict[str, Any]:
     if options.machine:
         from mogul.simulate.calibration import with_measured
         from mogul.simulate.machine import read_machine
 
         folder = options.machine if options.machine.is_dir() else options.machine.parent
         collectives = read_machine(options.machine).collective_tables()
-        return {"calibration": with_measured(folder), "collectives": collectives}
+        return {"calibration": with_measured(folder, kernels), "collectives": collectives}
     if options.measured:
         from mogul.simulate.calibration import with_measured
 
-        return {"calibration": with_measured(options.measured)}
+        return {"calibration": with_measured(options.measured, kernels)}
     if options.tables == "own":
         return {}
     from mogul.simulate.aiconfigurator import DEVICES, collective_tables

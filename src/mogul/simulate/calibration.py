@@ -185,10 +185,11 @@ def shipped(engine: str = "") -> Calibration:
     return Calibration(load_shipped(), engine=engine)
 
 
-def with_measured(folder: Path) -> Calibration:
+def with_measured(folder: Path, engine: str = "") -> Calibration:
     """The tables of a folder (`mogul simulate calibrate`) with the shipped ones behind them.
 
-    Shipped tables of the same machine, kind and arithmetic make way.
+    Shipped tables of the same machine, kind and arithmetic make way, but for what one engine alone
+    runs so and the folder does not hold. Kernels of `engine` are preferred.
 
     Raises:
         ArtifactError: the folder holds no table, or a broken one.
@@ -199,8 +200,14 @@ def with_measured(folder: Path) -> Calibration:
             f"{folder} holds no measured tables", fix="make them with `mogul simulate calibrate`"
         )
     known = {(one.kind, one.device, one.dtype) for one in found}
-    others = [t for t in load_shipped() if (t.kind, t.device, t.dtype) not in known]
-    return Calibration((*found, *others))
+    engines = {(one.kind, one.device, one.dtype, one.engine) for one in found}
+    others = [
+        one
+        for one in load_shipped()
+        if (one.kind, one.device, one.dtype) not in known
+        or (one.is_reference and (one.kind, one.device, one.dtype, one.engine) not in engines)
+    ]
+    return Calibration((*found, *others), engine=engine)
 
 
 @cache
