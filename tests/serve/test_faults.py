@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 import torch
 from hypothesis import settings
@@ -121,6 +123,52 @@ def test_an_answer_that_cannot_be_read_ends_only_its_request(tiny, monkeypatch):
     monkeypatch.setattr(engine._live[numbers[2]].stream, "push", push)
     answers = {c.id: c.answer for _ in range(40) for c in engine.step() if c.answer is not None}
     check_others(tiny, engine, prompts, [answers[n] for n in numbers], "half a letter")
+
+
+@pytest.mark.parametrize("guesses", [False, True], ids=["plain", "guessing"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "mogul.serve.engine.take",
+        "mogul.serve.steps.Steps.launch",
+        "mogul.schedule.policy.Scheduler.advance",
+    ],
+)
+def test_a_step_broken_off_is_done_again(tiny, monkeypatch, place, guesses):
+    """Ctrl-C anywhere in a step: who goes on with the engine gets the same answers."""
+    speculator = Speculator(NgramProposer(shortest=1), DraftLength(3, fixed=True))
+    engine = tiny.engine("moge", cache_tokens=48, speculator=speculator if guesses else None)
+    path, name = place.rsplit(".", 1)
+    whole, calls = pkgutil.resolve_name(f"{path}:{name}" if name == "take" else place), [0]
+
+    def broken(*args):
+        calls[0] += 1
+        if calls[0] % 4 == 0:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(place, broken)
+    sampled = SamplingParams(max_tokens=10, temperature=1, seed=3, prompt_logprobs=0)
+    prompts = tiny.prompts(9, 12, 7)
+    each = zip(prompts, (GREEDY, sampled, GREEDY), strict=True)
+    numbers = [engine.add(prompt, params) for prompt, params in each]
+    breaks = 0
+    for _ in range(300):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            breaks += 1
+        engine.check()
+    assert breaks
+    assert not engine.has_work
+    monkeypatch.undo()
+    answers = [engine.take(number)[-1].answer for number in numbers]
+    for i in (0, 2):
+        tiny.assert_greedy("moge", prompts[i], answers[i].token_ids, 10)
+    alone = tiny.engine("moge").generate([prompts[1]], sampled)[0]
+    assert answers[1].token_ids == alone.token_ids
+    assert len(answers[1].prompt_logprobs) == 12
+    assert engine.stats.free_pages + engine.stats.cached_pages == engine.stats.num_pages
 
 
 class Life(RuleBasedStateMachine):

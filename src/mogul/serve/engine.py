@@ -12,7 +12,6 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 from mogul.core.errors import ConfigError
 from mogul.models.load import named_device
 from mogul.schedule.policy import Limits, Scheduler, StepPlan
-from mogul.serve.admit import PROMPT_ROWS, Prompt, as_ids, as_prompts, check_request, end_ids
+from mogul.serve.admit import PROMPT_ROWS, Prompt, as_ids, check_request, end_ids
 from mogul.serve.blocks import BlockPool, root_digest
-from mogul.serve.door import Door
+from mogul.serve.callers import Callers
 from mogul.serve.kv_scales import KvScales
 from mogul.serve.loading import Load, open_tokenizer, open_with_scales
 from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams
 from mogul.serve.ranks import check_spread, settle_options, settle_sizes, spread
-from mogul.serve.requests import Answer, Chunk, Live
+from mogul.serve.requests import Chunk, Live
 from mogul.serve.results import take
 from mogul.serve.runner import Runner
 from mogul.serve.sizes import choose_sizes
@@ -66,7 +65,7 @@ class Stats:
     num_pages: int
 
 
-class Engine:
+class Engine(Callers):
     """Generates for many requests at once; every method may be called from any thread."""
 
     def __init__(
@@ -80,6 +79,7 @@ class Engine:
         kv_scales: KvScales | None = None,
         parallel: Parallel | None = None,
     ) -> None:
+        super().__init__()
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
         self.parallel = parallel
@@ -124,11 +124,9 @@ class Engine:
         self._salt = (name, str(model.dtype), self.options.kv_dtype)
         self._end_ids = end_ids(model, self.tokenizer)
         self._live: dict[int, Live] = {}
-        self._mail: dict[int, deque[Chunk]] = {}
         self._flight: Flight | None = None
         self._ids = itertools.count()
         self._seeds = random.Random(self.options.seed)
-        self._lock = Door()
         self._is_closed = False
         self._num_steps = self._prompt_tokens = self._output_tokens = 0
         if self.options.record_experts:
@@ -291,20 +289,39 @@ class Engine:
         return bool(self._live) or self._flight is not None
 
     def step(self) -> list[Chunk]:
-        """Run one step; returns what it gave to whom, and posts it to their streams."""
+        """Run one step; returns what it gave to whom, and posts it to their streams.
+
+        One that is broken off (Ctrl-C above all) is done again by the next call.
+        """
         with self._lock:
             self._check_open()
-            chunks: list[Chunk] = []
-            if self._flight is not None and not self._may_overlap():
-                chunks += self._land()
-            plan = self._plan()
-            before = self._flight
-            self._flight = None if plan.is_empty else self._launch(plan)
-            if before is not None:
-                chunks += self._read(before)
-            if self._flight is not None and not self._may_overlap():
-                chunks += self._land()
-            return chunks
+            try:
+                return self._step()
+            except BaseException:
+                self._begin_again()
+                raise
+
+    def _step(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        if self._flight is not None and not self._may_overlap():
+            chunks += self._land()
+        plan = self._plan()
+        before = self._flight
+        self._flight = None if plan.is_empty else self._launch(plan)
+        if before is not None:
+            chunks += self._read(before)
+        if self._flight is not None and not self._may_overlap():
+            chunks += self._land()
+        return chunks
+
+    def _begin_again(self) -> None:
+        """Everybody goes on from the tokens that were told; what is in flight is not waited for."""
+        self._flight = None
+        self.scheduler.begin_again(list(self.room.running.values()))
+        for live in list(self._live.values()):
+            live.emitted = len(live.output_ids)
+            if live.finish is not None:
+                self._end(live, Chunk(live.id, "", ()))
 
     def _may_overlap(self) -> bool:
         if self.runner.device.type == "cpu":
@@ -379,71 +396,6 @@ class Engine:
         chunk = replace(chunk, answer=live.answer())
         self._mail[live.id].append(chunk)
         return chunk
-
-    # ---------------------------------------------------------------------------- convenience
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[Answer]:
-        """Answer prompts together; answers stand in the order of the prompts."""
-        many = as_prompts(prompts)
-        each = [params] * len(many) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(many):
-            raise ConfigError(f"{len(many)} prompts, but {len(each)} sampling parameters")
-        numbers: list[int] = []
-        try:
-            for prompt, one in zip(many, each, strict=True):
-                numbers.append(self.add(prompt, one))
-            answers = {number: self._finish(number) for number in numbers}
-        finally:
-            self._forget(numbers)
-        return [answers[number] for number in numbers]
-
-    def _finish(self, number: int) -> Answer:
-        while True:
-            for chunk in self.take(number):
-                if chunk.answer is not None:
-                    return chunk.answer
-            self._go_on(number)
-
-    def _go_on(self, number: int) -> None:
-        """Step, unless another thread's step or `close` has posted something meanwhile."""
-        with self._lock:
-            if not self._mail.get(number):
-                self.step()
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Yield what is said as it is said; closing the iterator aborts the request."""
-        number = self.add(prompt, params)
-        try:
-            while True:
-                for chunk in self.take(number):
-                    yield chunk
-                    if chunk.answer is not None:
-                        return
-                self._go_on(number)
-        finally:
-            self._forget([number])
-
-    def take(self, number: int) -> list[Chunk]:
-        """What was said for a request since the last call, without a step."""
-        with self._lock:
-            mail = self._mail.get(number)
-            if mail is None:
-                return []
-            chunks = list(mail)
-            mail.clear()
-            if chunks and chunks[-1].answer is not None:
-                del self._mail[number]
-            return chunks
-
-    def _forget(self, numbers: Sequence[int]) -> None:
-        """Abort what still runs of these requests and drop what nobody will read."""
-        for number in numbers:
-            self.abort(number)
-            self._mail.pop(number, None)
 
     def close(self) -> None:
         """Abort everything and give the cache's memory back; the model stays usable.
