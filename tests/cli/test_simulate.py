@@ -84,9 +84,10 @@ def test_sweep_writes_a_plan(capsys, tmp_path):
     plan = tmp_path / "plan.json"
     code, out, _ = run(
         capsys, "sweep", "preset:qwen3-30b-a3b", "--device", "h200", "--devices", "2",
-        "--quants", "fp8", "--plan", str(plan),
+        "--quants", "fp8", "--plan", str(plan), "--html", str(tmp_path / "page.html"),
     )  # fmt: skip
     assert code == 0
+    assert "qwen3-30b-a3b on 2 x NVIDIA H200" in (tmp_path / "page.html").read_text()
     assert "points priced" in out
     assert Plan.read(plan).parallel.devices == 2
 

@@ -8,7 +8,7 @@ pairs the best prompt pool with the best decode pool of the same search.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mogul.core.errors import ConfigError
 from mogul.simulate.collectives import point_to_point_s
@@ -108,7 +108,7 @@ def search(
     for count in device_counts:
         for layout in layouts(model, count, max_pp=max_pp):
             for quant in quants:
-                setting = _replaced(template, layout, quant)
+                setting = replace(template, parallel=layout, quant=quant)
                 found = _batches(setting, workload)
                 too_big += not found
                 points += found
@@ -119,19 +119,6 @@ def search(
     good = [one for one in points if one.meets_targets()]
     apart = _disaggregated(points, workload)
     return Searched(tuple(points), front(good), too_big, len(points) - len(good), apart)
-
-
-def _replaced(template: Setting, layout: Parallel, quant: QuantScheme) -> Setting:
-    return Setting(
-        template.model,
-        template.device,
-        layout,
-        quant,
-        template.routing,
-        template.engine,
-        template.calibration,
-        template.collectives,
-    )
 
 
 def _batches(setting: Setting, workload: Workload) -> list[Prediction]:
