@@ -56,6 +56,19 @@ def test_numbers_by_hand():
     assert numbers.whole_rho(trace, 2) == pytest.approx((6 / 3.5, 6 / 3.5))
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_few_tokens_are_told_beside_what_chance_alone_makes(groups):
+    assert not numbers.summary(made_trace(groups)).notes
+    trace = made_trace(groups, tokens=20)
+    (note,) = numbers.summary(trace).notes
+    assert "5 rows an expert are few" in note
+    rng = np.random.default_rng(1)
+    score = rng.random((4000, 20, groups, 16 // groups))
+    picked = score.argsort(-1).argsort(-1) < 4 // groups  # as many of each group, all as likely
+    busiest = picked.reshape(4000, 20, 16).sum(1).max(1).mean() / 5
+    assert numbers.busiest_by_chance(trace) == pytest.approx(busiest, rel=0.04)
+
+
 def test_pairs_leave_the_trace_as_it_is():
     trace = made_trace()
     before = trace.arrays["coactivation"].copy()

@@ -20,6 +20,8 @@ from mogul.spec.trace import Trace
 
 COLD_SHARE = 0.1
 DRAWS = 32
+FEW_ROWS = 100
+"""Rows an expert in a trace, below which chance alone makes the busiest stand out by a quarter."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ def summary(trace: Trace) -> Table:
         rows.append(_spread("null picks, share", found.null_share, found.layers))
     groups = f" in {model.num_groups} groups" if model.num_groups > 1 else ""
     notes = [] if trace.meta.is_complete else ["the run was cut off: this is what it had by then"]
+    rows_each = trace.meta.num_tokens * model.top_k / model.num_experts
+    if rows_each < FEW_ROWS:
+        notes.append(
+            f"{rows_each:.3g} rows an expert are few: without any preference, too, the busiest of "
+            f"{model.num_experts} would have {busiest_by_chance(trace):.2f} times the mean"
+        )
     return Table(
         f"{model.name}: {len(found.layers)} layers of {model.num_experts} experts{groups}, "
         f"{model.top_k} picks, {trace.meta.num_tokens:,} tokens",
@@ -77,6 +85,14 @@ def summary(trace: Trace) -> Table:
         rows,
         notes,
     )
+
+
+def busiest_by_chance(trace: Trace, draws: int = 512) -> float:
+    """Rows of a layer's busiest expert over the mean if every expert were as likely a pick."""
+    model, tokens = trace.meta.model, trace.meta.num_tokens
+    share = model.top_k / model.num_experts
+    rows_SE = np.random.default_rng(0).binomial(tokens, share, (draws, model.num_experts))
+    return float(rows_SE.max(1).mean() / (tokens * share))
 
 
 def _spread(name: str, value_L: np.ndarray, layers: Sequence[int]) -> tuple[object, ...]:
