@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from engine_profile import profile_decode, profile_prompts
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -104,9 +106,11 @@ def main() -> None:
     if options.first:
         attempt(options, first_tokens, engine, options)
     for batch in options.profile:
-        attempt(options, profile, engine, batch, options)
+        prompts = prompts_of(batch, options, engine.runner.vocab_size, 7)
+        attempt(options, profile_decode, engine, prompts, partial(note, options))
     if options.profile:
-        attempt(options, profile_prompts, engine, options)
+        prompts = prompts_of(8, options, engine.runner.vocab_size, 8)
+        attempt(options, profile_prompts, engine, prompts, partial(note, options))
     if options.most:
         attempt(options, find_most, engine, options, bandwidth)
     engine.steps.sampler = plain
@@ -445,55 +449,6 @@ def record(engine: Engine, batch: int, options: Any, fields: dict[str, Any]) -> 
         ),
     ]  # fmt: skip
     ledger.append(rows, Path(options.out) / "ledger.jsonl")
-
-
-def profile(engine: Engine, batch: int, options: Any) -> None:
-    """Device time of a decode step by kernel."""
-    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    for prompt in prompts_of(batch, options, engine.runner.vocab_size, 7):
-        engine.add(prompt, params)
-    while engine.scheduler.waiting or engine.scheduler.prompting or engine.stats.num_steps == 0:
-        engine.step()
-    for _ in range(3):
-        engine.step()
-    steps = 8
-    watch_steps(engine, steps, options, f"decode, batch {batch}")
-    while engine.has_work:
-        engine.step()
-
-
-def profile_prompts(engine: Engine, options: Any) -> None:
-    """Device time of one full step of prompts by kernel."""
-    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-    for prompt in prompts_of(8, options, engine.runner.vocab_size, 8):
-        engine.add(prompt, params)
-    watch_steps(engine, 1, options, "prompts")
-    while engine.has_work:
-        engine.step()
-
-
-def watch_steps(engine: Engine, steps: int, options: Any, what: str) -> None:
-    """Note what the device does in some steps, the longest first."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as seen:
-        start_s = time.perf_counter()
-        for _ in range(steps):
-            engine.step()
-        torch.cuda.synchronize()
-        wall_s = time.perf_counter() - start_s
-    events = [
-        e
-        for e in seen.key_averages()
-        if e.self_device_time_total > 0 and not e.key.startswith("aten::")
-    ]
-    events.sort(key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in events) / steps / 1e3
-    note(options, kind="profile", what=what, device_ms=total, wall_ms=1e3 * wall_s / steps)
-    for e in events[:24]:
-        note(
-            options, kind="kernel", what=what, name=e.key[:90],
-            ms=round(e.self_device_time_total / steps / 1e3, 4), calls=e.count / steps,
-        )  # fmt: skip
 
 
 if __name__ == "__main__":
