@@ -212,6 +212,7 @@ def test_help_and_info_start_nearly_as_fast_as_the_interpreter():
         ("upcycle", "absent", "--experts", "4", "--groups", "2", "--out", "m"),
         ("regroup", "absent", "--trace", "t", "--devices", "2", "--out", "m"),
         ("calibrate", "absent"),
+        ("quantise", "absent", "--to", "fp8", "--out", "m"),
         ("bench", "serve", "absent"),
         ("train", "absent", "--out", "r"),
     ],

@@ -51,8 +51,11 @@ class Options:
 
 def run(options: Options) -> int:
     """Write the checkpoint and print what it is."""
+    from mogul.core.log import say
     from mogul.core.table import Table
     from mogul.core.units import show_bytes
+
+    say(f"loading {options.model}")
     from mogul.models.load import find_folder, named_device
     from mogul.models.quantised_write import quantise_checkpoint
     from mogul.serve.kv_scales import carry_scales
