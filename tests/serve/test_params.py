@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mogul.core.errors import ConfigError
+from mogul.serve.options import EngineOptions
 from mogul.serve.params import SamplingParams, Structure
 
 
@@ -88,3 +89,18 @@ def test_what_a_request_needs_is_told() -> None:
     assert SamplingParams(min_p=0.1).has_filters
     assert SamplingParams(frequency_penalty=0.1).has_penalties
     assert not SamplingParams().has_penalties
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"memory_share": "0.5"}, "memory_share '0.5' is no share"),
+        ({"memory_share": None}, "memory_share None is no share"),
+        ({"max_sequences": None}, "max_sequences None is no number"),
+        ({"max_length": 10.5}, "max_length 10.5 is no number"),
+        ({"seed": 1.5}, "seed 1.5 is no number"),
+    ],
+)
+def test_options_of_another_kind_are_refused(values: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        EngineOptions(**values)

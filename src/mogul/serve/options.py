@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 from mogul.core.errors import ConfigError
@@ -82,11 +82,14 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         """Refuse sizes that hold nothing."""
-        for name in ("max_length", "max_sequences", "step_tokens", "page_size", "cache_tokens"):
+        if self.max_sequences is None:
+            raise ConfigError("max_sequences None is no number", fix="give a whole number")
+        sizes = ("max_length", "max_sequences", "step_tokens", "page_size", "cache_tokens")
+        for name in (*sizes, "seed"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Integral):
                 raise ConfigError(f"{name} {value!r} is no number", fix="give a whole number")
-            if value is not None and value < 1:
+            if value is not None and value < 1 and name in sizes:
                 raise ConfigError(f"{name} {value} holds nothing", fix="give 1 or more")
         for name in ("graph_sizes", "prompt_sizes"):
             sizes = getattr(self, name)
@@ -101,5 +104,5 @@ class EngineOptions:
             raise ConfigError(
                 f"attention {self.attention!r} is unknown", fix='use "auto" or "flashinfer"'
             )
-        if not 0 < self.memory_share <= 1:
-            raise ConfigError(f"memory_share {self.memory_share} is no share", fix="use (0, 1]")
+        if not isinstance(self.memory_share, Real) or not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share {self.memory_share!r} is no share", fix="use (0, 1]")
