@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from mogul.cli.main import main
@@ -11,6 +12,7 @@ from mogul.models import load_model, load_tokenizer
 from mogul.models.input_stats import FILE, read_stats
 from mogul.models.quantise_linears import linear_inputs
 from mogul.serve.kv_scales import read_scales
+from mogul.spec.carried import carried_folder
 
 
 def test_both_files_are_written_and_read(capsys, checkpoint, tmp_path):
@@ -43,10 +45,11 @@ def test_no_sequences_are_refused_before_anything_is_read(capsys, tmp_path):
     assert "use --batch 1 or more" in capsys.readouterr().err
 
 
-def test_a_model_that_mogul_carries_is_left_as_it_is(capsys):
-    assert main(["calibrate", "nano"]) != 0
+@pytest.mark.parametrize("name", ["nano", str(carried_folder("nano"))])
+def test_a_model_that_mogul_carries_is_left_as_it_is(capsys, name):
+    assert main(["calibrate", name, "--max-tokens", "100"]) != 0
     error = capsys.readouterr().err
-    assert "nano is part of mogul's installation" in error
+    assert f"{name} is part of mogul's installation" in error
     assert "--out" in error
 
 

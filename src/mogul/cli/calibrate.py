@@ -112,9 +112,10 @@ def _folder_to_write(options: Options, folder: Path) -> Path:
     """Where the files go: --out, or the checkpoint's own folder unless mogul carries it."""
     from mogul.core.errors import ConfigError
     from mogul.core.files import check_writable
-    from mogul.spec.carried import carried_folder
+    from mogul.spec.carried import NAMES, carried_folder
 
-    if options.out is None and carried_folder(options.model) is not None:
+    carried = [path.resolve() for name in NAMES if (path := carried_folder(name))]
+    if options.out is None and folder.resolve() in carried:
         raise ConfigError(
             f"{options.model} is part of mogul's installation, which stays as it is",
             fix="name a folder for the files with --out, and read them with --statistics",
