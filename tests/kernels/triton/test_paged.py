@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,3 +217,34 @@ def test_caches_that_are_views_are_refused_by_name() -> None:
     cache = torch.zeros(2, 4, 2, 16).transpose(1, 2)
     with pytest.raises(BackendError, match="key_cache with strides"):
         paged_write.check_pages(cache, cache)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "queries", "changes", "tile"),
+    [
+        (7, 1, {}, paged.small_tile),
+        (8, 1, {}, paged.middle_tile),
+        (8, 2, {}, paged.small_tile),  # rows of several queries would not leave it three programs
+        (8, 1, {"width": 256}, paged.small_tile),
+        (16, 1, {}, paged.middle_tile),
+        (17, 1, {}, paged.large_tile),
+        (16, 1, {"is_fp8": True}, paged.fp8_tiles[1][1]),
+        (17, 1, {"is_fp8": True}, paged.fp8_tiles[2][1]),
+    ],
+)
+def test_tiles_follow_the_work(monkeypatch, sequences, queries, changes, tile) -> None:
+    monkeypatch.setattr(paged, "_processors", lambda _device: 132)
+    call = SimpleNamespace(**{"kv_heads": 4, "width": 128, "is_fp8": False, "device": 0, **changes})
+    assert paged.tile_of(call, sequences, queries) is tile
+
+
+@pytest.mark.parametrize(
+    ("tile", "cache"),
+    [(paged.middle_tile, "bf16"), (paged.large_tile, "bf16"), (paged.fp8_tiles[2][1], "fp8e4nv")],
+)
+def test_blocks_in_flight_fit(tile: paged.FewTile, cache: str) -> None:
+    changes: dict[str, Any] = {"BLOCK_L": tile.block, "STAGES": tile.stages, "FP8": cache != "bf16"}
+    done = compiled(kernels.attend_few, 90, warps=tile.warps, cache=cache, **changes)
+    assert tile.per_sm * (done.metadata.shared + 1024) <= 233_472  # of a multiprocessor
+    done = compiled(kernels.attend_few, 89, warps=tile.warps, cache=cache, **changes)
+    assert done.metadata.shared <= 101_376  # of a program on smaller cards

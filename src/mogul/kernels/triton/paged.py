@@ -64,15 +64,19 @@ class ManyTile:
 
 # Measured on an H100 over 1 to 64 sequences of 1,024 to 8,192 keys, see bench_paged_attention.py:
 # short work wants long blocks and few partial sums to merge, long work many small blocks in flight.
+# Five stages hold two blocks of keys in flight, three or four hold one: measured on an H200 over 8
+# to 228 sequences of 1,024 to 2,112 keys.
 small_tile = FewTile(block=64, per_sm=2, min_blocks=1, stages=3)
-large_tile = FewTile(block=32, per_sm=4, min_blocks=2, stages=4)
+middle_tile = FewTile(block=64, per_sm=3, min_blocks=1, stages=5)
+large_tile = FewTile(block=32, per_sm=4, min_blocks=2, stages=5)
+MIDDLE_HEADS, MIDDLE_WIDTH = 32, 128
+"""Sequences times key heads from which single queries take the middle tile, and its widest head."""
 # Numbers of fp8 are turned into fp16 first: two warps share less and so turn more of them a cycle.
-# Measured on an H200 and an H100 over 1, 8, 64 and 228 sequences of 2,112 keys; from 96 on an H200,
+# Measured on an H200 and an H100 over 1, 8, 64 and 228 sequences of 2,112 keys; from 17 on an H200,
 # where two blocks of keys in flight are worth more than a fifth and sixth program.
 fp8_tiles: tuple[tuple[int, FewTile], ...] = (
     (2, FewTile(block=128, per_sm=2, min_blocks=1, warps=4, stages=3)),
     (16, FewTile(block=64, per_sm=4, min_blocks=2, warps=2, stages=3)),
-    (64, FewTile(block=64, per_sm=6, min_blocks=2, warps=2, stages=3)),
     (1 << 20, FewTile(block=64, per_sm=4, min_blocks=1, warps=2, stages=5)),
 )
 """By sequences at most."""
@@ -89,14 +93,17 @@ def _processors(device: int) -> int:
     return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tile_of(call: Call, sequences: int) -> FewTile:
-    """How the keys of so many sequences are shared out."""
+def tile_of(call: Call, sequences: int, max_queries: int) -> FewTile:
+    """How the keys of so many sequences, each of so many queries at most, are shared out."""
     if few_tile is not None:
         return few_tile
     if call.is_fp8:
         return next(tile for most, tile in fp8_tiles if sequences <= most)
-    is_small = 2 * sequences * call.kv_heads < _processors(call.device)
-    return small_tile if is_small else large_tile
+    heads = sequences * call.kv_heads
+    if 2 * heads >= _processors(call.device):
+        return large_tile
+    is_middle = heads >= MIDDLE_HEADS and max_queries == 1 and call.width <= MIDDLE_WIDTH
+    return middle_tile if is_middle else small_tile
 
 
 @cache
@@ -200,7 +207,7 @@ def _run_few(
     tables, starts, lengths = given.tables_SB, given.query_starts, given.lengths_S
     out, scales = operands.out, operands.scales
     num_seqs, rows = len(lengths), call.group * max_queries
-    attend, merge, workers = _few(call, max_queries, writes, tile_of(call, num_seqs))
+    attend, merge, workers = _few(call, max_queries, writes, tile_of(call, num_seqs, max_queries))
     parts = (workers + num_seqs) * call.kv_heads * rows
     acc = torch.empty(parts, call.width, dtype=torch.float32, device=out.device)
     stat = torch.empty(parts, 2, dtype=torch.float32, device=out.device)
