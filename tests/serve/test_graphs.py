@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mogul.core.errors import ConfigError
 from mogul.serve import SamplingParams
@@ -16,6 +18,7 @@ from mogul.serve.graphs import (
     Ladder,
     guessing_rungs,
     rungs_up_to,
+    take_recorders_off,
 )
 from mogul.serve.inputs import Entry, Layout
 from mogul.serve.options import PROMPT_TOKENS, EngineOptions
@@ -144,3 +147,26 @@ def test_decodes_are_captured_where_prompts_cannot_be(monkeypatch: Any, caplog: 
     assert "steps with prompts are not captured: RuntimeError: no memory left" in caplog.text
     assert ladder.rung_of(step_of((40, 1, 1))) is None
     assert ladder.rung_of(step_of((1, 1, 1))) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "moge"])
+def test_what_recorded_outputs_is_taken_off_and_comes_back(tiny: Any, kind: str) -> None:
+    """Compiled layers would break at every hook that Transformers leaves behind."""
+    model = copy.deepcopy(tiny.model(kind))
+    model.set_attn_implementation("sdpa")
+    ids = torch.tensor([tiny.prompts(7)[0]])
+    take_recorders_off(model)
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    none = hooks()
+    with torch.no_grad():
+        want = model(ids, output_hidden_states=True).hidden_states
+        assert hooks() > none
+        take_recorders_off(model)
+        assert hooks() == none
+        got = model(ids, output_hidden_states=True).hidden_states
+    assert len(got) == len(want) == model.config.num_hidden_layers + 1
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)

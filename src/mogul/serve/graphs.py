@@ -31,6 +31,9 @@ MOST_GUESSING = 64
 MOST_MIXED = 64
 """Sequences, and rows of logits, of a captured step with prompts."""
 
+_RECORDED = "_output_capturing_hooks_installed"
+"""Transformers' mark of a model that has its recorders of outputs."""
+
 Rung = tuple[int, int]
 """Sequences, and tokens of each; or tokens, and `MIXED`."""
 
@@ -58,10 +61,29 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def take_recorders_off(model: nn.Module) -> None:
+    """Take off the hooks by which Transformers records outputs; asked for some, it puts them back.
+
+    A model that was once asked for hidden states or router logits has them on every layer, and
+    compiled code would break at each.
+    """
+    for module in model.modules():
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if _is_recorder(hook)]:
+            del hooks[key]
+        if getattr(module, _RECORDED, False):
+            setattr(module, _RECORDED, False)
+
+
+def _is_recorder(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
 def compile_layers(model: Any) -> int:
     """Compile every decoder layer, lazily and for any number of tokens; returns how many."""
     from mogul.serve.passes import FewRows
 
+    take_recorders_off(model)
     layers = decoder_layers(model)
     options: dict[str, Any] = {"post_grad_custom_pre_pass": FewRows()}
     for layer in layers:
