@@ -16,6 +16,7 @@ from torch import Tensor
 from mogul.core.errors import BackendError
 from mogul.kernels import ExpertLayout, choose_backend
 from mogul.models import experts as implementation
+from mogul.models.expert_layout import read_layout
 
 Matrices = tuple[Tensor, Tensor]
 
@@ -69,7 +70,7 @@ def matrices_of(module: Any) -> Matrices | None:
     if module.has_bias or implementation._backend not in ("auto", "triton"):
         return None
     try:
-        layout = implementation._layout(module)
+        layout = read_layout(module)
     except BackendError:
         return None
     return (module.gate_up_proj, module.down_proj) if layout == ExpertLayout() else None
