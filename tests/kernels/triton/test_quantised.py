@@ -102,6 +102,11 @@ def test_int4_compiles(arch: int) -> None:
     assert bool(re.search(r"wgmma\.mma_async", done.asm["ptx"])) == (arch == 90)
 
 
+def test_what_is_no_number_stays_so_under_gpt_oss_clamps() -> None:
+    ptx = compiled(64, 90, ACT=1).asm["ptx"]
+    assert set(re.findall(r"\b(?:min|max)(?:\.NaN)?\.f32", ptx)) == {"min.NaN.f32", "max.NaN.f32"}
+
+
 @pytest.mark.parametrize("arch", [89, 90, 100])
 def test_fp8_compiles_to_fp8_products(arch: int) -> None:
     done = compiled(0, arch)

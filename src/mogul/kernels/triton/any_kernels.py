@@ -23,12 +23,14 @@ CLAMPED_SILU = tl.constexpr(6)
 
 
 @triton.jit
-def _at_least(x, LOW: tl.constexpr):
+def at_least(x, LOW: tl.constexpr):
+    """As `max`, but what is no number stays so."""
     return tl.maximum(x, LOW, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _at_most(x, HIGH: tl.constexpr):
+def at_most(x, HIGH: tl.constexpr):
+    """As `min`, but what is no number stays so."""
     return tl.minimum(x, HIGH, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -51,10 +53,10 @@ def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
             1.0 + 3.0 * 0.044715 * g * g
         )
     elif ACT == RELU:
-        value = _at_least(g, 0.0)
+        value = at_least(g, 0.0)
         slope = tl.where(g > 0.0, 1.0, 0.0)
     else:
-        top = _at_least(g, 0.0)
+        top = at_least(g, 0.0)
         value = top * top
         slope = 2.0 * top
     return value, slope
@@ -64,9 +66,9 @@ def _activation(g, ACT: tl.constexpr, ALPHA: tl.constexpr):
 def _joined(g, u, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """act, d act / d g, d act / d u."""
     if (ACT == CLAMPED) | (ACT == CLAMPED_SILU):
-        low_g = _at_most(g, LIMIT)
+        low_g = at_most(g, LIMIT)
         value, slope = _activation(low_g, ACT, ALPHA)
-        up = _at_most(_at_least(u, -LIMIT), LIMIT)
+        up = at_most(at_least(u, -LIMIT), LIMIT)
         if ACT == CLAMPED:
             up += 1.0
         act = up * value

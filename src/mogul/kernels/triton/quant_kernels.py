@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mogul.kernels.triton.any_kernels import at_least, at_most
 from mogul.kernels.triton.row_kernels import _dot, _load_rows, _tile_at
 
 _MAGIC = tl.constexpr(0x4B000000)
@@ -202,8 +203,8 @@ def _folded(acc, SWAP: tl.constexpr):
 def _joined(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The activation between both products; ACT 1 is gpt-oss's clamped SwiGLU."""
     if ACT == 1:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        gate = at_most(gate, LIMIT)
+        up = at_most(at_least(up, -LIMIT), LIMIT) + 1.0
         out = up * gate * tl.sigmoid(gate * ALPHA)
     else:
         out = gate * tl.sigmoid(gate) * up
