@@ -12,12 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mogul.models  # noqa: F401
-from mogul.core.errors import ConfigError
+from mogul.core.errors import ArtifactError, ConfigError
+from mogul.models.quantise_load import packed_format
+from mogul.models.quantised_write import quantise_checkpoint
 from mogul.serve import Engine, SamplingParams
 from mogul.serve.options import EngineOptions
 from mogul.serve.runner import Runner
 from mogul.serve.sizes import _free_bytes, choose_sizes, work_bytes_a_token
-from mogul.serve.speculate import DraftLength, NgramProposer, Speculator
+from mogul.serve.speculate import DraftLength, NgramProposer, Speculator, make_speculator
 from mogul.serve.speculate.draft_model import DraftModelProposer
 from mogul.serve.speculate.mtp import MtpProposer
 
@@ -338,3 +340,18 @@ def test_ranks_do_not_give_up_one_by_one(model: Any, monkeypatch) -> None:
     monkeypatch.setattr(speculator.proposer, "observe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         speculator.observe([])
+
+
+def test_an_unknown_name_says_what_guesses_there_are():
+    with pytest.raises(ArtifactError, match="foo does not exist") as caught:
+        make_speculator("foo")
+    assert "by ngram, by mtp, or by the folder" in " ".join(caught.value.__notes__)
+
+
+def test_a_draft_model_may_be_a_checkpoint_in_fp8(tiny, tmp_path):
+    model = copy.deepcopy(tiny.model("llama"))
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path / "source")
+    quantise_checkpoint(tmp_path / "source", tmp_path / "fp8")
+    proposer: Any = make_speculator(str(tmp_path / "fp8")).proposer
+    assert packed_format(proposer.runner.model) == "fp8"

@@ -57,7 +57,7 @@ def _read(
     if pages == list(range(pages[0], pages[0] + len(pages))):
         found = plain[pages[0] : pages[0] + len(pages)]
     else:
-        found = plain.index_select(0, torch.tensor(pages))
+        found = plain.index_select(0, torch.tensor(pages, device="cpu"))
     rows_LNC = found.flatten(0, 1)[inside]
     if not is_fp8:
         return rows_LNC
@@ -107,7 +107,7 @@ def _attend(
 
 def _seen(num_queries: int, length: int, sliding_window: int | None) -> Tensor:
     """Which of L keys each of the last Q positions sees."""
-    at_Q1 = torch.arange(length - num_queries, length)[:, None]
-    at_L = torch.arange(length)
+    at_Q1 = torch.arange(length - num_queries, length, device="cpu")[:, None]
+    at_L = torch.arange(length, device="cpu")
     is_seen_QL = at_L <= at_Q1
     return is_seen_QL if sliding_window is None else is_seen_QL & (at_L > at_Q1 - sliding_window)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mogul.core.errors import ArtifactError
 from mogul.serve.speculate.length import DraftLength
 from mogul.serve.speculate.ngram import NgramProposer
 from mogul.serve.speculate.proposer import Proposer
@@ -41,7 +42,12 @@ def _proposer(name: str, dtype: str | torch.dtype, device: str) -> Proposer:
         from mogul.serve.speculate.mtp import MtpProposer
 
         return MtpProposer()
-    from mogul.models import load_model
+    from mogul.serve.loading import open_model
     from mogul.serve.speculate.draft_model import DraftModelProposer
 
-    return DraftModelProposer(load_model(name, dtype=dtype, device=device))
+    try:
+        model = open_model(name, load="checkpoint", dtype=dtype, device=device, experts="mogul")
+    except ArtifactError as error:
+        error.add_note("guesses are by ngram, by mtp, or by the folder or hub id of a draft model")
+        raise
+    return DraftModelProposer(model)
