@@ -28,6 +28,8 @@ from mogul.models.quantise_load import load_quantised, weight_format
 from mogul.models.quantised_read import load_stored
 from mogul.models.quantised_write import quantise_checkpoint
 from mogul.serve import Engine, SamplingParams
+from mogul.serve.kv_scales import KvScales, read_scales
+from mogul.spec.fingerprint import weights_hash
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -226,7 +228,8 @@ def test_damaged_files_are_named(tmp_path: Path, change: Any, words: str) -> Non
 def scheme(**group: Any) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
     inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
-    whole = {"weights": weights, "input_activations": inputs}
+    whole: dict[str, Any] = {"weights": weights, "input_activations": inputs}
+    whole["output_activations"] = {}
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -244,6 +247,7 @@ def scheme(**group: Any) -> dict[str, Any]:
         (scheme(weights={"strategy": "block"}), "scales weights by block; mogul reads one scale"),
         (scheme(input_activations={"strategy": "tensor"}), "scales inputs by tensor, float 8 bits"),
         (scheme(input_activations={"dynamic": False}), "has fixed scales of inputs"),
+        (scheme(output_activations={"num_bits": 8}), "rounds outputs; mogul leaves them"),
     ],
 )
 def test_schemes_that_mogul_lacks_are_named(
@@ -311,3 +315,20 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     assert "exists already" in capsys.readouterr().err
     assert load_config(tmp_path / "out").model_type == "qwen3_moe"
+
+
+def test_the_verb_carries_scales_of_these_weights_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = saved(tmp_path / "source", "llama"), tmp_path / "out"
+    args = ["quantise", str(source), "--out", str(out), "--device", "cpu"]
+    keys, values = ((torch.full((1,), n), torch.full((1,), 2 * n)) for n in (0.25, 0.75))
+    KvScales(keys, values, "of others").save(source)
+    assert main(args) != 0
+    assert "was measured on other weights" in capsys.readouterr().err
+    assert not out.exists()
+    KvScales(keys, values, weights_hash(source)).save(source)
+    assert main(args) == 0
+    carried = read_scales(out, checkpoint=out)
+    assert carried is not None
+    assert (carried.keys, carried.values) == (keys, values)

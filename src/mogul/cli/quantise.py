@@ -58,11 +58,12 @@ def run(options: Options) -> int:
     say(f"loading {options.model}")
     from mogul.models.load import find_folder, named_device
     from mogul.models.quantised_write import quantise_checkpoint
-    from mogul.serve.kv_scales import carry_scales
+    from mogul.serve.kv_scales import carry_scales, measured_scales
     from mogul.serve.loading import find_stats
 
     device = named_device(options.device)
     source = find_folder(options.model)
+    scales = measured_scales(source)  # of other weights: refused before anything is written
     report = quantise_checkpoint(
         source,
         options.out,
@@ -71,7 +72,8 @@ def run(options: Options) -> int:
         device=device,
         force=options.force,
     )
-    carry_scales(source, report.folder)
+    if scales is not None:
+        carry_scales(scales, report.folder)
     is_table = options.format == "table"
     before, after = report.source_bytes, report.num_bytes
     columns = ("folder", "weights", "layers of experts", "linear layers", "bytes before", "bytes")

@@ -77,6 +77,8 @@ def _format_of(folder: Path, content: dict[str, Any], group: dict[str, Any]) -> 
             "an output channel or one a matrix",
             fix=_UNQUANTISED,
         )
+    if group.get("output_activations"):
+        raise ArtifactError(f"{folder} rounds outputs; mogul leaves them", fix=_UNQUANTISED)
     if not inputs:
         return FORMATS["fp8-w8a16"]
     if _numbers(inputs) != ("float", 8) or inputs.get("strategy") != "token":

@@ -48,7 +48,7 @@ FOREIGN_QUANTISATION = "quant_model_description.json"
 WRONG_VALUE = (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError)
 """What Transformers raises for a value of a JSON file that it did not expect."""
 PICKLED = ("*.bin", "*.pt", "*.pth")
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Files of which a tokenizer has at least one; Transformers makes an empty one without."""
 SAME_MODEL = {"kimi_k2": "deepseek_v3"}
 """Model types that Transformers lacks, and its name for the same model with the same tensors."""

@@ -15,6 +15,7 @@ COPIED_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "*.tiktoken",
+    "tekken.json",
     "spiece.model",
     "chat_template*",
     "generation_config.json",

@@ -147,7 +147,7 @@ def _todo(
             if parameter.endswith("bias"):
                 continue
             if isinstance(module, nn.Linear):
-                todo[names[0]] = known if isinstance(known, Tensor) else None
+                todo |= dict.fromkeys(names, known if isinstance(known, Tensor) else None)
                 continue
             experts = getattr(module, parameter).shape[0]
             if len(names) % experts:

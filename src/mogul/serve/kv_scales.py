@@ -108,10 +108,18 @@ def find_scales(path: str | Path, statistics: str | Path | None = None) -> KvSca
     return scales
 
 
-def carry_scales(source: Path, folder: Path) -> None:
-    """Write the scales that were measured for a checkpoint beside one that was made from it."""
-    if (source / FILE).exists() and (scales := read_scales(source, checkpoint=source)):
-        replace(scales, weights=weights_hash(folder)).save(folder)
+def measured_scales(folder: Path) -> KvScales | None:
+    """The scales that were measured for a checkpoint and lie beside it; None where none do.
+
+    Raises:
+        ArtifactError: as `read_scales`.
+    """
+    return read_scales(folder, checkpoint=folder) if (folder / FILE).exists() else None
+
+
+def carry_scales(scales: KvScales, folder: Path) -> None:
+    """Write a checkpoint's scales beside another one that was made from it."""
+    replace(scales, weights=weights_hash(folder)).save(folder)
 
 
 def read_scales(path: str | Path, *, checkpoint: str | Path | None = None) -> KvScales | None:
