@@ -242,6 +242,10 @@ def scheme(**group: Any) -> dict[str, Any]:
     [
         ({"quant_method": "awq"}, "is quantised by 'awq', which mogul cannot read"),
         ({"quant_method": "compressed-tensors"}, "has no config_groups"),
+        (
+            scheme() | {"config_groups": {"group_0": {"weights": 7}}},
+            "stores weights as float-quantized, None None bits",
+        ),
         (scheme() | {"format": "pack-quantized"}, "stores weights as pack-quantized, float 8 bits"),
         (scheme(weights={"num_bits": 4, "type": "int"}), "float-quantized, int 4 bits"),
         (scheme(weights={"strategy": "block"}), "scales weights by block; mogul reads one scale"),

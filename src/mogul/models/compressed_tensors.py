@@ -64,7 +64,7 @@ def stored_format(folder: Path) -> ExpertFormat | None:
 
 def _format_of(folder: Path, content: dict[str, Any], group: dict[str, Any]) -> ExpertFormat:
     layout = group.get("format") or content.get("format")
-    weights, inputs = (group.get(part) or {} for part in ("weights", "input_activations"))
+    weights, inputs = (_object(group, part) for part in ("weights", "input_activations"))
     if layout not in LAYOUTS or _numbers(weights) != ("float", 8):
         raise ArtifactError(
             f"{folder} stores weights as {layout}, {' '.join(map(str, _numbers(weights)))} bits; "
@@ -93,6 +93,11 @@ def _format_of(folder: Path, content: dict[str, Any], group: dict[str, Any]) -> 
             fix=_UNQUANTISED,
         )
     return FORMATS["fp8"]
+
+
+def _object(group: dict[str, Any], part: str) -> dict[str, Any]:
+    found = group.get(part)
+    return found if isinstance(found, dict) else {}
 
 
 def _numbers(part: dict[str, Any]) -> tuple[Any, Any]:

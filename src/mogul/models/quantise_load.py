@@ -236,7 +236,7 @@ def _pieces(
         if count != tensor.numel():
             raise ArtifactError(
                 f"{folder}: {name}.{parameter} is stored in a way that cannot be read by layers",
-                fix="load the model whole and use quantise_model",
+                fix="open the unquantised checkpoint whole, and quantise_model",
             )
         found[parameter] = list(on_disk)
     return found

@@ -62,6 +62,8 @@ def open_model(
         raise ConfigError(f"load {load!r} is unknown", fix="use checkpoint or random")
     if quantise is None:
         if is_quantised(path):
+            if experts not in ("mogul", "auto"):
+                say(f"{path} is quantised: its experts run on mogul's kernels, not {experts}")
             return load_stored(path, dtype=dtype, device=device)
         return load_model(path, dtype=dtype, experts=experts, device=device)
     what = weight_format(quantise)
