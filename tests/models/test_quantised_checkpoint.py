@@ -301,7 +301,7 @@ def test_a_failure_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Monk
     def failing(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mogul.models.quantised_write.save_file", failing)
+    monkeypatch.setattr("mogul.models.quantised_write.write_tensor", failing)
     with pytest.raises(ArtifactError, match="no space left"):
         quantise_checkpoint(source, out, force=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

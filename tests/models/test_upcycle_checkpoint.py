@@ -26,7 +26,7 @@ from transformers import (
 
 from mogul.cli.upcycle import Options, run
 from mogul.core.errors import ArtifactError, ConfigError
-from mogul.models import tensor_file
+from mogul.models import new_checkpoint, tensor_file
 from mogul.models.upcycle import checkpoint as checkpoint_module
 from mogul.models.upcycle import jobs as jobs_module
 from mogul.models.upcycle import upcycle, upcycle_checkpoint
@@ -194,7 +194,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_written(tmp_path: Path, mon
     before = snapshot(tmp_path)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 2048, 2048))
-    monkeypatch.setattr(checkpoint_module, "header_of", None)  # writing would fail with a TypeError
+    monkeypatch.setattr(new_checkpoint, "header_of", None)  # writing would fail with a TypeError
     with pytest.raises(ArtifactError, match=r"out needs [\d.]+ KiB but only 2\.00 KiB are free"):
         upcycle_checkpoint(tmp_path / "dense", tmp_path / "out", num_experts=8, num_groups=2)
     assert snapshot(tmp_path) == before

@@ -2,36 +2,36 @@
 
 Decides which tensors on disk are quantised (those of the layers that `load_quantised` takes) and
 that the numbers are the ones it would make: a row's scale depends on that row alone, so nothing is
-fused first. Memory holds one file of the new checkpoint. The folder appears whole or not at all.
+fused first. Memory holds the quantised weights of one file at most. The folder appears whole or not
+at all.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mogul.core.errors import ArtifactError, ConfigError
 from mogul.core.files import atomic_folder, check_space, read_object
-from mogul.core.log import progress
 from mogul.core.units import GB
-from mogul.kernels.quant_format import quantise_fp8_weight
+from mogul.kernels.quant_format import FP8, quantise_fp8_weight
 from mogul.models.check_tensors import check_names
 from mogul.models.compressed_tensors import KEY, described, method_of, scale_of
 from mogul.models.input_stats import InputStats
 from mogul.models.load import _skeleton, _stored, find_folder, load_config
-from mogul.models.new_checkpoint import check_out, copy_files
+from mogul.models.new_checkpoint import check_out, copy_files, write_weights
 from mogul.models.quantise import Importance, experts_modules, no_experts
 from mogul.models.quantise_linears import linear_modules
 from mogul.models.quantise_load import WeightFormat, _pieces, weight_format
-from mogul.models.tensor_file import StoredTensor, stored_tensors
-from mogul.spec.checkpoint import INDEX, SINGLE
+from mogul.models.tensor_file import NewTensor, StoredTensor, stored_tensors, write_tensor
 
 STORED = ("fp8", "fp8-experts", "fp8-w8a16")
 """What a file can hold: other formats exist in memory alone."""
@@ -68,8 +68,9 @@ def quantise_checkpoint(
 ) -> QuantiseReport:
     """Stream a checkpoint folder into one with e4m3 weights, a scale an output channel.
 
-    `load_stored`, the engine and vLLM open it. Its numbers are those that `load_quantised` makes
-    from the same arguments. Tokenizer, chat template, generation config and licence come along.
+    `load_stored`, the engine and others that read the format open it. Its numbers are those that
+    `load_quantised` makes from the same arguments. Tokenizer, chat template, generation config and
+    licence come along.
 
     Args:
         source: folder with config.json and safetensors, or a hub id.
@@ -110,7 +111,8 @@ def quantise_checkpoint(
             f"{source}: {len(absent)} tensors are missing, first {absent[0]}",
             fix="fetch the files again",
         )
-    num_bytes = _bytes_after(places, todo)
+    entries = _entries(places, todo)
+    num_bytes = sum(entry.num_bytes for entry in entries)
     with atomic_folder(out, force=force) as work:
         check_space(out, num_bytes)
         content = read_object(source / "config.json")
@@ -118,7 +120,14 @@ def quantise_checkpoint(
         (work / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         copy_files(source, work)
         (work / "README.md").write_text(_card(source.resolve().name, format), encoding="utf-8")
-        _write(work, places, _tensors(places, todo, device), max_file_bytes)
+        write_weights(
+            work,
+            entries,
+            _Rounder(places, todo, device).write,
+            title="quantise",
+            num_params=sum(prod(place.shape) for place in places.values()),
+            max_file_bytes=max_file_bytes,
+        )
     before = sum(place.num_bytes for place in places.values())
     return QuantiseReport(out, format, num_experts, len(found) - num_experts, before, num_bytes)
 
@@ -171,69 +180,46 @@ def _kept(places: Mapping[str, StoredTensor], todo: Mapping[str, Tensor | None])
     return sorted({name.removesuffix(".weight") for name in names} | {"lm_head"})
 
 
-def _bytes_after(places: Mapping[str, StoredTensor], todo: Mapping[str, Tensor | None]) -> int:
-    total = 0
-    for name, place in places.items():
-        rows, columns = place.shape if name in todo else (0, 0)
-        total += rows * columns + 4 * rows if name in todo else place.num_bytes
-    return total
-
-
-def _tensors(
-    places: Mapping[str, StoredTensor],
-    todo: Mapping[str, Tensor | None],
-    device: str | torch.device,
-) -> Iterator[tuple[str, Tensor]]:
+def _entries(
+    places: Mapping[str, StoredTensor], todo: Mapping[str, Tensor | None]
+) -> list[NewTensor]:
     """All tensors of the new checkpoint, a scale behind its weight."""
+    entries: list[NewTensor] = []
     for name, place in places.items():
-        tensor = place.read()
-        if name not in todo:
-            yield name, tensor
-            continue
-        known = todo[name]
-        known = None if known is None else known.to(device)
-        value, scale = quantise_fp8_weight(tensor.to(device), known)
-        yield name, value.cpu()
-        yield scale_of(name), scale.float().cpu()[:, None]
+        if name in todo:
+            entries.append(NewTensor(name, place.shape, FP8))
+            entries.append(NewTensor(scale_of(name), (place.shape[0], 1), torch.float32))
+        else:
+            entries.append(NewTensor(name, place.shape, place.dtype))
+    return entries
 
 
-def _write(
-    work: Path,
-    places: Mapping[str, StoredTensor],
-    tensors: Iterator[tuple[str, Tensor]],
-    max_file_bytes: int,
-) -> None:
-    """Fill files in order; they get their names when it is known how many there are."""
-    parts: list[list[str]] = []
-    held: dict[str, Tensor] = {}
+class _Rounder:
+    """Writes tensors; of a weight and its scale, which are made together, the later one is held."""
 
-    def put() -> None:
-        part = work / f"part-{len(parts)}"
-        save_file(held, part, metadata={"format": "pt"})
-        part.chmod((work / "config.json").stat().st_mode)  # the library writes for the owner alone
-        parts.append(list(held))
-        held.clear()
+    def __init__(
+        self,
+        places: Mapping[str, StoredTensor],
+        todo: Mapping[str, Tensor | None],
+        device: str | torch.device,
+    ) -> None:
+        self.places, self.todo, self.device = places, todo, device
+        self.weight_of = {scale_of(name): name for name in todo}
+        self.held: dict[str, Tensor] = {}
 
-    total = 0
-    with progress("quantise", total=sum(place.num_bytes for place in places.values())) as bar:
-        for name, tensor in tensors:
-            if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > max_file_bytes:
-                put()
-            held[name] = tensor.contiguous()
-            total += tensor.nbytes
-            if name in places:
-                bar.advance(places[name].num_bytes, note=name.removeprefix("model."))
-        put()
-    if len(parts) == 1:
-        (work / "part-0").rename(work / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts):
-        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        (work / f"part-{number}").rename(work / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    def write(self, file: BinaryIO, entry: NewTensor) -> None:
+        """Append the bytes of one tensor."""
+        weight = self.weight_of.get(entry.name, entry.name)
+        if weight not in self.todo:
+            for chunk in self.places[weight].chunks():
+                file.write(chunk)
+            return
+        if entry.name not in self.held:
+            known = self.todo[weight]
+            known = None if known is None else known.to(self.device)
+            value, scale = quantise_fp8_weight(self.places[weight].read().to(self.device), known)
+            self.held |= {weight: value.cpu(), scale_of(weight): scale.float().cpu()}
+        write_tensor(file, self.held.pop(entry.name))
 
 
 def _card(source: str, format: str) -> str:

@@ -23,10 +23,10 @@ from mogul.core.units import MIB
 from mogul.spec.checkpoint import INDEX, SINGLE, read_checkpoint
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes that are read and written, by their name in the format."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Dtypes that are read, by their name in the format."""
 WITH_FP8 = DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
 """Those of checkpoints whose weights have scales."""
+DTYPE_NAMES = {dtype: name for name, dtype in WITH_FP8.items()}
 
 CHUNK_BYTES = 8 * MIB
 

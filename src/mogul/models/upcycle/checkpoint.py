@@ -8,7 +8,6 @@ first and then written from front to back. The output folder appears whole or no
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +16,14 @@ from pathlib import Path
 
 from mogul.core.errors import ArtifactError
 from mogul.core.files import atomic_folder, check_space
-from mogul.core.log import progress
 from mogul.core.units import GB, show_bytes
 from mogul.models.load import find_folder
 from mogul.models.moge.configuration_moge import MogeConfig
-from mogul.models.new_checkpoint import check_out, copy_files
-from mogul.models.tensor_file import header_of, split_in_files
+from mogul.models.new_checkpoint import check_out, copy_files, write_weights
 from mogul.models.upcycle.card import UpcycleReport, model_card
 from mogul.models.upcycle.jobs import Job, Maker, list_jobs
 from mogul.models.upcycle.plan import UpcyclePlan, moge_config
 from mogul.models.upcycle.source import dense_config, dense_tensors
-from mogul.spec.checkpoint import INDEX
 from mogul.spec.families import model_spec
 
 MAX_FILE_BYTES = 2 * GB
@@ -81,7 +77,16 @@ def upcycle_checkpoint(
         config.save_pretrained(work)
         copy_files(source, work)
         (work / "README.md").write_text(model_card(source.resolve().name, report), encoding="utf-8")
-        _write_weights(work, jobs, Maker(stored, plan, config.initializer_range), max_file_bytes)
+        maker = Maker(stored, plan, config.initializer_range)
+        job_of = {job.entry.name: job for job in jobs}
+        write_weights(
+            work,
+            [job.entry for job in jobs],
+            lambda file, entry: maker.write(file, job_of[entry.name]),
+            title="upcycle",
+            num_params=report.params,
+            max_file_bytes=max_file_bytes,
+        )
     return report
 
 
@@ -110,25 +115,3 @@ def _report(out: Path, jobs: list[Job], plan: UpcyclePlan, config: MogeConfig) -
         active_params=model_spec(config.to_dict()).active_params(),
         num_bytes=sum(job.entry.num_bytes for job in jobs),
     )
-
-
-def _write_weights(work: Path, jobs: list[Job], maker: Maker, max_file_bytes: int) -> None:
-    job_of = {job.entry.name: job for job in jobs}
-    files = split_in_files([job.entry for job in jobs], max_file_bytes)
-    total_bytes = sum(job.entry.num_bytes for job in jobs)
-    with progress("upcycle", total=total_bytes) as bar:
-        for file_name, entries in files.items():
-            with (work / file_name).open("wb") as file:
-                file.write(header_of(entries))
-                for entry in entries:
-                    maker.write(file, job_of[entry.name])
-                    bar.advance(entry.num_bytes, note=entry.name.removeprefix("model."))
-    if len(files) > 1:
-        index = {
-            "metadata": {
-                "total_parameters": sum(prod(job.entry.shape) for job in jobs),
-                "total_size": total_bytes,
-            },
-            "weight_map": {entry.name: name for name, part in files.items() for entry in part},
-        }
-        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
