@@ -69,6 +69,20 @@ def weight_format(name: str) -> WeightFormat:
     return WeightFormat(experts, name in ("fp8", "fp8-all"), name == "fp8-all")
 
 
+def layers_to_quantise(skeleton: nn.Module, *, linears: bool) -> dict[str, nn.Module]:
+    """Experts, and where asked linear layers of the decoder blocks, by name.
+
+    Raises:
+        ConfigError: the model has neither.
+    """
+    found: dict[str, nn.Module] = dict(experts_modules(skeleton))
+    if linears:
+        found |= dict(linear_modules(skeleton))
+    if not found:
+        raise no_experts(skeleton)
+    return found
+
+
 def packed_format(model: nn.Module) -> str | None:
     """In what a model's quantised weights are held; None where it has none."""
     modules = list(model.modules())
@@ -112,11 +126,7 @@ def load_quantised(
     config = load_config(folder)
     skeleton = _skeleton(config)
     skipped = check_names(folder, skeleton, _stored(folder))
-    found: dict[str, nn.Module] = dict(experts_modules(skeleton))
-    if linears:
-        found |= dict(linear_modules(skeleton))
-    if not found:
-        raise no_experts(skeleton)
+    found = layers_to_quantise(skeleton, linears=linears)
     if isinstance(importance, InputStats):
         importance.check(found, f"the statistics for {folder}")
         importance = importance.importance

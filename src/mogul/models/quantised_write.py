@@ -28,9 +28,8 @@ from mogul.models.compressed_tensors import KEY, described, method_of, scale_of
 from mogul.models.input_stats import InputStats
 from mogul.models.load import _skeleton, _stored, find_folder, load_config
 from mogul.models.new_checkpoint import check_out, copy_files, write_weights
-from mogul.models.quantise import Importance, experts_modules, no_experts
-from mogul.models.quantise_linears import linear_modules
-from mogul.models.quantise_load import WeightFormat, _pieces, weight_format
+from mogul.models.quantise import Importance
+from mogul.models.quantise_load import WeightFormat, _pieces, layers_to_quantise, weight_format
 from mogul.models.tensor_file import NewTensor, StoredTensor, stored_tensors, write_tensor
 
 STORED = ("fp8", "fp8-experts", "fp8-w8a16")
@@ -96,12 +95,8 @@ def quantise_checkpoint(
         raise ConfigError(f"{source} is quantised already", fix="give the unquantised checkpoint")
     skeleton = _skeleton(load_config(source))
     check_names(source, skeleton, _stored(source))
-    found: dict[str, nn.Module] = dict(experts_modules(skeleton))
-    num_experts = len(found)
-    if what.linears:
-        found |= dict(linear_modules(skeleton))
-    if not found:
-        raise no_experts(skeleton)
+    found = layers_to_quantise(skeleton, linears=what.linears)
+    linears = sum(isinstance(module, nn.Linear) for module in found.values())
     if importance is not None:
         importance.check(found, f"the statistics for {source}")
     places = stored_tensors(source)
@@ -129,7 +124,7 @@ def quantise_checkpoint(
             max_file_bytes=max_file_bytes,
         )
     before = sum(place.num_bytes for place in places.values())
-    return QuantiseReport(out, format, num_experts, len(found) - num_experts, before, num_bytes)
+    return QuantiseReport(out, format, len(found) - linears, linears, before, num_bytes)
 
 
 def _format(name: str) -> WeightFormat:
